@@ -1,0 +1,192 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+
+	"keyward/authz/apikey"
+)
+
+// A Store keeps instances, keys, tokens and audit for good. What was acknowledged survives a crash of
+// the process at any moment. Safe for concurrent use.
+//
+// Errors: apikey.ErrNotFound where a single thing was asked for; apikey.ErrConflict where a unique name
+// or digest is taken; anything else is an outage and wraps apikey.ErrUndecided. storetest is the
+// contract in full.
+type Store interface {
+	Reader
+
+	// Update runs fn in one transaction. If fn returns nil and wrote at least one audit event, the
+	// transaction commits with a new revision, which Update returns; every reader that starts after
+	// that sees it. fn may run again after a lost race, so it has no effects outside tx; it must not
+	// keep tx. Without an audit event Update refuses: no audit, no mutation.
+	Update(ctx context.Context, fn func(tx Tx) error) (apikey.Revision, error)
+
+	// Touch records uses, in any order and batch: a last use only grows. It is no mutation: no
+	// revision, no audit. Keys that are gone are skipped.
+	Touch(ctx context.Context, uses []apikey.Use) error
+	// Redigest gives generations that are found by Old under the pepper of an earlier version the digest
+	// New under version Version; both find them until the earlier pepper is retired. Generations that no
+	// longer have Old are skipped. No mutation either.
+	Redigest(ctx context.Context, batch []Redigest) error
+
+	// Register makes a replica known: from now on revocations wait for it. It is known until ttl after
+	// its last Register or Confirm, by the store's clock.
+	Register(ctx context.Context, replica string, at apikey.Revision, ttl time.Duration) error
+	// Confirm says that the replica serves nothing older than a revision, and renews it.
+	// Errors: apikey.ErrNotFound if the replica is no longer known; it must register anew.
+	Confirm(ctx context.Context, replica string, at apikey.Revision, ttl time.Duration) error
+	// Unregister forgets a replica that stopped serving.
+	Unregister(ctx context.Context, replica string) error
+	// Replicas lists the known replicas that have not run out.
+	Replicas(ctx context.Context) ([]Replica, error)
+
+	Close() error
+}
+
+// A Reader is what may be asked of a store, in a transaction and outside.
+type Reader interface {
+	Instance(ctx context.Context, id string) (*apikey.Instance, error)
+	// Instances lists all instances by id.
+	Instances(ctx context.Context) ([]*apikey.Instance, error)
+
+	// Key returns one key of one instance, without Digest.
+	Key(ctx context.Context, instanceID string, id apikey.ID) (*apikey.Key, error)
+	// Keys lists keys of an instance, newest first (CreatedAt, then ID, both falling), at most limit.
+	// It begins after the given place; the zero place is the beginning.
+	Keys(ctx context.Context, instanceID string, after KeyPlace, limit int) ([]*apikey.Key, error)
+	// FindKey returns the key that a digest finds, with Digest and Generation set, whatever its status,
+	// and a revision: the record is at least as new as that. The revision comes with ErrNotFound too.
+	FindKey(ctx context.Context, d apikey.Digest) (*apikey.Key, apikey.Revision, error)
+	// LastUsed returns when a key was last used, as far as the store knows; zero for never.
+	LastUsed(ctx context.Context, id apikey.ID) (time.Time, error)
+
+	// Digests calls yield with every digest that finds a key, in no order, until it returns false. The
+	// digests are at least as new as the returned revision.
+	Digests(ctx context.Context, yield func(apikey.Digest) bool) (apikey.Revision, error)
+	// Changes returns what changed after a revision, oldest first, and the newest revision. truncated
+	// means that the store no longer knows everything since then: the caller must forget all it knows.
+	Changes(ctx context.Context, after apikey.Revision) (changes []apikey.Change, head apikey.Revision, truncated bool, err error)
+
+	// Token returns the management token that a digest finds, whatever its status.
+	Token(ctx context.Context, d apikey.Digest) (*Token, error)
+	// Tokens lists all management tokens, newest first.
+	Tokens(ctx context.Context) ([]*Token, error)
+
+	// Peppers lists the pepper versions that the store has seen, by version.
+	Peppers(ctx context.Context) ([]PepperRecord, error)
+
+	// Events lists audit events in the order in which they were written, at most limit, after the
+	// event with the given sequence number (0: from the first).
+	Events(ctx context.Context, after int64, limit int) ([]Event, error)
+}
+
+// A Tx is a transaction. Its reads see its writes. Every write that touches a key or an instance is
+// listed in Changes under the transaction's revision, with all digests that find the key before or after.
+type Tx interface {
+	Reader
+
+	// PutInstance creates or replaces an instance; CreatedAt of an existing one stays.
+	PutInstance(ctx context.Context, in *apikey.Instance) error
+	// DeleteInstance removes an instance with all its keys. Errors: apikey.ErrNotFound.
+	DeleteInstance(ctx context.Context, id string) error
+	// UsableKeys counts the keys of an instance that are neither revoked nor expired at now.
+	UsableKeys(ctx context.Context, instanceID string, now time.Time) (int, error)
+
+	// InsertKey adds a key without generations. Errors: apikey.ErrConflict if the id is taken,
+	// apikey.ErrNotFound if there is no such instance.
+	InsertKey(ctx context.Context, k *apikey.Key) error
+	// UpdateKey replaces what may change of a key: everything but ID, InstanceID, Type, AgentName,
+	// UserPrincipalName, CreatedAt, CreatedBy, LastUsedAt and Generations. Errors: apikey.ErrNotFound.
+	UpdateKey(ctx context.Context, k *apikey.Key) error
+	// InsertGeneration adds a generation with its digest under a pepper version. Errors:
+	// apikey.ErrConflict if the digest or the number is taken, apikey.ErrNotFound if there is no such key.
+	InsertGeneration(ctx context.Context, id apikey.ID, g apikey.Generation, d apikey.Digest, pepperVersion uint32) error
+
+	// InsertToken adds a management token. Errors: apikey.ErrConflict.
+	InsertToken(ctx context.Context, t *Token, d apikey.Digest, pepperVersion uint32) error
+	// RevokeToken ends a token. Revoking it twice is no error. Errors: apikey.ErrNotFound.
+	RevokeToken(ctx context.Context, id apikey.ID, at time.Time) error
+
+	// PutPepper remembers the check value of a pepper version. Errors: apikey.ErrConflict if the version
+	// is known with another check value.
+	PutPepper(ctx context.Context, version uint32, check [16]byte) error
+	// RetirePepper forgets a pepper version and every digest under it that has a newer one beside it.
+	// Digests that have none, of keys and tokens that can no longer be used, stay and find nothing.
+	// Every cache is told to forget all it knows.
+	RetirePepper(ctx context.Context, version uint32) error
+
+	// Mark sets a named mark that can be set once; first reports whether this call did.
+	Mark(ctx context.Context, name string) (first bool, err error)
+
+	// Audit writes an audit event. Its Sequence is given by the store.
+	Audit(ctx context.Context, e Event) error
+}
+
+// A KeyPlace is a place in the order of [Reader.Keys].
+type KeyPlace struct {
+	CreatedAt time.Time
+	ID        apikey.ID
+}
+
+// A Replica is one keyward process that answers Checks from this store.
+type Replica struct {
+	ID        string
+	Confirmed apikey.Revision // it serves nothing older
+	Until     time.Time       // known until then, by the store's clock
+	Now       time.Time       // the store's clock at the answer
+}
+
+// A Redigest gives a digest to a generation or token whose secret was just seen.
+type Redigest struct {
+	Old, New apikey.Digest
+	Version  uint32 // of the pepper of New
+}
+
+// A PepperRecord is what the store knows of a pepper.
+type PepperRecord struct {
+	Version uint32
+	Check   [16]byte
+	// Left counts usable generations and tokens (not revoked, not expired) that only this version finds.
+	Left int
+}
+
+// A Token lets its holder use the Management API. Only its digest is kept.
+type Token struct {
+	ID         apikey.ID
+	Name       string
+	Role       Role
+	InstanceID string // "": all instances
+	Hint       string
+	CreatedAt  time.Time
+	CreatedBy  string
+	ExpiresAt  time.Time // zero: never
+	RevokedAt  time.Time // zero: not revoked
+	// Bootstrap marks the token that serve makes for itself on a new store.
+	Bootstrap bool
+}
+
+// A Role says what a caller of the Management API may do.
+type Role string
+
+// The roles, the mightiest first.
+const (
+	RoleOwner    Role = "owner"    // everything, tokens and deleting instances included
+	RoleOperator Role = "operator" // instances, policies and keys
+	RoleAuditor  Role = "auditor"  // reads everything, changes nothing
+)
+
+// An Event is one entry of the audit: who did what to what, when. Before and After never hold a secret.
+type Event struct {
+	Sequence   int64
+	At         time.Time // UTC
+	Actor      string    // e.g. "token:0192f0c1-…", "keyward serve"
+	RemoteAddr string    // where the call came from; "" for the process itself
+	Action     string    // e.g. "key.create"
+	InstanceID string    // "" where no instance is concerned
+	Target     string    // id of what was changed
+	RequestID  string
+	Before     json.RawMessage // nil where there was nothing
+	After      json.RawMessage // nil where nothing is left
+}

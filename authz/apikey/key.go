@@ -1,0 +1,160 @@
+package apikey
+
+import (
+	"net/netip"
+	"time"
+)
+
+// A Revision grows with every change in the store. It is how a replica knows how fresh it is.
+type Revision uint64
+
+// A Type is what a key stands for.
+type Type string
+
+// The types of keys.
+const (
+	TypeInstance Type = "instance" // the whole instance
+	TypeAgent    Type = "agent"    // one agent of it: an Agent Access Token
+	TypeUser     Type = "user"     // one user of it
+)
+
+// Kind is the kind of secret that a key of this type has; 0 for an unknown type.
+func (t Type) Kind() Kind {
+	switch t {
+	case TypeInstance:
+		return KindInstance
+	case TypeAgent:
+		return KindAgent
+	case TypeUser:
+		return KindUser
+	}
+	return 0
+}
+
+// A Key is the record that keyward keeps. Secrets belong to its generations, of which at most two are
+// valid at once; counters, limits and history belong to the key.
+//
+// A *Key is immutable once it was handed out: many requests read one record.
+type Key struct {
+	ID                ID
+	InstanceID        string // canonical, see CanonicalInstanceID
+	Type              Type
+	Name              string
+	Description       string
+	AgentName         string // set for agent keys only
+	UserPrincipalName string // set for user keys only
+	Environment       string // "": any
+	Scopes            Scopes // nil: every right
+	AllowedIPs        []netip.Prefix
+	Limits            Limits
+	ExpirationDate    time.Time // zero: none
+	InactivityDays    int       // 0: does not expire for idleness
+	NotBefore         time.Time // zero: at once
+	Metadata          map[string]string
+	Disabled          bool
+	RevokedAt         time.Time // zero: not revoked
+	RevokedReason     string
+	CreatedAt         time.Time
+	CreatedBy         string
+	LastUsedAt        time.Time // zero: never; up to a minute behind
+	Generations       []Generation
+
+	// Digest and Generation say by which digest the record was found and to which generation that
+	// belongs. Set by FindKey only: the digest is compared again on every use, because caches may
+	// know it by a part only.
+	Digest     Digest
+	Generation int
+}
+
+// A Generation is one secret of a key, as everybody may see it.
+type Generation struct {
+	Number     int       // from 1
+	Hint       string    // prefix and last 4 characters
+	CreatedAt  time.Time // UTC
+	ValidUntil time.Time // zero: as long as the key
+	LastUsedAt time.Time // zero: never; up to a minute behind
+}
+
+// A Status is where a key stands in its life.
+type Status string
+
+// The statuses, in the order in which they are looked for.
+const (
+	StatusRevoked     Status = "revoked"
+	StatusDisabled    Status = "disabled"
+	StatusNotYetValid Status = "notYetValid"
+	StatusExpired     Status = "expired"
+	StatusIdle        Status = "idle" // unused for longer than InactivityDays
+	StatusActive      Status = "active"
+)
+
+// StatusAt says where the key stands at now. Valid while now ≤ expiry: the key ends after that
+// instant. An idle key is idle by the record's LastUsedAt, which may be stale: ask the store before
+// refusing anybody for it.
+func (k *Key) StatusAt(now time.Time) Status {
+	switch {
+	case !k.RevokedAt.IsZero():
+		return StatusRevoked
+	case k.Disabled:
+		return StatusDisabled
+	case now.Before(k.NotBefore):
+		return StatusNotYetValid
+	case !k.ExpirationDate.IsZero() && now.After(k.ExpirationDate):
+		return StatusExpired
+	case k.IdleAt(now, k.LastUsedAt):
+		return StatusIdle
+	}
+	return StatusActive
+}
+
+// IdleAt reports whether a key last used at lastUsed has been unused for too long at now. A key that
+// was never used counts from its creation.
+func (k *Key) IdleAt(now, lastUsed time.Time) bool {
+	if k.InactivityDays == 0 {
+		return false
+	}
+	if lastUsed.Before(k.CreatedAt) {
+		lastUsed = k.CreatedAt
+	}
+	return now.After(lastUsed.Add(time.Duration(k.InactivityDays) * day))
+}
+
+// GenerationEnded reports whether the generation that the record was found by is over at now.
+func (k *Key) GenerationEnded(now time.Time) bool {
+	for i := range k.Generations {
+		if g := &k.Generations[i]; g.Number == k.Generation {
+			return !g.ValidUntil.IsZero() && now.After(g.ValidUntil)
+		}
+	}
+	return false
+}
+
+// AppendPrincipal appends on whose behalf a request with this key counts: the user of a user key,
+// otherwise a name of the key's own.
+func (k *Key) AppendPrincipal(dst []byte) []byte {
+	const domain = "@foundationallm.internal_"
+	switch k.Type {
+	case TypeUser:
+		return append(dst, k.UserPrincipalName...)
+	case TypeAgent:
+		dst = append(append(append(dst, "aat_"...), k.AgentName...), '_')
+	default:
+		dst = append(dst, "iak_"...)
+	}
+	return append(k.ID.Append(dst), domain...)
+}
+
+// A Change says what a revision touched, for caches to follow.
+type Change struct {
+	Revision   Revision
+	InstanceID string
+	KeyID      ID       // zero: the instance itself changed
+	Digests    []Digest // of the key, all that find it or found it
+}
+
+// A Use says when a key was last used.
+type Use struct {
+	KeyID      ID
+	Generation int
+	At         time.Time
+}

@@ -1,0 +1,64 @@
+// Package limits holds the rules by which keyward limits requests, as pure functions, and the contract
+// between them and the state they need.
+//
+// State is kept by a [Limiter]: in this process (limits/local) or shared by replicas. All of them give
+// the same answers to the same questions; limitstest holds them to it. What a request must pass is one
+// [Demand], and it is all or nothing: every limit is judged before any is spent, so a refusal spends
+// nothing. Nothing here knows what a key or a request is beyond a [Cell].
+package limits
+
+import (
+	"context"
+	"time"
+)
+
+// A Class is the sort of a limit. Where several limits refuse with the same wait, the one whose class
+// comes first is reported.
+type Class uint8
+
+// The classes, in the order in which ties are reported.
+const (
+	ClassInstance       Class = iota + 1 // all keys of an instance together
+	ClassGlobalQuota                     // a quota over everybody
+	ClassPrincipalQuota                  // a quota of one principal
+	ClassKeyQuota                        // a quota of one key
+	ClassBurst                           // one key's rate and burst
+	ClassConcurrency                     // one key's running requests
+)
+
+// A Cell names the state of one limit: whose it is, and which. It holds no pointer, so that a table of
+// millions costs the garbage collector nothing. Only authenticated callers have cells.
+type Cell struct {
+	Owner [16]byte // a key's id, or a hash of what owns the limit
+	Class Class
+}
+
+// A RateDemand is one rate that a request must pass.
+type RateDemand struct {
+	Cell Cell
+	Rate Rate
+}
+
+// A Demand is everything that one request must pass. The caller owns it and may use it again after
+// the answer.
+type Demand struct {
+	Rates []RateDemand
+}
+
+// A Decision says whether the whole demand was met.
+type Decision struct {
+	Allowed bool
+	// What follows is set on a refusal only.
+	Class      Class         // of the limit that refuses longest
+	RetryAfter time.Duration // above 0: when the same demand would pass, if nobody else came
+}
+
+// A Limiter holds the state of limits and decides demands. The clock is its own. Safe for concurrent use.
+type Limiter interface {
+	// Take decides a demand; it may block until ctx is done.
+	// Errors: apikey.ErrUndecided if it cannot decide. An error has spent nothing.
+	Take(ctx context.Context, d *Demand) (Decision, error)
+	// TryTake is the part of Take that never blocks. ok is false if only Take can decide; nothing has
+	// been spent then.
+	TryTake(d *Demand) (decision Decision, ok bool)
+}
