@@ -1,0 +1,123 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"keyward/authz/apikey"
+)
+
+// OpenPeppers compares the peppers of the configuration with what the store was made with, and
+// remembers a new one. It must pass before anything is served: with a wrong pepper every key would be
+// unknown, and everybody would be told 401 instead of the operator being told why.
+func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor string) error {
+	if err := peppers.Validate(); err != nil {
+		return err
+	}
+	known, err := store.Peppers(ctx)
+	if err != nil {
+		return fmt.Errorf("compare the pepper: %w", err)
+	}
+	stored := map[uint32]PepperRecord{}
+	newest := uint32(0)
+	for _, record := range known {
+		stored[record.Version] = record
+		newest = max(newest, record.Version)
+	}
+	for _, p := range []*apikey.Pepper{peppers.Current, peppers.Previous} {
+		if p == nil {
+			continue
+		}
+		if record, ok := stored[p.Version()]; ok && record.Check != p.CheckValue() {
+			return fmt.Errorf("the pepper file with version %d is not the one that this store was made with: "+
+				"restore the right file, for no key can be checked without it", p.Version())
+		}
+	}
+	for _, record := range known {
+		if peppers.ByVersion(record.Version) == nil && record.Left > 0 {
+			return fmt.Errorf("%d keys and tokens can only be found with pepper version %d, which is not configured: "+
+				"name its file as pepper.file, or as pepper.previousFile after a rotation", record.Left, record.Version)
+		}
+	}
+	current := peppers.Current.Version()
+	if current < newest {
+		return fmt.Errorf("pepper.file has version %d, but this store has seen version %d: use the newer file", current, newest)
+	}
+	var fresh []*apikey.Pepper
+	for _, p := range []*apikey.Pepper{peppers.Previous, peppers.Current} {
+		if p == nil {
+			continue
+		}
+		if _, ok := stored[p.Version()]; ok {
+			continue
+		}
+		if p == peppers.Previous && len(known) > 0 {
+			return fmt.Errorf("pepper version %d is retired, or was never used with this store: remove pepper.previousFile", p.Version())
+		}
+		fresh = append(fresh, p)
+	}
+	if len(fresh) == 0 {
+		return nil
+	}
+	_, err = store.Update(ctx, func(tx Tx) error {
+		for _, p := range fresh {
+			if err := tx.PutPepper(ctx, p.Version(), p.CheckValue()); err != nil {
+				return err
+			}
+			after, err := json.Marshal(map[string]any{"version": p.Version()})
+			if err != nil {
+				return err
+			}
+			if err := tx.Audit(ctx, Event{At: time.Now(), Actor: actor, Action: "pepper.add", Target: p.String(), After: after}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("remember the pepper: %w", err)
+	}
+	return nil
+}
+
+// ErrPepperInUse: keys or tokens are left that only an earlier pepper finds.
+var ErrPepperInUse = errors.New("the pepper is still in use")
+
+// RetirePepper ends the time in which the previous pepper finds anything. It is refused while usable
+// keys or tokens are left that were not used since the rotation.
+func RetirePepper(ctx context.Context, store Store, version uint32, actor string) (apikey.Revision, error) {
+	return store.Update(ctx, func(tx Tx) error {
+		records, err := tx.Peppers(ctx)
+		if err != nil {
+			return err
+		}
+		newest, found := uint32(0), false
+		for _, record := range records {
+			newest = max(newest, record.Version)
+			if record.Version != version {
+				continue
+			}
+			found = true
+			if record.Left > 0 {
+				return fmt.Errorf("%w: version %d alone finds %d keys and tokens; rotate or revoke them, or wait until they are used", ErrPepperInUse, version, record.Left)
+			}
+		}
+		if !found {
+			return apikey.ErrNotFound
+		}
+		if version == newest {
+			return fmt.Errorf("%w: version %d is the newest", ErrPepperInUse, version)
+		}
+		if err := tx.RetirePepper(ctx, version); err != nil {
+			return err
+		}
+		before, err := json.Marshal(map[string]any{"version": version})
+		if err != nil {
+			return err
+		}
+		return tx.Audit(ctx, Event{At: time.Now(), Actor: actor, Action: "pepper.retire", Target: fmt.Sprintf("pepper version %d", version), Before: before})
+	})
+}

@@ -1,0 +1,462 @@
+package authz
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"keyward/authz/apikey"
+	"keyward/limits"
+)
+
+// Keys is what a decision needs to know of keys, and what it needs from whoever keeps them in memory.
+type Keys interface {
+	// Cached answers from memory and never blocks. ok is false where only FindKey can tell. An unknown
+	// digest is apikey.ErrNotFound.
+	Cached(d *apikey.Digest) (k *apikey.Key, ok bool, err error)
+	// FindKey may ask the store, on behalf of a client at source.
+	FindKey(ctx context.Context, d apikey.Digest, source netip.Addr) (*apikey.Key, error)
+	// Instance returns an instance by its canonical id, nil if there is none.
+	Instance(id string) *apikey.Instance
+	// LastUsed returns when a key was last used by any replica, as far as anybody has written it down.
+	LastUsed(ctx context.Context, id apikey.ID) (time.Time, error)
+	// Serving returns nil while what the others answered may still be relied on.
+	Serving() error
+}
+
+// Uses hears about allowed requests. It must not block.
+type Uses interface {
+	Used(k *apikey.Key, at time.Time)
+}
+
+// Redigests hears of a secret that was found by the digest of the previous pepper. It must not block.
+type Redigests interface {
+	Redigest(old, current apikey.Digest)
+}
+
+// Config is what an operator says about requests. It can be changed while requests are decided.
+type Config struct {
+	Credentials   Credentials
+	Rules         []Rule
+	IgnoreCase    bool // of all rules' paths
+	DenyUnrouted  bool // a request that no rule matches is refused; otherwise it needs a key
+	AllowCORS     bool // preflight requests pass without a key
+	ClientAddress ClientAddress
+	TrustedHops   int // with ClientXFF: proxies in front of Envoy that are trusted
+}
+
+// An Authorizer decides requests. Safe for concurrent use.
+type Authorizer struct {
+	keys      Keys
+	limiter   limits.Limiter
+	uses      Uses
+	peppers   apikey.Peppers
+	redigests Redigests
+	rules     atomic.Pointer[rules]
+}
+
+// rules is a Config made ready.
+type rules struct {
+	Config
+	routes  *Routes
+	headers []string
+}
+
+// New returns an Authorizer. All of it is needed.
+func New(cfg Config, keys Keys, limiter limits.Limiter, peppers apikey.Peppers, uses Uses, redigests Redigests) (*Authorizer, error) {
+	a := &Authorizer{keys: keys, limiter: limiter, uses: uses, peppers: peppers, redigests: redigests}
+	if err := peppers.Validate(); err != nil {
+		return nil, err
+	}
+	return a, a.Configure(cfg)
+}
+
+// Configure replaces the configuration. On error the old one stays.
+func (a *Authorizer) Configure(cfg Config) error {
+	r, err := prepare(cfg)
+	if err != nil {
+		return err
+	}
+	a.rules.Store(r)
+	return nil
+}
+
+// Validate reports what cannot be meant.
+func (c Config) Validate() error {
+	_, err := prepare(c)
+	return err
+}
+
+func prepare(cfg Config) (*rules, error) {
+	if err := cfg.Credentials.Format.Validate(); err != nil {
+		return nil, err
+	}
+	if cfg.Credentials.Headers == nil {
+		cfg.Credentials.Headers = DefaultCredentialHeaders
+	}
+	switch cfg.ClientAddress {
+	case "":
+		cfg.ClientAddress = ClientPeer
+	case ClientPeer, ClientExternal, ClientXFF:
+	default:
+		return nil, apikey.Invalid("client.address", "must be peer, x-envoy-external-address or xff")
+	}
+	if cfg.TrustedHops < 0 || cfg.TrustedHops > 0 && cfg.ClientAddress != ClientXFF {
+		return nil, apikey.Invalid("client.trustedHops", "is a number from 0, and goes with address: xff")
+	}
+	routes, err := NewRoutes(cfg.Rules, cfg.IgnoreCase)
+	if err != nil {
+		return nil, err
+	}
+	r := &rules{Config: cfg, routes: routes}
+	r.headers = slices.Clone(cfg.Credentials.Headers)
+	for _, h := range r.headers {
+		if h != strings.ToLower(h) || h == "authorization" {
+			return nil, apikey.Invalid("credentials.headers", "must be lower-case header names other than authorization")
+		}
+	}
+	if !cfg.Credentials.NoBearer {
+		r.headers = append(r.headers, "authorization")
+	}
+	switch cfg.ClientAddress {
+	case ClientExternal:
+		r.headers = append(r.headers, "x-envoy-external-address")
+	case ClientXFF:
+		r.headers = append(r.headers, "x-forwarded-for")
+	}
+	if cfg.AllowCORS {
+		r.headers = append(r.headers, "origin", "access-control-request-method")
+	}
+	return r, nil
+}
+
+// HeaderNames lists the headers, in lower case, that a decision looks at. Adapters give these and no
+// others.
+func (a *Authorizer) HeaderNames() []string { return a.rules.Load().headers }
+
+// CredentialNames says from which headers and query parameter ("" for none) secrets are taken, and so
+// have to be removed before a request goes on. Authorization is removed only if a Decision says so.
+func (a *Authorizer) CredentialNames() (headers []string, query string) {
+	c := &a.rules.Load().Credentials
+	return c.Headers, c.QueryParameter
+}
+
+// errBlock is how a step says that it cannot go on without waiting.
+var errBlock = errors.New("would block")
+
+// Try decides if everything it needs is in memory. ok is false if only [Authorizer.Decide] can decide;
+// nothing has been spent then. Errors are those of Decide.
+func (a *Authorizer) Try(r *Request, d *Decision) (ok bool, err error) {
+	err = a.decide(context.Background(), r, d, false)
+	if err == errBlock {
+		return false, nil
+	}
+	return true, err
+}
+
+// Decide decides; it may wait for the store or for room until ctx is done.
+//
+// Errors: apikey.ErrUndecided, perhaps as an *apikey.BusyError. Then nothing was granted, and what *d
+// holds means nothing.
+func (a *Authorizer) Decide(ctx context.Context, r *Request, d *Decision) error {
+	return a.decide(ctx, r, d, true)
+}
+
+func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlock bool) error {
+	rules := a.rules.Load()
+	*d = Decision{ID: newID()}
+
+	path, query, scratch, ok := judgePath(r.scratch, r.Path)
+	r.scratch = scratch
+	if !ok {
+		d.Reason = ReasonInvalidPath
+		return nil
+	}
+	rule := rules.routes.match(&r.match, r.Method, r.Host, path)
+	if rule == nil {
+		if rules.DenyUnrouted {
+			d.Reason = ReasonNoRoute
+			return nil
+		}
+		rule = &anyRequest
+	}
+
+	// Looked for on every route, because what carries a secret must be removed on every route.
+	found := rules.Credentials.find(r, query)
+	d.CredentialSent, d.InAuthorization, d.InQuery = found.sent, found.inAuthorization, found.inQuery
+	switch {
+	case rules.AllowCORS && isPreflight(r):
+		d.Reason = ReasonPreflight
+		return nil
+	case rule.Mode == Public:
+		d.Reason = ReasonPublic
+		return nil
+	case !found.sent && rule.Mode == Optional:
+		d.Reason = ReasonAnonymous
+		return nil
+	case !found.sent:
+		d.Reason = ReasonNoCredential
+		return nil
+	case found.ambiguous:
+		d.Reason = ReasonAmbiguousCredential
+		return nil
+	}
+	switch kind, err := rules.Credentials.Format.Check(found.secret); {
+	case errors.Is(err, apikey.ErrChecksum):
+		d.Reason = ReasonBadChecksum
+		return nil
+	case err != nil || kind == apikey.KindManagement: // a management token is no key
+		d.Reason = ReasonMalformedCredential
+		return nil
+	}
+
+	client := r.clientAddr(rules.ClientAddress, rules.TrustedHops)
+	k, err := a.find(ctx, found.secret, client, mayBlock)
+	if errors.Is(err, apikey.ErrNotFound) {
+		d.Reason = ReasonUnknownKey
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	d.Key = k
+	instance := a.keys.Instance(k.InstanceID)
+	if instance == nil {
+		// The record is here and its instance is not: the snapshot is a moment behind.
+		return fmt.Errorf("instance of key %s is not known yet: %w", k.ID, apikey.ErrUndecided)
+	}
+	if d.Reason, err = a.life(ctx, k, instance, mayBlock); err != nil || d.Reason != ReasonNone {
+		return err
+	}
+	if d.Reason = place(k, rule, r, query); d.Reason != ReasonNone {
+		return nil
+	}
+	if d.Reason = right(d, k, instance, rule, r, client); d.Reason != ReasonNone {
+		return nil
+	}
+	if err := a.limit(ctx, d, k, instance, mayBlock); err != nil || d.Reason != ReasonNone {
+		return err
+	}
+	if err := a.keys.Serving(); err != nil {
+		return err // the process stood still, perhaps for longer than a revocation waits for it
+	}
+	d.Reason = ReasonKey
+	d.Scopes = k.Scopes
+	if instance.Policy.AllowedScopes != nil {
+		d.Scopes = k.Scopes.Intersect(instance.Policy.AllowedScopes)
+	}
+	a.uses.Used(k, time.Now())
+	return nil
+}
+
+// anyRequest is the rule of requests that no rule matches.
+var anyRequest Rule
+
+// isPreflight recognises the request that a browser sends before one across origins. It never carries
+// credentials.
+func isPreflight(r *Request) bool {
+	if r.Method != "OPTIONS" {
+		return false
+	}
+	origin, _ := r.header("origin")
+	method, _ := r.header("access-control-request-method")
+	return origin != "" && method != ""
+}
+
+// find looks a secret up by its digest: under the current pepper, and while a rotation lasts under the
+// previous one as well.
+func (a *Authorizer) find(ctx context.Context, secret string, client netip.Addr, mayBlock bool) (*apikey.Key, error) {
+	digest := a.peppers.Current.Digest(secret)
+	k, err := a.findDigest(ctx, &digest, client, mayBlock)
+	if a.peppers.Previous == nil || !errors.Is(err, apikey.ErrNotFound) {
+		return k, err
+	}
+	old := a.peppers.Previous.Digest(secret)
+	k, err = a.findDigest(ctx, &old, client, mayBlock)
+	if err == nil {
+		a.redigests.Redigest(old, digest)
+	}
+	return k, err
+}
+
+func (a *Authorizer) findDigest(ctx context.Context, d *apikey.Digest, client netip.Addr, mayBlock bool) (*apikey.Key, error) {
+	k, ok, err := a.keys.Cached(d)
+	switch {
+	case ok:
+		return k, err
+	case err != nil:
+		return nil, err
+	case !mayBlock:
+		return nil, errBlock
+	}
+	return a.keys.FindKey(ctx, *d, client)
+}
+
+// life says where in its life the key stands: ReasonNone if it may be used now.
+func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.Instance, mayBlock bool) (Reason, error) {
+	now := time.Now()
+	status := k.StatusAt(now)
+	switch {
+	case status == apikey.StatusRevoked:
+		return ReasonRevoked, nil
+	case status == apikey.StatusDisabled:
+		return ReasonDisabled, nil
+	case instance.Policy.Disabled:
+		return ReasonInstanceDisabled, nil
+	case status == apikey.StatusNotYetValid:
+		return ReasonNotYetValid, nil
+	case status == apikey.StatusExpired:
+		return ReasonExpired, nil
+	case k.GenerationEnded(now):
+		return ReasonGenerationEnded, nil
+	case status == apikey.StatusActive:
+		return ReasonNone, nil
+	case !mayBlock:
+		return ReasonNone, errBlock
+	}
+	// Idle by the record, whose last use is as old as the record: another replica may have served the key.
+	lastUsed, err := a.keys.LastUsed(ctx, k.ID)
+	if err != nil || !k.IdleAt(now, lastUsed) {
+		return ReasonNone, err
+	}
+	return ReasonIdle, nil
+}
+
+// place compares every source that names an instance, an agent or an environment with the key's.
+// There is no precedence: each of them has to agree.
+func place(k *apikey.Key, rule *Rule, r *Request, query string) Reason {
+	if reason := eachSource(rule.Instance, "instance", r, query, ReasonWrongInstance, func(v string) bool {
+		return apikey.IsInstance(k.InstanceID, v)
+	}, nil); reason != ReasonNone {
+		return reason
+	}
+	agentNamed := false
+	if reason := eachSource(rule.Agent, "agent", r, query, ReasonWrongAgent, func(v string) bool {
+		return k.Type != apikey.TypeAgent || v == k.AgentName
+	}, &agentNamed); reason != ReasonNone {
+		return reason
+	}
+	if rule.AgentRequired && !agentNamed && k.Type == apikey.TypeAgent {
+		return ReasonAgentRequired
+	}
+	return eachSource(rule.Environment, "environment", r, query, ReasonWrongEnvironment, func(v string) bool {
+		return k.Environment == "" || v == k.Environment
+	}, nil)
+}
+
+// eachSource judges every value that a rule's sources and Envoy's context extension give for one name.
+func eachSource(sources []Source, extension string, r *Request, query string, wrong Reason, agrees func(string) bool, named *bool) Reason {
+	judge := func(value string) Reason {
+		if named != nil {
+			*named = true
+		}
+		switch {
+		case value == "":
+			return ReasonInvalidRequest
+		case !agrees(value):
+			return wrong
+		}
+		return ReasonNone
+	}
+	for i := range sources {
+		value, present, ok := sources[i].value(&r.match, query)
+		if !ok {
+			return ReasonInvalidRequest
+		}
+		if !present {
+			continue
+		}
+		if reason := judge(value); reason != ReasonNone {
+			return reason
+		}
+	}
+	for _, e := range r.Extensions {
+		if e.Name == extension {
+			if reason := judge(e.Value); reason != ReasonNone {
+				return reason
+			}
+		}
+	}
+	return ReasonNone
+}
+
+// right asks for every required scope, from the key and from its instance's policy, and for the
+// client's address.
+func right(d *Decision, k *apikey.Key, instance *apikey.Instance, rule *Rule, r *Request, client netip.Addr) Reason {
+	missing := func(want apikey.Scope) bool {
+		return !k.Scopes.Cover(want) || !instance.Policy.AllowedScopes.Cover(want)
+	}
+	for _, want := range rule.Scopes {
+		if missing(want) {
+			d.MissingScope = want
+			return ReasonMissingScope
+		}
+	}
+	for _, e := range r.Extensions {
+		if e.Name != "required_scopes" {
+			continue
+		}
+		for rest := e.Value; rest != ""; {
+			var word string
+			word, rest = cutWord(rest)
+			if word != "" && missing(apikey.Scope(word)) {
+				d.MissingScope = apikey.Scope(word)
+				return ReasonMissingScope
+			}
+		}
+	}
+	if k.AllowedIPs != nil && !slices.ContainsFunc(k.AllowedIPs, func(p netip.Prefix) bool { return p.Contains(client) }) {
+		return ReasonAddress
+	}
+	return ReasonNone
+}
+
+// cutWord cuts at the first space or comma.
+func cutWord(s string) (word, rest string) {
+	if i := strings.IndexAny(s, " ,"); i >= 0 {
+		return s[:i], s[i+1:]
+	}
+	return s, ""
+}
+
+func (a *Authorizer) limit(ctx context.Context, d *Decision, k *apikey.Key, instance *apikey.Instance, mayBlock bool) error {
+	var room [2]limits.RateDemand
+	rates := room[:0]
+	if total := limits.RateOf(instance.Policy.Total); !total.IsZero() {
+		owner := sha256.Sum256([]byte(instance.ID))
+		rates = append(rates, limits.RateDemand{
+			Cell: limits.Cell{Owner: [16]byte(owner[:16]), Class: limits.ClassInstance}, Rate: total,
+		})
+	}
+	if rate := limits.RateOf(instance.Policy.LimitsOf(k)); !rate.IsZero() {
+		rates = append(rates, limits.RateDemand{
+			Cell: limits.Cell{Owner: k.ID, Class: limits.ClassBurst}, Rate: rate,
+		})
+	}
+	demand := limits.Demand{Rates: rates}
+	answer, ok := a.limiter.TryTake(&demand)
+	if !ok {
+		if !mayBlock {
+			return errBlock
+		}
+		var err error
+		if answer, err = a.limiter.Take(ctx, &demand); err != nil {
+			return err
+		}
+	}
+	if !answer.Allowed {
+		d.Reason, d.Limit, d.RetryAfter = limitReasons[answer.Class], answer.Class, answer.RetryAfter
+		for i := range rates {
+			if rates[i].Cell.Class == answer.Class {
+				d.Rate = rates[i].Rate
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,162 @@
+package authz
+
+import (
+	"encoding/hex"
+	"math/rand/v2"
+	"time"
+
+	"keyward/authz/apikey"
+	"keyward/limits"
+)
+
+// An Outcome is the sort of answer a caller gets.
+type Outcome uint8
+
+// The outcomes. The zero Outcome is no decision at all.
+const (
+	Allowed         Outcome = iota + 1
+	Invalid                 // the request cannot be judged: 400
+	Unauthenticated         // no key, or none that is good: 401
+	Forbidden               // a good key, but not for this: 403
+	Limited                 // a good key for this, but not now: 429
+)
+
+func (o Outcome) String() string {
+	return [...]string{"none", "allowed", "invalid", "unauthenticated", "forbidden", "limited"}[o]
+}
+
+// A Reason is why a decision was made. Callers learn only its outcome; the reason goes to metadata,
+// logs and metrics.
+type Reason uint8
+
+// The reasons, in the order in which they are looked for.
+const (
+	ReasonNone Reason = iota
+	ReasonInvalidPath
+	ReasonNoRoute
+	ReasonPublic
+	ReasonPreflight
+	ReasonNoCredential
+	ReasonAmbiguousCredential // a repeat, a comma, or two different secrets
+	ReasonMalformedCredential // wrong shape
+	ReasonBadChecksum
+	ReasonAnonymous // allowed without a credential, on an optional route
+	ReasonUnknownKey
+	ReasonRevoked
+	ReasonDisabled
+	ReasonInstanceDisabled
+	ReasonNotYetValid
+	ReasonExpired
+	ReasonGenerationEnded
+	ReasonIdle
+	ReasonInvalidRequest // a place given twice or empty
+	ReasonWrongInstance
+	ReasonWrongAgent
+	ReasonAgentRequired
+	ReasonWrongEnvironment
+	ReasonMissingScope
+	ReasonAddress
+	ReasonLimitInstance
+	ReasonLimitBurst
+	ReasonKey // allowed with a key
+	reasonCount
+)
+
+var reasons = [reasonCount]struct {
+	name    string
+	outcome Outcome
+}{
+	ReasonNone:                {"none", 0},
+	ReasonInvalidPath:         {"invalid_path", Invalid},
+	ReasonNoRoute:             {"no_route", Forbidden},
+	ReasonPublic:              {"public", Allowed},
+	ReasonPreflight:           {"preflight", Allowed},
+	ReasonNoCredential:        {"no_credential", Unauthenticated},
+	ReasonAmbiguousCredential: {"ambiguous_credential", Unauthenticated},
+	ReasonMalformedCredential: {"malformed_credential", Unauthenticated},
+	ReasonBadChecksum:         {"bad_checksum", Unauthenticated},
+	ReasonAnonymous:           {"anonymous", Allowed},
+	ReasonUnknownKey:          {"unknown_key", Unauthenticated},
+	ReasonRevoked:             {"revoked", Unauthenticated},
+	ReasonDisabled:            {"disabled", Unauthenticated},
+	ReasonInstanceDisabled:    {"instance_disabled", Unauthenticated},
+	ReasonNotYetValid:         {"not_yet_valid", Unauthenticated},
+	ReasonExpired:             {"expired", Unauthenticated},
+	ReasonGenerationEnded:     {"generation_ended", Unauthenticated},
+	ReasonIdle:                {"idle", Unauthenticated},
+	ReasonInvalidRequest:      {"invalid_request", Invalid},
+	ReasonWrongInstance:       {"wrong_instance", Forbidden},
+	ReasonWrongAgent:          {"wrong_agent", Forbidden},
+	ReasonAgentRequired:       {"agent_required", Forbidden},
+	ReasonWrongEnvironment:    {"wrong_environment", Forbidden},
+	ReasonMissingScope:        {"missing_scope", Forbidden},
+	ReasonAddress:             {"address", Forbidden},
+	ReasonLimitInstance:       {"limit_instance", Limited},
+	ReasonLimitBurst:          {"limit_burst", Limited},
+	ReasonKey:                 {"key", Allowed},
+}
+
+func (r Reason) String() string { return reasons[r].name }
+
+// Outcome is what the caller learns of a reason.
+func (r Reason) Outcome() Outcome { return reasons[r].outcome }
+
+// Reasons lists every reason a decision can have.
+func Reasons() []Reason {
+	list := make([]Reason, 0, reasonCount-1)
+	for r := ReasonNone + 1; r < reasonCount; r++ {
+		list = append(list, r)
+	}
+	return list
+}
+
+// limitReasons says which reason the refusal of a class of limits is.
+var limitReasons = map[limits.Class]Reason{
+	limits.ClassInstance: ReasonLimitInstance,
+	limits.ClassBurst:    ReasonLimitBurst,
+}
+
+// An ID names one decision, in answers, logs and metadata. It is random, not secret.
+type ID [16]byte
+
+func newID() (id ID) {
+	for i := range 2 {
+		r := rand.Uint64()
+		for j := range 8 {
+			id[8*i+j] = byte(r >> (8 * j))
+		}
+	}
+	return id
+}
+
+// Append appends the id as 32 hexadecimal digits.
+func (id ID) Append(dst []byte) []byte { return hex.AppendEncode(dst, id[:]) }
+
+func (id ID) String() string { return hex.EncodeToString(id[:]) }
+
+// A Decision is the answer to a request, and everything that an adapter needs to say it. It borrows
+// from the request that it answers.
+type Decision struct {
+	ID     ID
+	Reason Reason
+
+	// Key is the caller's key as soon as it is known, for denials too; nil otherwise. On an allowed
+	// request it is the identity to hand on; nil then means a caller without identity.
+	Key *apikey.Key
+	// Scopes are the rights in force: the key's, capped by the policy. Set when allowed with a key.
+	Scopes apikey.Scopes
+
+	// CredentialSent says that the request carried something meant as one of our secrets.
+	CredentialSent bool
+	// InAuthorization and InQuery say where else than in our own headers, which never reach an upstream,
+	// a secret of ours stands. It has to be removed from there.
+	InAuthorization, InQuery bool
+
+	MissingScope apikey.Scope  // with ReasonMissingScope
+	Limit        limits.Class  // with Limited
+	Rate         limits.Rate   // the rate that refuses
+	RetryAfter   time.Duration // with Limited; above 0
+}
+
+// Outcome is what the caller learns.
+func (d *Decision) Outcome() Outcome { return d.Reason.Outcome() }

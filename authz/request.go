@@ -1,0 +1,110 @@
+package authz
+
+import (
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+)
+
+// A Request is what a decision needs to know of an HTTP request. Its strings may borrow from the
+// adapter's buffers until the answer is written. It carries secrets, so it does not print.
+//
+// Requests can be used again: Reset keeps their buffers.
+type Request struct {
+	Method, Host string
+	Path         string // with its query, as it came over the wire
+	Peer         string // address of the connection's other end, without port
+	// Headers are those that Authorizer.HeaderNames names, in lower case, each occurrence by itself or
+	// several joined by commas, in their order.
+	Headers []Pair
+	// Extensions are what the route's configuration in Envoy says about the request.
+	Extensions []Pair
+
+	match   match
+	scratch []byte
+}
+
+// A Pair is a name and a value.
+type Pair struct{ Name, Value string }
+
+// Reset empties the request for another use.
+func (r *Request) Reset() {
+	clear(r.Headers)
+	clear(r.Extensions)
+	clear(r.scratch)
+	*r = Request{Headers: r.Headers[:0], Extensions: r.Extensions[:0], scratch: r.scratch[:0]}
+}
+
+// Format shows nothing that could be a secret.
+func (r *Request) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[request]") }
+
+// header returns the one value of a header without the white space around it. n counts occurrences.
+func (r *Request) header(name string) (value string, n int) {
+	for _, h := range r.Headers {
+		if h.Name == name {
+			value = trimSpace(h.Value)
+			n++
+		}
+	}
+	return value, n
+}
+
+// trimSpace trims what HTTP calls optional white space.
+func trimSpace(s string) string { return strings.Trim(s, " \t") }
+
+// ClientAddress says which address counts as the client's.
+type ClientAddress string
+
+// Where a client's address is read. Anything but the peer is only as good as the proxies before us.
+const (
+	ClientPeer     ClientAddress = "peer"                     // the connection's other end
+	ClientExternal ClientAddress = "x-envoy-external-address" // set by an Envoy edge
+	ClientXFF      ClientAddress = "xff"                      // x-forwarded-for, past the trusted hops
+)
+
+// clientAddr returns the client's address, unmapped and without zone. Where the configured source says
+// nothing that can be trusted it is the peer's; the zero Addr if that is no IP address either.
+func (r *Request) clientAddr(from ClientAddress, trustedHops int) netip.Addr {
+	switch from {
+	case ClientExternal:
+		if v, n := r.header("x-envoy-external-address"); n == 1 {
+			if a, err := netip.ParseAddr(v); err == nil {
+				return plainAddr(a)
+			}
+		}
+	case ClientXFF:
+		if a, ok := r.forwardedFor(trustedHops); ok {
+			return a
+		}
+	}
+	a, err := netip.ParseAddr(r.Peer)
+	if err != nil {
+		return netip.Addr{}
+	}
+	return plainAddr(a)
+}
+
+// forwardedFor reads the address that stands trustedHops before the end of all X-Forwarded-For
+// values: Envoy appended the last one itself, every trusted proxy before it one more. What stands
+// further left is the client's own word.
+func (r *Request) forwardedFor(trustedHops int) (netip.Addr, bool) {
+	for i := len(r.Headers) - 1; i >= 0; i-- {
+		if r.Headers[i].Name != "x-forwarded-for" {
+			continue
+		}
+		for rest := r.Headers[i].Value; rest != ""; {
+			at := strings.LastIndexByte(rest, ',')
+			last := trimSpace(rest[at+1:])
+			if trustedHops == 0 {
+				a, err := netip.ParseAddr(last)
+				return plainAddr(a), err == nil
+			}
+			trustedHops--
+			rest = rest[:max(at, 0)]
+		}
+	}
+	return netip.Addr{}, false
+}
+
+func plainAddr(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }

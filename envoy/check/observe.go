@@ -1,0 +1,132 @@
+package check
+
+import (
+	"log/slog"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"keyward/authz"
+)
+
+// metrics counts decisions. Never a label per key.
+type metrics struct {
+	byReason  []prometheus.Counter
+	failures  prometheus.Counter
+	panics    prometheus.Counter
+	malformed prometheus.Counter
+	seconds   prometheus.Histogram
+}
+
+func newMetrics(reg prometheus.Registerer) *metrics {
+	decisions := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "keyward_decisions_total",
+		Help: "Decisions by outcome and reason.",
+	}, []string{"outcome", "reason"})
+	m := &metrics{
+		failures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "keyward_undecided_total",
+			Help: "Checks that could not be decided: an outage, or too much at once.",
+		}),
+		panics: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "keyward_check_panics_total",
+			Help: "Checks that met a fault of keyward's own. The log has the stack.",
+		}),
+		malformed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "keyward_check_malformed_total",
+			Help: "Checks without attributes, or for something that is not HTTP.",
+		}),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "keyward_check_duration_seconds",
+			Help:    "Time from a Check's arrival in the handler to its decision.",
+			Buckets: []float64{1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 0.5, 2.5},
+		}),
+		byReason: make([]prometheus.Counter, len(authz.Reasons())+1),
+	}
+	for _, r := range authz.Reasons() {
+		m.byReason[r] = decisions.WithLabelValues(r.Outcome().String(), r.String())
+	}
+	reg.MustRegister(decisions, m.failures, m.panics, m.malformed, m.seconds)
+	return m
+}
+
+func (m *metrics) decided(d *authz.Decision, took time.Duration) {
+	m.byReason[d.Reason].Inc()
+	m.seconds.Observe(took.Seconds())
+}
+
+func (m *metrics) failed(took time.Duration) {
+	m.failures.Inc()
+	m.seconds.Observe(took.Seconds())
+}
+
+// decisionLog writes a sample of decisions: the first so many of each second.
+type decisionLog struct {
+	log       *slog.Logger
+	perSecond int64
+	second    atomic.Int64 // Unix time of the second that written and skipped belong to
+	written   atomic.Int64
+	skipped   atomic.Int64 // since the last line
+}
+
+func newDecisionLog(log *slog.Logger, perSecond int) *decisionLog {
+	return &decisionLog{log: log, perSecond: int64(perSecond)}
+}
+
+// sampled reports whether one more line may be written now, and how many were left out before it.
+func (l *decisionLog) sampled() (skipped int64, ok bool) {
+	if l.perSecond <= 0 {
+		return 0, false
+	}
+	now := time.Now().Unix()
+	if last := l.second.Load(); last != now && l.second.CompareAndSwap(last, now) {
+		l.written.Store(0)
+	}
+	if l.written.Add(1) > l.perSecond {
+		l.skipped.Add(1)
+		return 0, false
+	}
+	return l.skipped.Swap(0), true
+}
+
+func (l *decisionLog) decided(r *authz.Request, d *authz.Decision, took time.Duration) {
+	skipped, ok := l.sampled()
+	if !ok {
+		return
+	}
+	l.log.Info("decision", append(describe(r, d), slog.Duration("took", took), slog.Int64("skipped", skipped))...)
+}
+
+func (l *decisionLog) failed(r *authz.Request, d *authz.Decision, err error) {
+	if !isUndecided(err) {
+		l.log.Error("decision failed", append(describe(r, d), slog.Any("error", err))...)
+		return
+	}
+	if skipped, ok := l.sampled(); ok {
+		l.log.Warn("could not decide", append(describe(r, d), slog.Any("error", err), slog.Int64("skipped", skipped))...)
+	}
+}
+
+func (l *decisionLog) panicked(p any) {
+	what, stack := describePanic(p)
+	l.log.Error("panic in a Check: please report it", "what", what, "stack", stack)
+}
+
+// describe tells a decision without anything that could be a secret: no query, no header.
+func describe(r *authz.Request, d *authz.Decision) []any {
+	path, _, _ := strings.Cut(r.Path, "?")
+	attrs := []any{
+		slog.String("decisionId", d.ID.String()),
+		slog.String("outcome", d.Outcome().String()),
+		slog.String("reason", d.Reason.String()),
+		slog.String("method", cut(r.Method, 32)),
+		slog.String("path", cut(path, 256)),
+		slog.String("peer", r.Peer),
+	}
+	if d.Key != nil {
+		attrs = append(attrs, slog.String("keyId", d.Key.ID.String()), slog.String("instance", d.Key.InstanceID))
+	}
+	return attrs
+}

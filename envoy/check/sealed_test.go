@@ -1,0 +1,38 @@
+package check
+
+import (
+	"testing"
+
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc/codes"
+)
+
+// TestHalfAnswersDoNotLeave: to Envoy an empty response is an allow.
+func TestHalfAnswersDoNotLeave(t *testing.T) {
+	allow, deny := &status.Status{}, &status.Status{Code: int32(codes.PermissionDenied)}
+	ok := &authv3.CheckResponse_OkResponse{OkResponse: &authv3.OkHttpResponse{}}
+	denied := &authv3.CheckResponse_DeniedResponse{DeniedResponse: &authv3.DeniedHttpResponse{}}
+	failed := &authv3.CheckResponse_ErrorResponse{ErrorResponse: &authv3.DeniedHttpResponse{}}
+	for name, tt := range map[string]struct {
+		answer *authv3.CheckResponse
+		leaves bool
+	}{
+		"nothing":                {nil, false},
+		"empty":                  {&authv3.CheckResponse{}, false},
+		"status alone":           {&authv3.CheckResponse{Status: allow}, false},
+		"denial without status":  {&authv3.CheckResponse{HttpResponse: denied}, false},
+		"denial with an allow's": {&authv3.CheckResponse{Status: allow, HttpResponse: denied}, false},
+		"error with an allow's":  {&authv3.CheckResponse{Status: allow, HttpResponse: failed}, false},
+		"allow with a denial's":  {&authv3.CheckResponse{Status: deny, HttpResponse: ok}, false},
+		"refusal alone":          {&authv3.CheckResponse{Status: deny}, false},
+		"allow":                  {&authv3.CheckResponse{Status: allow, HttpResponse: ok}, true},
+		"denial":                 {&authv3.CheckResponse{Status: deny, HttpResponse: denied}, true},
+		"error":                  {&authv3.CheckResponse{Status: deny, HttpResponse: failed}, true},
+	} {
+		out, err := sealed(tt.answer, nil)
+		if left := err == nil && out != nil; left != tt.leaves {
+			t.Errorf("%s: left %v, want %v", name, left, tt.leaves)
+		}
+	}
+}
