@@ -191,6 +191,9 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 	found := rules.Credentials.find(r, query)
 	d.CredentialSent, d.InAuthorization, d.InQuery = found.sent, found.inAuthorization, found.inQuery
 	switch {
+	case found.unremovable:
+		d.Reason = ReasonInvalidRequest
+		return nil
 	case rules.AllowCORS && isPreflight(r):
 		d.Reason = ReasonPreflight
 		return nil

@@ -31,6 +31,7 @@ type credential struct {
 	ambiguous       bool // and cannot be taken as one
 	inAuthorization bool
 	inQuery         bool
+	unremovable     bool // it stands where Envoy cannot take it away
 }
 
 // find collects the secret from all places. Equal secrets in two places are one; different ones, a
@@ -51,6 +52,7 @@ func (c *Credentials) find(r *Request, query string) (found credential) {
 		value, n, ok := queryValue(query, c.QueryParameter)
 		if n > 0 {
 			found.inQuery = true
+			found.unremovable = escapedParameter(query, c.QueryParameter)
 		}
 		if n > 1 || !ok {
 			found.sent, found.ambiguous = true, true
@@ -106,4 +108,17 @@ func (c *credential) add(secret string) {
 		c.ambiguous = true
 	}
 	c.sent, c.secret = true, secret
+}
+
+// escapedParameter reports whether a parameter stands in the query under another spelling of its name,
+// such as api%5Fkey. Upstreams read it all the same, and Envoy removes parameters by their literal name.
+func escapedParameter(query, name string) bool {
+	for rest, more := query, query != ""; more; {
+		var pair string
+		pair, rest, more = strings.Cut(rest, "&")
+		if key, _, _ := strings.Cut(pair, "="); key != name && spells(key, name) {
+			return true
+		}
+	}
+	return false
 }

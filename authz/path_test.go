@@ -74,6 +74,7 @@ func TestGoodPathIsDecodedOnce(t *testing.T) {
 		{"/%F0%9F%94%91", "/🔑", ""},
 		{"/a%20b/%3A%3a%40%3F%3f%23%7B%7d?c%20d", "/a b/::@??#{}", "c%20d"},
 		{"/a+b", "/a+b", ""},
+		{"/c0%80/%C3c0%ae", "/c0\x80/\xc3c0\xae", ""}, // not overlong: C0 is text here
 		{"/%20/", "/ ", ""},
 	} {
 		path, query, _, ok := judgePath(nil, c.target)

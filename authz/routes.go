@@ -157,7 +157,7 @@ func isRuleHost(host string) bool {
 		a, err := netip.ParseAddr(strings.TrimSuffix(address, "]"))
 		return err == nil && a.Is6() && strings.HasSuffix(address, "]")
 	}
-	if host == "." || strings.Contains(host, "..") { // an empty name would be any host
+	if host == "." { // clean, it would be any host
 		return false
 	}
 	for i := range len(host) {

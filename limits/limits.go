@@ -40,7 +40,8 @@ type RateDemand struct {
 }
 
 // A Demand is everything that one request must pass. The caller owns it and may use it again after
-// the answer.
+// the answer. It names a cell once at most: what passes a limit twice is a mistake of whoever made the
+// demand, and is not decided.
 type Demand struct {
 	Rates []RateDemand
 }
@@ -56,7 +57,8 @@ type Decision struct {
 // A Limiter holds the state of limits and decides demands. The clock is its own. Safe for concurrent use.
 type Limiter interface {
 	// Take decides a demand; it may block until ctx is done.
-	// Errors: apikey.ErrUndecided if it cannot decide. An error has spent nothing.
+	// Errors: apikey.ErrUndecided if it cannot decide, and for a demand that names a cell twice. An
+	// error has spent nothing.
 	Take(ctx context.Context, d *Demand) (Decision, error)
 	// TryTake is the part of Take that never blocks. ok is false if only Take can decide; nothing has
 	// been spent then.

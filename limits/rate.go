@@ -34,10 +34,12 @@ func (r Rate) IsZero() bool { return r.Interval == 0 }
 
 // Take spends one request from the bucket that will next be full at time full, in nanoseconds on the
 // limiter's clock, and returns when it will be full after that. Where there is no room it returns full
-// as it counts now and how long to wait for room; above 0 means refused.
+// as it counts now and how long to wait for room; above 0 means refused. Zero as full is a bucket never
+// used; now is from 0, and has more than a century to run.
 //
 // This is GCRA in integers. A bucket further from full than the burst reaches, because the limit was
-// lowered since, counts as just empty.
+// lowered since, counts as just empty. That is why a refusal returns full as well, and why the limiter
+// keeps it: otherwise the bucket would be just empty again after the wait it was told.
 func (r Rate) Take(full, now int64) (next int64, retryIn time.Duration) {
 	interval := int64(r.Interval)
 	full = min(max(full, now), now+r.Burst*interval)

@@ -36,9 +36,11 @@ func (d Digest) String() string { return hex.EncodeToString(d[:4]) + "…" }
 // Safe for concurrent use.
 type Pepper struct {
 	version uint32
-	key     *[32]byte // a pointer for the same reason as in Secret
-	dev     bool
-	macs    sync.Pool // of *mac
+	// key is 32 bytes. A pointer to a string for the same reason as in Secret: a pointer to an array is
+	// followed by fmt where the verb does not fit.
+	key  *string
+	dev  bool
+	macs sync.Pool // of *mac
 }
 
 // A mac is a keyed hash with room for its input and output, so that a digest allocates nothing.
@@ -50,9 +52,10 @@ type mac struct {
 
 // NewPepper makes a random pepper. One made for development is marked, and serve refuses it.
 func NewPepper(version uint32, dev bool) *Pepper {
-	p := &Pepper{version: version, key: new([32]byte), dev: dev}
-	_, _ = rand.Read(p.key[:])
-	return p
+	var random [32]byte
+	_, _ = rand.Read(random[:])
+	key := string(random[:])
+	return &Pepper{version: version, key: &key, dev: dev}
 }
 
 // Version says which pepper a digest was made with; from 1.
@@ -71,13 +74,15 @@ func (p *Pepper) GoString() string { return p.String() }
 func (p *Pepper) Digest(secret string) Digest {
 	m, _ := p.macs.Get().(*mac)
 	if m == nil {
-		m = &mac{hash: hmac.New(sha256.New, p.key[:])}
+		m = &mac{hash: hmac.New(sha256.New, []byte(*p.key))}
+		m.hash.Reset() // the state that every later Reset goes back to, from before any secret
 	}
 	m.in = append(m.in[:0], secret...)
-	m.hash.Reset()
 	_, _ = m.hash.Write(m.in) // a hash never fails
 	d := Digest(m.hash.Sum(m.sum[:0]))
-	clear(m.in) // the pool outlives the request, the secret should not
+	// The pool outlives the request, the secret should not: the hash keeps its last block until Reset.
+	clear(m.in)
+	m.hash.Reset()
 	p.macs.Put(m)
 	return d
 }
@@ -85,7 +90,7 @@ func (p *Pepper) Digest(secret string) Digest {
 // Derive returns 32 bytes for another purpose: HKDF-SHA-256(pepper, label). The same pepper and label
 // give the same bytes; different labels are independent.
 func (p *Pepper) Derive(label string) [32]byte {
-	b, err := hkdf.Expand(sha256.New, p.key[:], "keyward "+label, 32)
+	b, err := hkdf.Expand(sha256.New, []byte(*p.key), "keyward "+label, 32)
 	if err != nil {
 		panic(err) // only for lengths above 255 hashes
 	}
@@ -135,7 +140,7 @@ func MarshalPepper(p *Pepper) []byte {
 	if p.dev {
 		b.WriteString("for: development\n")
 	}
-	fmt.Fprintf(&b, "key: %s\n", base64.StdEncoding.EncodeToString(p.key[:]))
+	fmt.Fprintf(&b, "key: %s\n", base64.StdEncoding.EncodeToString([]byte(*p.key)))
 	return []byte(b.String())
 }
 
@@ -146,8 +151,13 @@ func ParsePepper(text []byte) (*Pepper, error) {
 		return nil, errors.New("not a pepper file: its first line must be \"" + pepperHeader + "\"; keyward pepper new makes one")
 	}
 	p := &Pepper{}
+	seen := make(map[string]bool)
 	for lines.Scan() {
 		field, value, ok := strings.Cut(lines.Text(), ": ")
+		if ok && seen[field] {
+			return nil, errors.New("pepper file: version, for or key is there twice")
+		}
+		seen[field] = true
 		switch {
 		case lines.Text() == "":
 		case ok && field == "version":
@@ -159,14 +169,18 @@ func ParsePepper(text []byte) (*Pepper, error) {
 		case ok && field == "for" && value == "development":
 			p.dev = true
 		case ok && field == "key":
-			key, err := base64.StdEncoding.DecodeString(value)
-			if err != nil || len(key) != 32 {
+			decoded, err := base64.StdEncoding.DecodeString(value)
+			if err != nil || len(decoded) != 32 {
 				return nil, errors.New("pepper file: key is not 32 bytes in base64")
 			}
-			p.key = (*[32]byte)(key)
+			key := string(decoded)
+			p.key = &key
 		default:
 			return nil, errors.New("pepper file: a line that is not version, for or key")
 		}
+	}
+	if lines.Err() != nil {
+		return nil, errors.New("pepper file: a line is too long")
 	}
 	if p.version == 0 || p.key == nil {
 		return nil, errors.New("pepper file: version or key is missing")

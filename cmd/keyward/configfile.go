@@ -1,0 +1,291 @@
+package main
+
+import (
+	"bytes"
+	"encoding"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"unicode"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// envPrefix begins the name of every environment variable that sets a field.
+const envPrefix = "KEYWARD_"
+
+// clientEnv are the variables of the commands that call a server; they are no configuration of one.
+var clientEnv = []string{"KEYWARD_SERVER", "KEYWARD_TOKEN_FILE"}
+
+// loadConfig reads defaults, then the file ("" for none, "-" for stdin), then the environment, then
+// settings of the form path=value, and reports every fault at once.
+func loadConfig(file string, stdin io.Reader, environ, settings []string) (*Config, error) {
+	cfg := defaultConfig()
+	var faults []error
+	if file != "" {
+		text, err := readConfigFile(file, stdin)
+		if err != nil {
+			return nil, err
+		}
+		if err := decodeYAML(text, &cfg); err != nil {
+			faults = append(faults, fmt.Errorf("%s:\n%w", file, err))
+		}
+	}
+	fields := map[string]reflect.Value{}
+	collectFields(reflect.ValueOf(&cfg).Elem(), "", fields)
+	for _, entry := range environ {
+		name, value, _ := strings.Cut(entry, "=")
+		if !strings.HasPrefix(name, envPrefix) || slices.Contains(clientEnv, name) {
+			continue
+		}
+		path, ok := pathOfEnv(name, fields)
+		if !ok {
+			faults = append(faults, fmt.Errorf("environment: %s sets nothing%s", name, didYouMean(name, envNames(fields))))
+			continue
+		}
+		if err := setField(fields[path], value); err != nil {
+			faults = append(faults, fmt.Errorf("environment: %s: %w", name, err))
+		}
+	}
+	for _, setting := range settings {
+		path, value, ok := strings.Cut(setting, "=")
+		if !ok {
+			faults = append(faults, errors.New("--set: must be path=value, such as log.level=debug"))
+			continue
+		}
+		field, known := fields[path]
+		if !known {
+			faults = append(faults, fmt.Errorf("--set: there is no field %q%s", path, didYouMean(path, keys(fields))))
+			continue
+		}
+		if err := setField(field, value); err != nil {
+			faults = append(faults, fmt.Errorf("--set: %s: %w", path, err))
+		}
+	}
+	if len(faults) == 0 {
+		// Only a configuration that could be read is worth judging.
+		if err := cfg.validate(); err != nil {
+			faults = append(faults, err)
+		}
+	}
+	if err := errors.Join(faults...); err != nil {
+		return nil, usageError{fmt.Errorf("configuration:\n%w", err)}
+	}
+	return &cfg, nil
+}
+
+const maxConfigFile = 4 << 20 // bytes
+
+func readConfigFile(file string, stdin io.Reader) ([]byte, error) {
+	in := stdin
+	if file != "-" {
+		f, err := os.Open(file)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("configuration: %w", err)}
+		}
+		defer f.Close()
+		in = f
+	}
+	text, err := io.ReadAll(io.LimitReader(in, maxConfigFile+1))
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	if len(text) > maxConfigFile {
+		return nil, usageError{fmt.Errorf("configuration: %s is larger than 4 MiB", file)}
+	}
+	return text, nil
+}
+
+// decodeYAML decodes one document and reports unknown fields with their line and the nearest name.
+func decodeYAML(text []byte, into any) error {
+	var root yaml.Node
+	decoder := yaml.NewDecoder(bytes.NewReader(text))
+	if err := decoder.Decode(&root); err != nil {
+		if errors.Is(err, io.EOF) {
+			return nil // an empty file says nothing
+		}
+		return err
+	}
+	if err := decoder.Decode(&yaml.Node{}); !errors.Is(err, io.EOF) {
+		return errors.New("holds more than one YAML document")
+	}
+	var faults []error
+	findUnknown(root.Content[0], reflect.TypeOf(into).Elem(), &faults)
+	if err := root.Decode(into); err != nil {
+		if bad, ok := errors.AsType[*yaml.TypeError](err); ok {
+			for _, fault := range bad.Errors {
+				faults = append(faults, errors.New(fault))
+			}
+		} else {
+			faults = append(faults, err)
+		}
+	}
+	return errors.Join(faults...)
+}
+
+// findUnknown walks a document beside the type it is for.
+func findUnknown(n *yaml.Node, t reflect.Type, faults *[]error) {
+	if n.Kind == yaml.AliasNode {
+		*faults = append(*faults, fmt.Errorf("line %d: aliases are not used here: write the value again", n.Line))
+		return
+	}
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	switch {
+	case n.Kind == yaml.MappingNode && t.Kind() == reflect.Struct:
+		seen := map[string]bool{}
+		for i := 0; i < len(n.Content); i += 2 {
+			name := n.Content[i].Value
+			if seen[name] {
+				*faults = append(*faults, fmt.Errorf("line %d: %s is set twice", n.Content[i].Line, name))
+			}
+			seen[name] = true
+			names := map[string]reflect.Type{}
+			for field := range t.Fields() {
+				names[field.Tag.Get("yaml")] = field.Type
+			}
+			fieldType, ok := names[name]
+			if !ok {
+				*faults = append(*faults, fmt.Errorf("line %d: there is no field %q here%s", n.Content[i].Line, name, didYouMean(name, keys(names))))
+				continue
+			}
+			findUnknown(n.Content[i+1], fieldType, faults)
+		}
+	case n.Kind == yaml.SequenceNode && t.Kind() == reflect.Slice:
+		for _, item := range n.Content {
+			findUnknown(item, t.Elem(), faults)
+		}
+	}
+}
+
+// collectFields lists the scalar fields of a struct by their path, such as listen.check.address. Lists
+// are set in the file only.
+func collectFields(v reflect.Value, path string, into map[string]reflect.Value) {
+	for field, value := range v.Fields() {
+		name := strings.TrimPrefix(path+"."+field.Tag.Get("yaml"), ".")
+		switch {
+		case value.Kind() == reflect.Struct:
+			collectFields(value, name, into)
+		case value.Kind() != reflect.Slice:
+			into[name] = value
+		}
+	}
+}
+
+func setField(field reflect.Value, value string) error {
+	if field.Kind() == reflect.Pointer {
+		field.Set(reflect.New(field.Type().Elem()))
+		field = field.Elem()
+	}
+	if text, ok := field.Addr().Interface().(encoding.TextUnmarshaler); ok {
+		return text.UnmarshalText([]byte(value))
+	}
+	if field.Kind() == reflect.String {
+		field.SetString(value)
+		return nil
+	}
+	if err := yaml.Unmarshal([]byte(value), field.Addr().Interface()); err != nil {
+		return fmt.Errorf("is not a value of type %s", field.Kind())
+	}
+	return nil
+}
+
+// envName is the environment variable of a path: KEYWARD_LISTEN_CHECK_TLS_CERT_FILE for
+// listen.check.tls.certFile.
+func envName(path string) string {
+	var b strings.Builder
+	b.WriteString(envPrefix)
+	wasLower := false
+	for _, c := range path {
+		if c == '.' {
+			b.WriteByte('_')
+			wasLower = false
+			continue
+		}
+		// CA in clientCAFile is one word of its own and File the next.
+		if unicode.IsUpper(c) && wasLower {
+			b.WriteByte('_')
+		}
+		wasLower = unicode.IsLower(c)
+		b.WriteRune(unicode.ToUpper(c))
+	}
+	return strings.Replace(b.String(), "CAFILE", "CA_FILE", 1)
+}
+
+func envNames(fields map[string]reflect.Value) []string {
+	var names []string
+	for path := range fields {
+		names = append(names, envName(path))
+	}
+	return names
+}
+
+func pathOfEnv(name string, fields map[string]reflect.Value) (string, bool) {
+	for path := range fields {
+		if envName(path) == name {
+			return path, true
+		}
+	}
+	return "", false
+}
+
+func keys[V any](m map[string]V) []string {
+	var names []string
+	for name := range m {
+		names = append(names, name)
+	}
+	return names
+}
+
+// didYouMean names the candidate nearest to what was written, if one is near enough to be meant.
+func didYouMean(written string, candidates []string) string {
+	slices.Sort(candidates)
+	best, bestDistance := "", 1+len(written)/3
+	for _, c := range candidates {
+		if d := editDistance(strings.ToLower(written), strings.ToLower(c)); d <= bestDistance && (best == "" || d < bestDistance) {
+			best, bestDistance = c, d
+		}
+	}
+	if best == "" {
+		return ""
+	}
+	return fmt.Sprintf("; did you mean %q?", best)
+}
+
+// editDistance counts the insertions, deletions and substitutions between two words.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			substitute := diagonal
+			if a[i] != b[j] {
+				substitute++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(substitute, row[j]+1, diagonal+1)
+		}
+	}
+	return row[len(b)]
+}
+
+// A strList is a list of strings that may be written as one string where it has one element.
+type strList []string
+
+// UnmarshalYAML reads a string or a list of strings.
+func (l *strList) UnmarshalYAML(n *yaml.Node) error {
+	if n.Kind == yaml.ScalarNode && n.Tag != "!!null" {
+		*l = strList{n.Value}
+		return nil
+	}
+	return n.Decode((*[]string)(l))
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"keyward/authz/apikey"
+	"keyward/authz/manage"
+)
+
+// The exit codes, for scripts.
+const (
+	exitOK          = 0
+	exitError       = 1
+	exitUsage       = 2 // a wrong command line or configuration
+	exitAuth        = 3 // no right to do this
+	exitNotFound    = 4
+	exitConflict    = 5
+	exitUnavailable = 6 // rate limited, or not to be reached
+	exitInterrupted = 130
+)
+
+// A usageError is a fault in what the user wrote.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// errInterrupted ends a command that the user stopped.
+var errInterrupted = errors.New("interrupted")
+
+// An app is one run of the program: where it reads and writes, and the flags that many commands share.
+type app struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	environ        []string
+
+	output     string
+	quiet      bool
+	server     string
+	tokenFile  string
+	offline    bool
+	configFile string
+	settings   []string
+	yes        bool
+}
+
+// run is the program. It returns the exit code.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: os.Environ()}
+	root := a.root()
+	root.SetArgs(args)
+	root.SetIn(stdin)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+
+	// The first signal ends politely, the second at once.
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop)
+
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	if !errors.Is(err, errInterrupted) {
+		fmt.Fprintln(stderr, "error:", err)
+		if hint := hintFor(err); hint != "" {
+			fmt.Fprintln(stderr, "hint:", hint)
+		}
+	}
+	return exitCode(err)
+}
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "keyward",
+		Short: "API keys and their limits, at Envoy",
+		Long: "Keyward issues API keys, checks them on every request that Envoy asks about, limits what each may use,\n" +
+			"and ends them. keyward dev shows all of it in one terminal.",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          cobra.NoArgs,
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.AddCommand(
+		a.serveCommand(), a.devCommand(),
+		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.pepperCommand(),
+		a.envoyCommand(), a.configCommand(), a.versionCommand(),
+	)
+	markUsage(root)
+	return root
+}
+
+// markUsage makes wrong arguments what they are to scripts: a fault in the command line.
+func markUsage(c *cobra.Command) {
+	if check := c.Args; check != nil {
+		c.Args = func(cmd *cobra.Command, args []string) error {
+			if err := check(cmd, args); err != nil {
+				return usageError{fmt.Errorf("%s: %w", cmd.CommandPath(), err)}
+			}
+			return nil
+		}
+	}
+	for _, child := range c.Commands() {
+		markUsage(child)
+	}
+}
+
+func exitCode(err error) int {
+	if errors.Is(err, errInterrupted) {
+		return exitInterrupted
+	}
+	if _, ok := errors.AsType[usageError](err); ok {
+		return exitUsage
+	}
+	if answer, ok := errors.AsType[*manage.Error](err); ok {
+		switch answer.Status {
+		case http.StatusUnauthorized, http.StatusForbidden:
+			return exitAuth
+		case http.StatusNotFound:
+			return exitNotFound
+		case http.StatusConflict, http.StatusPreconditionFailed:
+			return exitConflict
+		case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+			return exitUnavailable
+		case http.StatusBadRequest:
+			return exitUsage
+		}
+		return exitError
+	}
+	if errors.Is(err, errUnreachable) || errors.Is(err, apikey.ErrUndecided) {
+		return exitUnavailable
+	}
+	return exitError
+}
+
+// errUnreachable: no server answered.
+var errUnreachable = errors.New("no keyward answers")
+
+func hintFor(err error) string {
+	if answer, ok := errors.AsType[*manage.Error](err); ok {
+		var hints []string
+		if answer.Status == http.StatusUnauthorized {
+			hints = append(hints, "name a file with a good management token by --token-file or KEYWARD_TOKEN_FILE; one is made by keyward tokens create --offline")
+		}
+		if answer.RequestID != "" {
+			hints = append(hints, "the server's log knows this call as "+answer.RequestID)
+		}
+		return strings.Join(hints, "; ")
+	}
+	if errors.Is(err, errUnreachable) {
+		return "start it with keyward serve or keyward dev, or name another by --server or KEYWARD_SERVER"
+	}
+	return ""
+}
+
+// environment returns the value of a variable, "" if it is not set.
+func (a *app) environment(name string) string {
+	for _, entry := range a.environ {
+		if value, ok := strings.CutPrefix(entry, name+"="); ok {
+			return value
+		}
+	}
+	return ""
+}
+
+// configFlags are those of every command that reads a server's configuration.
+func (a *app) configFlags(c *cobra.Command) {
+	c.Flags().StringVar(&a.configFile, "config", "", "configuration file; - for standard input")
+	c.Flags().StringArrayVar(&a.settings, "set", nil, "set one field, such as log.level=debug; wins over file and environment")
+}
+
+func (a *app) config() (*Config, error) {
+	return loadConfig(a.configFile, a.stdin, a.environ, a.settings)
+}

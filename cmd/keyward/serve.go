@@ -1,0 +1,457 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"os"
+	"path/filepath"
+	"reflect"
+	"sync/atomic"
+	"time"
+
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	"keyward/authz"
+	"keyward/authz/admin"
+	"keyward/authz/apikey"
+	"keyward/authz/manage"
+	"keyward/authz/store/sqlite"
+	"keyward/authz/usage"
+	"keyward/cache"
+	"keyward/envoy/check"
+	"keyward/limits/local"
+)
+
+const (
+	// drainDelay gives Envoy's health checks (every second) time to see NOT_SERVING before the
+	// listener goes.
+	drainDelay = 2 * time.Second
+	// drainTimeout is how long running calls may take after that.
+	drainTimeout = 10 * time.Second
+	readyTimeout = 30 * time.Second
+	// bootstrapWarning is how often the log says that the first token still lives.
+	bootstrapWarning = 24 * time.Hour
+	// serveActor is who the audit names for what serve does by itself.
+	serveActor = "keyward serve"
+	// adminTokenFile holds the first management token, beside the store.
+	adminTokenFile = "admin.token"
+)
+
+// A service is keyward, running.
+type service struct {
+	cfg        *Config // as at the start
+	live       *Config // as last reloaded; for reload only
+	log        *slog.Logger
+	level      *slog.LevelVar
+	registry   *prometheus.Registry
+	store      *sqlite.Store
+	cache      *cache.Cache
+	authorizer *authz.Authorizer
+	admin      *admin.Service
+	lastUsed   *usage.LastUsed
+	redigester *admin.Redigester
+	health     *health.Server
+	draining   atomic.Bool
+	drainDelay time.Duration
+	serving    chan struct{} // closed when everything is
+	pepper     *apikey.Pepper
+
+	check, manage, metrics net.Listener // nil where not configured
+	reloaders              map[string]*reloader
+	bootstrapMade          bool // this start made the first token
+}
+
+// serviceOptions are what a command knows better than the configuration.
+type serviceOptions struct {
+	allowDevPepper bool
+	drainDelay     time.Duration
+	log            io.Writer
+}
+
+// openService opens everything and binds every listener, so that a fault shows before anything is
+// served. Close it, whether or not it was run.
+func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *service, err error) {
+	s := &service{cfg: cfg, live: cfg, level: new(slog.LevelVar), registry: prometheus.NewRegistry(), drainDelay: opts.drainDelay,
+		serving: make(chan struct{}), reloaders: map[string]*reloader{}}
+	s.level.Set(cfg.logLevel())
+	s.log = newLogger(opts.log, cfg.Log.Format, s.level)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	s.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+
+	peppers, err := readPeppers(cfg.Pepper, opts.allowDevPepper)
+	if err != nil {
+		return nil, err
+	}
+	s.pepper = peppers.Current
+	if s.store, err = sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path}); err != nil {
+		return nil, err
+	}
+	if err := admin.OpenPeppers(ctx, s.store, peppers, serveActor); err != nil {
+		return nil, err
+	}
+	if s.cache, err = cache.New(s.store, cfg.cacheConfig(), s.registry, s.log); err != nil {
+		return nil, err
+	}
+	s.admin = admin.New(s.store, admin.Config{Format: apikey.Format{First: cfg.Credentials.Prefix}, Peppers: peppers}, s.cache, s.log)
+	s.lastUsed = usage.NewLastUsed(s.store, s.log)
+	s.redigester = admin.NewRedigester(s.store, peppers.Current.Version(), s.cache.Learn, s.log)
+
+	decisions, err := cfg.authorizer()
+	if err != nil {
+		return nil, err
+	}
+	facts := keyFacts{Cache: s.cache, store: s.store, lastUsed: s.lastUsed}
+	limiter := local.New(local.Config{}, s.registry)
+	if s.authorizer, err = authz.New(decisions, facts, limiter, peppers, s.lastUsed, s.redigester); err != nil {
+		return nil, err
+	}
+	for _, l := range []struct {
+		name   string
+		config Listener
+		into   *net.Listener
+	}{
+		{"check", cfg.Listen.Check, &s.check},
+		{"manage", cfg.Listen.Manage, &s.manage},
+		{"metrics", cfg.Listen.Metrics, &s.metrics},
+	} {
+		if l.config.Address == "" {
+			continue
+		}
+		if *l.into, err = l.config.listen(ctx); err != nil {
+			return nil, fmt.Errorf("listen.%s: %w", l.name, err)
+		}
+		if !l.config.isLoopback() && !l.config.TLS.enabled() {
+			s.log.Warn("listens beyond this machine without TLS", "listener", l.name, "address", l.config.Address)
+		}
+		if l.config.TLS.enabled() {
+			expiry := prometheus.NewGauge(prometheus.GaugeOpts{
+				Name:        "keyward_tls_certificate_expiry_seconds",
+				Help:        "When the listener's certificate ends, in Unix time.",
+				ConstLabels: prometheus.Labels{"listener": l.name},
+			})
+			s.registry.MustRegister(expiry)
+			if s.reloaders[l.name], err = newReloader(l.config.TLS, s.log, expiry); err != nil {
+				return nil, fmt.Errorf("listen.%s.tls: %w", l.name, err)
+			}
+		}
+	}
+	if s.bootstrapMade, err = s.admin.Bootstrap(ctx, admin.Caller{Name: serveActor, Role: admin.RoleOwner}, s.adminTokenPath()); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *service) adminTokenPath() string {
+	return filepath.Join(filepath.Dir(s.cfg.Store.SQLite.Path), adminTokenFile)
+}
+
+// keyFacts is what the authorizer is told of keys: by the cache, and by the store about last uses.
+type keyFacts struct {
+	*cache.Cache
+	store    *sqlite.Store
+	lastUsed *usage.LastUsed
+}
+
+// LastUsed returns the later of what is written and what waits to be.
+func (f keyFacts) LastUsed(ctx context.Context, id apikey.ID) (time.Time, error) {
+	written, err := f.store.LastUsed(ctx, id)
+	if err != nil {
+		return time.Time{}, err
+	}
+	if pending := f.lastUsed.Pending(id); pending.After(written) {
+		return pending, nil
+	}
+	return written, nil
+}
+
+// run serves until ctx is done, and then drains: not serving any more, running calls to their end,
+// what was remembered written down.
+func (s *service) run(ctx context.Context) error {
+	// What answers requests lives until the requests have ended, so it has a context of its own.
+	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBehind()
+	group, failed := errgroup.WithContext(behind)
+	group.Go(func() error { return s.cache.Run(behind) })
+	group.Go(func() error { return s.lastUsed.Run(behind) })
+	group.Go(func() error { return s.redigester.Run(behind) })
+	group.Go(func() error { return s.warnOfBootstrap(behind) })
+	for _, r := range s.reloaders {
+		group.Go(func() error { return r.run(behind) })
+	}
+
+	grpcServer, err := s.grpcServer()
+	if err != nil {
+		return err
+	}
+	manageServer := s.httpServer(manage.New(s.admin, manage.Config{
+		Format: apikey.Format{First: s.cfg.Credentials.Prefix}, Pepper: s.pepper, Log: s.log, Version: readVersion().Version,
+	}))
+	metricsServer := s.httpServer(s.metricsHandler())
+	group.Go(func() error { return grpcServer.Serve(s.check) })
+	serveHTTP := func(name string, server *http.Server, l net.Listener) {
+		if l == nil {
+			return
+		}
+		group.Go(func() (err error) {
+			if r := s.reloaders[name]; r != nil {
+				server.TLSConfig = r.server()
+				err = server.ServeTLS(l, "", "")
+			} else {
+				err = server.Serve(l)
+			}
+			if errors.Is(err, http.ErrServerClosed) {
+				return nil
+			}
+			return fmt.Errorf("%s: %w", name, err)
+		})
+	}
+	serveHTTP("manage", manageServer, s.manage)
+	serveHTTP("metrics", metricsServer, s.metrics)
+
+	group.Go(func() error {
+		deadline := time.NewTimer(readyTimeout)
+		defer deadline.Stop()
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for !s.cache.Ready() {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-failed.Done():
+				return nil
+			case <-deadline.C:
+				s.log.Warn("not ready yet: keys are still being loaded")
+			case <-tick.C:
+			}
+		}
+		s.health.Resume()
+		s.log.Info("serving", "check", s.cfg.Listen.Check.Address, "manage", s.cfg.Listen.Manage.Address, "metrics", s.cfg.Listen.Metrics.Address)
+		close(s.serving)
+		return nil
+	})
+
+	select {
+	case <-failed.Done(): // one of them ended by itself
+	case <-ctx.Done():
+	}
+	s.log.Info("draining")
+	s.draining.Store(true)
+	s.health.Shutdown()
+	if s.drainDelay > 0 && failed.Err() == nil {
+		time.Sleep(s.drainDelay)
+	}
+	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+	defer cancel()
+	stopped := make(chan struct{})
+	go func() {
+		grpcServer.GracefulStop()
+		close(stopped)
+	}()
+	select {
+	case <-stopped:
+	case <-deadline.Done():
+		grpcServer.Stop()
+		<-stopped
+	}
+	err = errors.Join(manageServer.Shutdown(deadline), metricsServer.Shutdown(deadline))
+	stopBehind()
+	err = errors.Join(group.Wait(), err)
+	s.log.Info("stopped")
+	return err
+}
+
+// close frees what openService opened.
+func (s *service) close() error {
+	var faults []error
+	for _, l := range []net.Listener{s.check, s.manage, s.metrics} {
+		if l != nil {
+			if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+				faults = append(faults, err)
+			}
+		}
+	}
+	if s.cache != nil {
+		s.cache.Close()
+	}
+	if s.store != nil {
+		faults = append(faults, s.store.Close())
+	}
+	return errors.Join(faults...)
+}
+
+// grpcServer is the server that Envoy calls.
+func (s *service) grpcServer() (*grpc.Server, error) {
+	options := []grpc.ServerOption{
+		// Envoy pings every 10 s, with and without calls; grpc-go's default would hang up on it.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Second, Timeout: time.Second}),
+		grpc.MaxConcurrentStreams(10_000),
+		grpc.MaxRecvMsgSize(256 << 10),
+		grpc.MaxHeaderListSize(64 << 10),
+		grpc.ConnectionTimeout(10 * time.Second),
+	}
+	if r := s.reloaders["check"]; r != nil {
+		options = append(options, grpc.Creds(credentials.NewTLS(r.server())))
+	}
+	server := grpc.NewServer(options...)
+	checks, err := check.New(s.authorizer, s.cfg.checkConfig(), s.registry, s.log)
+	if err != nil {
+		return nil, err
+	}
+	authv3.RegisterAuthorizationServer(server, checks)
+	s.health = health.NewServer()
+	s.health.SetServingStatus(authv3.Authorization_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+	s.health.Shutdown() // until the cache is ready
+	healthpb.RegisterHealthServer(server, s.health)
+	return server, nil
+}
+
+func (s *service) httpServer(handler http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      60 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+	}
+}
+
+func (s *service) metricsHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelError)}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "alive\n") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		switch {
+		case s.draining.Load():
+			http.Error(w, "draining", http.StatusServiceUnavailable)
+		case !s.cache.Ready():
+			http.Error(w, "keys are not loaded, or the store has been away for too long", http.StatusServiceUnavailable)
+		default:
+			_, _ = io.WriteString(w, "ready\n")
+		}
+	})
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	return mux
+}
+
+// warnOfBootstrap reminds the operator every day that the token in a file is still good.
+func (s *service) warnOfBootstrap(ctx context.Context) error {
+	tick := time.NewTicker(bootstrapWarning)
+	defer tick.Stop()
+	for {
+		ends, err := s.admin.BootstrapAlive(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			s.log.Warn("could not look whether the first management token still lives", "error", err)
+		case !ends.IsZero():
+			s.log.Warn("the first management token is still good: make your own with keyward tokens create --role owner, which ends it",
+				"file", s.adminTokenPath(), "ends", ends)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// reload takes over what can change while serving, and says what cannot. One call at a time.
+func (s *service) reload(next *Config) error {
+	decisions, err := next.authorizer()
+	if err != nil {
+		return err
+	}
+	if err := s.authorizer.Configure(decisions); err != nil {
+		return err
+	}
+	s.level.Set(next.logLevel())
+	taken := *s.live
+	taken.Routes, taken.IgnoreCase, taken.DefaultRoute = next.Routes, next.IgnoreCase, next.DefaultRoute
+	taken.CORSPreflight, taken.Client, taken.Log.Level = next.CORSPreflight, next.Client, next.Log.Level
+	taken.Credentials.Headers, taken.Credentials.Bearer, taken.Credentials.Query = next.Credentials.Headers, next.Credentials.Bearer, next.Credentials.Query
+	if !reflect.DeepEqual(&taken, next) {
+		s.log.Warn("some of the changed configuration needs a restart", "takenNow", "routes, ignoreCase, defaultRoute, corsPreflight, client, credentials.headers, credentials.bearer, credentials.query, log.level")
+	}
+	s.live = &taken
+	s.log.Info("configuration reloaded")
+	return nil
+}
+
+func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
+	options := &slog.HandlerOptions{Level: level}
+	if format == "text" {
+		return slog.New(slog.NewTextHandler(w, options))
+	}
+	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+// readPeppers reads the pepper files and refuses what anybody else can read.
+func readPeppers(files PepperFiles, allowDev bool) (apikey.Peppers, error) {
+	var peppers apikey.Peppers
+	for _, f := range []struct {
+		field, path string
+		into        **apikey.Pepper
+	}{
+		{"pepper.file", files.File, &peppers.Current},
+		{"pepper.previousFile", files.PreviousFile, &peppers.Previous},
+	} {
+		if f.path == "" {
+			continue
+		}
+		text, err := readPrivate(f.path)
+		if err != nil {
+			return peppers, fmt.Errorf("%s: %w", f.field, err)
+		}
+		if *f.into, err = apikey.ParsePepper(text); err != nil {
+			return peppers, fmt.Errorf("%s: %s: %w", f.field, f.path, err)
+		}
+		if (*f.into).Dev() && !allowDev {
+			return peppers, fmt.Errorf("%s: %s was made by keyward dev and must not guard real keys: "+
+				"make one with keyward pepper new, or say --allow-dev-pepper if you mean it", f.field, f.path)
+		}
+	}
+	return peppers, peppers.Validate()
+}
+
+// readPrivate reads a small file that only its owner may read.
+func readPrivate(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if mode := info.Mode().Perm(); mode&0o077 != 0 {
+		return nil, fmt.Errorf("%s has mode %#o: others can read it; chmod 600 %s", path, mode, path)
+	}
+	return io.ReadAll(io.LimitReader(f, 64<<10))
+}
