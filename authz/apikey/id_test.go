@@ -62,6 +62,11 @@ func TestParseIDRefuses(t *testing.T) {
 			t.Errorf("%q: the error repeats the value: %v", bad, err)
 		}
 	}
+	for _, hyphen := range []int{8, 13, 18, 23} {
+		if id, err := apikey.ParseID(good[:hyphen] + "a" + good[hyphen+1:]); err == nil {
+			t.Errorf("without the hyphen at %d: got %s", hyphen, id)
+		}
+	}
 	id := apikey.ID{1}
 	if err := id.UnmarshalText([]byte("nonsense")); err == nil {
 		t.Error("UnmarshalText took nonsense")

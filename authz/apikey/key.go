@@ -119,14 +119,14 @@ func (k *Key) IdleAt(now, lastUsed time.Time) bool {
 	return now.After(lastUsed.Add(time.Duration(k.InactivityDays) * day))
 }
 
-// GenerationEnded reports whether the generation that the record was found by is over at now.
+// GenerationEnded reports whether the generation that the record was found by is over at now, or gone.
 func (k *Key) GenerationEnded(now time.Time) bool {
 	for i := range k.Generations {
 		if g := &k.Generations[i]; g.Number == k.Generation {
 			return !g.ValidUntil.IsZero() && now.After(g.ValidUntil)
 		}
 	}
-	return false
+	return true
 }
 
 // AppendPrincipal appends on whose behalf a request with this key counts: the user of a user key,

@@ -35,12 +35,10 @@ func find(v reflect.Value, want []byte, depth int) string {
 	if depth > 20 {
 		return ""
 	}
-	switch v.Kind() {
-	case reflect.Pointer, reflect.Interface:
-		if !v.IsNil() {
-			return find(v.Elem(), want, depth+1)
-		}
-	case reflect.Struct:
+	if k := v.Kind(); (k == reflect.Pointer || k == reflect.Interface) && !v.IsNil() {
+		return find(v.Elem(), want, depth+1)
+	}
+	if v.Kind() == reflect.Struct {
 		for i := range v.NumField() {
 			if found := find(v.Field(i), want, depth+1); found != "" || holds(v.Field(i), want) {
 				return "." + v.Type().Field(i).Name + found

@@ -69,6 +69,10 @@ func TestCovers(t *testing.T) {
 		{"a:b", "a:b", true},
 		{"a:b", "a", false},
 		{"a:b", "a:b:c", false},
+		// What nobody parsed gives no more than it says.
+		{"a*", "ab", false},
+		{"a:*", "a:", false},
+		{"", "a", false},
 	} {
 		if got := apikey.Scope(tt.have).Covers(apikey.Scope(tt.want)); got != tt.covers {
 			t.Errorf("%s covers %s: got %t, want %t", tt.have, tt.want, got, tt.covers)

@@ -20,10 +20,10 @@ import (
 	"keyward/authz/apikey"
 )
 
-// leaks reports whether text holds a recognisable piece of clear: as it is, in hexadecimal, in base64
-// or as the numbers that %d and %v print of bytes.
-func leaks(text string, clear []byte) bool {
-	piece := clear[len(clear)/2:][:6]
+// leaks reports whether text holds a recognisable piece of a secret: as it is, in hexadecimal, in
+// base64 or as the numbers that %d and %v print of bytes.
+func leaks(text string, secret []byte) bool {
+	piece := secret[len(secret)/2:][:6]
 	number := make([]string, len(piece))
 	goSyntax := make([]string, len(piece))
 	for i, c := range piece {
@@ -43,9 +43,9 @@ func leaks(text string, clear []byte) bool {
 		strings.Join(goSyntax, " "),
 	}
 	for shift := range 3 { // base64 of the whole, wherever the piece begins in it
-		at := len(clear)/2 + shift
+		at := len(secret)/2 + shift
 		at -= at % 3
-		needles = append(needles, base64.StdEncoding.EncodeToString(clear[at:at+6]))
+		needles = append(needles, base64.StdEncoding.EncodeToString(secret[at:at+6]))
 	}
 	for _, needle := range needles {
 		if strings.Contains(text, needle) {
@@ -57,19 +57,19 @@ func leaks(text string, clear []byte) bool {
 
 // What leaks finds, so that the tests built on it can fail.
 func TestLeaksFinds(t *testing.T) {
-	clear := []byte(apikey.Format{}.New(apikey.KindUser).Reveal())
+	plain := []byte(apikey.Format{}.New(apikey.KindUser).Reveal())
 	for _, format := range []string{"%s", "%v", "%q", "%x", "%X", "% x", "% X", "%d", "%#v"} {
-		if text := fmt.Sprintf(format, clear); !leaks(text, clear) {
-			t.Errorf("%s of the clear bytes is not found in %s", format, text)
+		if text := fmt.Sprintf(format, plain); !leaks(text, plain) {
+			t.Errorf("%s of the plain bytes is not found in %s", format, text)
 		}
 	}
-	for _, value := range []any{string(clear), clear, struct{ S string }{string(clear)}} {
+	for _, value := range []any{string(plain), plain, struct{ S string }{string(plain)}} {
 		text, err := json.Marshal(value)
-		if err != nil || !leaks(string(text), clear) {
+		if err != nil || !leaks(string(text), plain) {
 			t.Errorf("%T as JSON is not found in %s, %v", value, text, err)
 		}
 	}
-	if leaks("[secret] kwu_…abcd", clear) {
+	if leaks("[secret] kwu_…abcd", plain) {
 		t.Error("found what is not there")
 	}
 }
@@ -138,7 +138,7 @@ func holders(s apikey.Secret) map[string]any {
 
 func TestSecretIsNotPrinted(t *testing.T) {
 	s := apikey.Format{}.New(apikey.KindUser)
-	clear := []byte(s.Reveal())
+	plain := []byte(s.Reveal())
 	var verbs []string
 	for c := 'A'; c <= 'z'; c++ {
 		if c <= 'Z' || c >= 'a' {
@@ -148,13 +148,13 @@ func TestSecretIsNotPrinted(t *testing.T) {
 	for name, holder := range holders(s) {
 		for _, flags := range []string{"", "+", "#", "-", " ", "0", "+#", "# ", "100", "-100", ".60", "#100.60"} {
 			for _, verb := range verbs {
-				if text := fmt.Sprintf("%"+flags+verb, holder); leaks(text, clear) {
+				if text := fmt.Sprintf("%"+flags+verb, holder); leaks(text, plain) {
 					t.Errorf("%s: %%%s%s shows it: %s", name, flags, verb, text)
 				}
 			}
 		}
 		for _, text := range []string{fmt.Sprint(holder), fmt.Sprintln(holder), fmt.Errorf("%v", holder).Error()} {
-			if leaks(text, clear) {
+			if leaks(text, plain) {
 				t.Errorf("%s: printed as %s", name, text)
 			}
 		}
@@ -166,7 +166,7 @@ func TestSecretIsNotPrinted(t *testing.T) {
 
 func TestSecretIsNotLogged(t *testing.T) {
 	s := apikey.Format{}.New(apikey.KindUser)
-	clear := []byte(s.Reveal())
+	plain := []byte(s.Reveal())
 	var out bytes.Buffer
 	for name, handler := range map[string]slog.Handler{
 		"text": slog.NewTextHandler(&out, nil),
@@ -177,7 +177,7 @@ func TestSecretIsNotLogged(t *testing.T) {
 			out.Reset()
 			log.Info("hello", "key", holder)
 			log.With("key", holder).Info("hello", slog.Group("group", slog.Any("key", holder)))
-			if leaks(out.String(), clear) {
+			if leaks(out.String(), plain) {
 				t.Errorf("%s, %s: logged as %s", name, holderName, &out)
 			}
 		}
@@ -191,7 +191,7 @@ func TestSecretIsNotLogged(t *testing.T) {
 
 func TestSecretIsNotMarshalled(t *testing.T) {
 	s := apikey.Format{}.New(apikey.KindUser)
-	clear := []byte(s.Reveal())
+	plain := []byte(s.Reveal())
 	encoders := map[string]func(any) ([]byte, error){
 		"json": json.Marshal,
 		"xml":  xml.Marshal,
@@ -204,7 +204,7 @@ func TestSecretIsNotMarshalled(t *testing.T) {
 	for name, encode := range encoders {
 		for holderName, holder := range holders(s) {
 			out, err := encode(holder)
-			if leaks(string(out), clear) || err != nil && leaks(err.Error(), clear) {
+			if leaks(string(out), plain) || err != nil && leaks(err.Error(), plain) {
 				t.Errorf("%s, %s: got %s, %v", name, holderName, out, err)
 			}
 		}
@@ -218,7 +218,7 @@ func TestSecretIsNotMarshalled(t *testing.T) {
 	attr := struct {
 		Secret apikey.Secret `xml:",attr"`
 	}{s}
-	if out, err := xml.Marshal(attr); err == nil || leaks(string(out), clear) {
+	if out, err := xml.Marshal(attr); err == nil || leaks(string(out), plain) {
 		t.Errorf("xml attribute: got %s, %v", out, err)
 	}
 	if _, err := s.MarshalText(); err == nil {
@@ -306,19 +306,19 @@ func TestNewSecrets(t *testing.T) {
 	var pattern = regexp.MustCompile(`^kw[iaum]_[0-9A-Za-z]{43}[0-9A-Za-z]{6}$`)
 	for kind, prefix := range kinds {
 		for range each {
-			clear := apikey.Format{}.New(kind).Reveal()
-			if seen[clear] {
+			plain := apikey.Format{}.New(kind).Reveal()
+			if seen[plain] {
 				t.Fatalf("made twice")
 			}
-			seen[clear] = true
-			if len(clear) != 53 || len(clear) != (apikey.Format{}).Len() || !strings.HasPrefix(clear, prefix) || !pattern.MatchString(clear) {
-				t.Fatalf("a key of kind %q has the wrong shape: %d characters", kind, len(clear))
+			seen[plain] = true
+			if len(plain) != 53 || len(plain) != (apikey.Format{}).Len() || !strings.HasPrefix(plain, prefix) || !pattern.MatchString(plain) {
+				t.Fatalf("a key of kind %q has the wrong shape: %d characters", kind, len(plain))
 			}
-			body := clear[:47]
-			if clear[47:] != checksum(body) {
-				t.Fatalf("wrong checksum %s of %s, want %s", clear[47:], body, checksum(body))
+			body := plain[:47]
+			if plain[47:] != checksum(body) {
+				t.Fatalf("wrong checksum %s of %s, want %s", plain[47:], body, checksum(body))
 			}
-			if got, err := (apikey.Format{}).Check(clear); err != nil || got != kind {
+			if got, err := (apikey.Format{}).Check(plain); err != nil || got != kind {
 				t.Fatalf("its own key is refused: %q, %v", got, err)
 			}
 			for _, c := range body[4:] {
@@ -393,6 +393,16 @@ func TestChecksumIsOneSpelling(t *testing.T) {
 	}
 }
 
+// A right checksum does not make up for a wrong length.
+func TestLengthIsExact(t *testing.T) {
+	for n := range 100 {
+		body := "kwu_" + strings.Repeat("x", n)
+		if _, err := (apikey.Format{}).Check(body + checksum(body)); (err == nil) != (n == 43) || err != nil && !errors.Is(err, apikey.ErrShape) {
+			t.Errorf("%d random characters: got %v", n, err)
+		}
+	}
+}
+
 func TestOwnsAndCheck(t *testing.T) {
 	ours := apikey.Format{}
 	acme := apikey.Format{First: "acme"}
@@ -443,8 +453,8 @@ func TestFormatPrefixes(t *testing.T) {
 			t.Errorf("%q: %v", first, err)
 		}
 		for kind := range kinds {
-			clear := f.New(kind).Reveal()
-			if got, err := f.Check(clear); err != nil || got != kind || len(clear) != f.Len() {
+			plain := f.New(kind).Reveal()
+			if got, err := f.Check(plain); err != nil || got != kind || len(plain) != f.Len() {
 				t.Errorf("%q: its own key is refused: %q, %v", first, got, err)
 			}
 		}
@@ -460,12 +470,12 @@ func TestFormatPrefixes(t *testing.T) {
 func TestHint(t *testing.T) {
 	f := apikey.Format{}
 	s := f.New(apikey.KindManagement)
-	clear := s.Reveal()
-	if got, want := f.Hint(s), "kwm_…"+clear[49:]; got != want {
+	plain := s.Reveal()
+	if got, want := f.Hint(s), "kwm_…"+plain[49:]; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 	// Of anything shorter, four characters might be much of it.
-	for _, other := range []apikey.Secret{{}, apikey.NewSecret("kwu_1234"), apikey.NewSecret(clear + "x")} {
+	for _, other := range []apikey.Secret{{}, apikey.NewSecret("kwu_1234"), apikey.NewSecret(plain + "x")} {
 		if got := f.Hint(other); got != "" {
 			t.Errorf("got %q for what is no key of ours", got)
 		}

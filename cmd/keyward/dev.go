@@ -229,8 +229,17 @@ func welcome(s devState, dir string) string {
 	say("curl -X DELETE %s %s/instances/%s/apiKeys/%s", token, s.Manage, s.Instance, s.keyID)
 	say("# the same from the command line")
 	say("export KEYWARD_SERVER=%s KEYWARD_TOKEN_FILE=%s", s.Manage, shellPath(s.TokenFile))
-	say("keyward keys list %s", s.Instance)
+	say("%s keys list %s", shellPath(program()), s.Instance)
 	return b.String()
+}
+
+// program is how this program can be called from anywhere.
+func program() string {
+	path, err := os.Executable()
+	if err != nil {
+		return "keyward"
+	}
+	return path
 }
 
 // shellPath quotes a path for a shell where it needs it.

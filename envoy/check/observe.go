@@ -96,7 +96,7 @@ func (l *decisionLog) decided(r *authz.Request, d *authz.Decision, took time.Dur
 	if !ok {
 		return
 	}
-	l.log.Info("decision", append(describe(r, d), slog.Duration("took", took), slog.Int64("skipped", skipped))...)
+	l.log.Info("decision", append(describe(r, d), slog.Int64("tookMicros", took.Microseconds()), slog.Int64("skipped", skipped))...)
 }
 
 func (l *decisionLog) failed(r *authz.Request, d *authz.Decision, err error) {
