@@ -44,11 +44,16 @@ type RateDemand struct {
 // demand, and is not decided.
 type Demand struct {
 	Rates []RateDemand
+	Lease LeaseDemand
 }
 
 // A Decision says whether the whole demand was met.
 type Decision struct {
 	Allowed bool
+	// Waited is how long the decision waited for a lease to end, whatever came of it.
+	Waited time.Duration
+	// Repeated: the same lease lives already, so nothing was spent again.
+	Repeated bool
 	// What follows is set on a refusal only.
 	Class      Class         // of the limit that refuses longest
 	RetryAfter time.Duration // above 0: when the same demand would pass, if nobody else came
