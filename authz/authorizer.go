@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
@@ -154,7 +155,7 @@ var errBlock = errors.New("would block")
 // nothing has been spent then. Errors are those of Decide.
 func (a *Authorizer) Try(r *Request, d *Decision) (ok bool, err error) {
 	err = a.decide(context.Background(), r, d, false)
-	if err == errBlock {
+	if errors.Is(err, errBlock) {
 		return false, nil
 	}
 	return true, err
@@ -210,12 +211,7 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		d.Reason = ReasonAmbiguousCredential
 		return nil
 	}
-	switch kind, err := rules.Credentials.Format.Check(found.secret); {
-	case errors.Is(err, apikey.ErrChecksum):
-		d.Reason = ReasonBadChecksum
-		return nil
-	case err != nil || kind == apikey.KindManagement: // a management token is no key
-		d.Reason = ReasonMalformedCredential
+	if d.Reason = shape(rules.Credentials.Format, found.secret); d.Reason != ReasonNone {
 		return nil
 	}
 
@@ -258,13 +254,25 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 	return nil
 }
 
+// shape refuses what cannot be a key, at no cost. A management token is no key.
+func shape(format apikey.Format, secret string) Reason {
+	kind, err := format.Check(secret)
+	switch {
+	case errors.Is(err, apikey.ErrChecksum):
+		return ReasonBadChecksum
+	case err != nil || kind == apikey.KindManagement:
+		return ReasonMalformedCredential
+	}
+	return ReasonNone
+}
+
 // anyRequest is the rule of requests that no rule matches.
 var anyRequest Rule
 
 // isPreflight recognises the request that a browser sends before one across origins. It never carries
 // credentials.
 func isPreflight(r *Request) bool {
-	if r.Method != "OPTIONS" {
+	if r.Method != http.MethodOptions {
 		return false
 	}
 	origin, _ := r.header("origin")

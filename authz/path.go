@@ -192,7 +192,7 @@ func appendLower(dst []byte, s string) []byte {
 }
 
 // borrow returns a string that shares b's bytes. They must not change while it is in use.
-func borrow(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
+func borrow(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) } //nolint:gosec // spares a copy for every escaped path
 
 // queryValue looks for a parameter in a raw query, under any spelling of its name. It returns the
 // decoded value of the first one and how often there is one: 0, 1, or 2 for more. ok is false if the

@@ -83,13 +83,24 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 	return nil
 }
 
-// ErrPepperInUse: keys or tokens are left that only an earlier pepper finds.
+// ErrPepperInUse: keys or tokens are left that only this pepper finds, or it is the newest.
 var ErrPepperInUse = errors.New("the pepper is still in use")
 
-// RetirePepper ends the time in which the previous pepper finds anything. It is refused while usable
-// keys or tokens are left that were not used since the rotation.
-func RetirePepper(ctx context.Context, store Store, version uint32, actor string) (apikey.Revision, error) {
-	return store.Update(ctx, func(tx Tx) error {
+// Peppers lists the versions of the pepper that the store knows, and what only each of them finds.
+func (s *Service) Peppers(ctx context.Context, caller Caller) ([]PepperRecord, error) {
+	if err := caller.mayAll(readPeppers); err != nil {
+		return nil, err
+	}
+	return s.store.Peppers(ctx)
+}
+
+// RetirePepper ends the time in which an earlier pepper finds anything. Errors: [ErrPepperInUse] while
+// usable keys or tokens are left that were not used since the rotation, and for the newest pepper.
+func (s *Service) RetirePepper(ctx context.Context, caller Caller, version uint32) error {
+	if err := caller.mayAll(retirePepper); err != nil {
+		return err
+	}
+	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
 		records, err := tx.Peppers(ctx)
 		if err != nil {
 			return err
@@ -102,22 +113,23 @@ func RetirePepper(ctx context.Context, store Store, version uint32, actor string
 			}
 			found = true
 			if record.Left > 0 {
-				return fmt.Errorf("%w: version %d alone finds %d keys and tokens; rotate or revoke them, or wait until they are used", ErrPepperInUse, version, record.Left)
+				return fmt.Errorf("%w: %d keys and tokens are found by version %d alone", ErrPepperInUse, record.Left, version)
 			}
 		}
-		if !found {
+		switch {
+		case !found:
 			return apikey.ErrNotFound
-		}
-		if version == newest {
+		case version == newest:
 			return fmt.Errorf("%w: version %d is the newest", ErrPepperInUse, version)
 		}
 		if err := tx.RetirePepper(ctx, version); err != nil {
 			return err
 		}
-		before, err := json.Marshal(map[string]any{"version": version})
-		if err != nil {
-			return err
-		}
-		return tx.Audit(ctx, Event{At: time.Now(), Actor: actor, Action: "pepper.retire", Target: fmt.Sprintf("pepper version %d", version), Before: before})
+		return caller.audit(ctx, tx, retirePepper, "", fmt.Sprintf("pepper version %d", version), map[string]any{"version": version}, nil)
 	})
+	if err != nil {
+		return err
+	}
+	s.propagate(ctx, rev, createWait)
+	return nil
 }

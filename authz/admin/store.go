@@ -9,18 +9,24 @@ import (
 )
 
 // A Store keeps instances, keys, tokens and audit for good. What was acknowledged survives a crash of
-// the process at any moment. Safe for concurrent use.
+// the process at any moment. Times come back in UTC, to the microsecond, rounded down; what is nil and
+// what is empty stay apart. Safe for concurrent use.
 //
 // Errors: apikey.ErrNotFound where a single thing was asked for; apikey.ErrConflict where a unique name
-// or digest is taken; anything else is an outage and wraps apikey.ErrUndecided. storetest is the
-// contract in full.
+// or digest is taken; anything else is an outage and wraps apikey.ErrUndecided, and ctx's error if it
+// was that. None carries a digest. storetest is the contract in full.
 type Store interface {
 	Reader
 
 	// Update runs fn in one transaction. If fn returns nil and wrote at least one audit event, the
 	// transaction commits with a new revision, which Update returns; every reader that starts after
 	// that sees it. fn may run again after a lost race, so it has no effects outside tx; it must not
-	// keep tx. Without an audit event Update refuses: no audit, no mutation.
+	// keep tx, nor call Update. An error of fn comes back as it is, and nothing was changed; the same
+	// if it panics. Without an audit event Update refuses: no audit, no mutation. That error is a bug
+	// of fn, not an outage.
+	//
+	// After an outage inside fn, a done ctx included, the transaction is over whatever fn makes of it.
+	// An error of the commit itself leaves unknown whether it happened: look before trying again.
 	Update(ctx context.Context, fn func(tx Tx) error) (apikey.Revision, error)
 
 	// Touch records uses, in any order and batch: a last use only grows. It is no mutation: no
@@ -34,7 +40,8 @@ type Store interface {
 	// Register makes a replica known: from now on revocations wait for it. It is known until ttl after
 	// its last Register or Confirm, by the store's clock.
 	Register(ctx context.Context, replica string, at apikey.Revision, ttl time.Duration) error
-	// Confirm says that the replica serves nothing older than a revision, and renews it.
+	// Confirm says that the replica serves nothing older than a revision, and renews it. What is
+	// confirmed only grows, until the replica registers anew.
 	// Errors: apikey.ErrNotFound if the replica is no longer known; it must register anew.
 	Confirm(ctx context.Context, replica string, at apikey.Revision, ttl time.Duration) error
 	// Unregister forgets a replica that stopped serving.
@@ -42,31 +49,36 @@ type Store interface {
 	// Replicas lists the known replicas that have not run out.
 	Replicas(ctx context.Context) ([]Replica, error)
 
+	// Close waits for the calls that are under way. Later calls fail as in an outage; closing again
+	// does nothing.
 	Close() error
 }
 
 // A Reader is what may be asked of a store, in a transaction and outside.
 type Reader interface {
 	Instance(ctx context.Context, id string) (*apikey.Instance, error)
-	// Instances lists all instances by id.
+	// Instances lists all instances by id, byte by byte.
 	Instances(ctx context.Context) ([]*apikey.Instance, error)
 
 	// Key returns one key of one instance, without Digest.
 	Key(ctx context.Context, instanceID string, id apikey.ID) (*apikey.Key, error)
 	// Keys lists keys of an instance, newest first (CreatedAt, then ID, both falling), at most limit.
-	// It begins after the given place; the zero place is the beginning.
+	// It begins after the given place; the zero place is the beginning. An instance that is not there
+	// has no keys.
 	Keys(ctx context.Context, instanceID string, after KeyPlace, limit int) ([]*apikey.Key, error)
 	// FindKey returns the key that a digest finds, with Digest and Generation set, whatever its status,
 	// and a revision: the record is at least as new as that. The revision comes with ErrNotFound too.
 	FindKey(ctx context.Context, d apikey.Digest) (*apikey.Key, apikey.Revision, error)
 	// LastUsed returns when a key was last used, as far as the store knows; zero for never.
+	// Errors: apikey.ErrNotFound.
 	LastUsed(ctx context.Context, id apikey.ID) (time.Time, error)
 
 	// Digests calls yield with every digest that finds a key, in no order, until it returns false. The
 	// digests are at least as new as the returned revision.
 	Digests(ctx context.Context, yield func(apikey.Digest) bool) (apikey.Revision, error)
 	// Changes returns what changed after a revision, oldest first, and the newest revision. truncated
-	// means that the store no longer knows everything since then: the caller must forget all it knows.
+	// means that the store no longer knows everything since then, or that it is older than the caller (a
+	// restored backup): the caller must forget all it knows. A key comes once per revision.
 	Changes(ctx context.Context, after apikey.Revision) (changes []apikey.Change, head apikey.Revision, truncated bool, err error)
 
 	// Token returns the management token that a digest finds, whatever its status.
@@ -84,12 +96,15 @@ type Reader interface {
 
 // A Tx is a transaction. Its reads see its writes. Every write that touches a key or an instance is
 // listed in Changes under the transaction's revision, with all digests that find the key before or after.
+// A write that answers apikey.ErrNotFound or apikey.ErrConflict did nothing, and the transaction goes on.
 type Tx interface {
 	Reader
 
-	// PutInstance creates or replaces an instance; CreatedAt of an existing one stays.
+	// PutInstance creates or replaces an instance; CreatedAt of an existing one stays. Its Revision
+	// becomes the transaction's.
 	PutInstance(ctx context.Context, in *apikey.Instance) error
-	// DeleteInstance removes an instance with all its keys. Errors: apikey.ErrNotFound.
+	// DeleteInstance removes an instance with all its keys; audit and tokens stay.
+	// Errors: apikey.ErrNotFound.
 	DeleteInstance(ctx context.Context, id string) error
 	// UsableKeys counts the keys of an instance that are neither revoked nor expired at now.
 	UsableKeys(ctx context.Context, instanceID string, now time.Time) (int, error)
@@ -98,7 +113,8 @@ type Tx interface {
 	// apikey.ErrNotFound if there is no such instance.
 	InsertKey(ctx context.Context, k *apikey.Key) error
 	// UpdateKey replaces what may change of a key: everything but ID, InstanceID, Type, AgentName,
-	// UserPrincipalName, CreatedAt, CreatedBy, LastUsedAt and Generations. Errors: apikey.ErrNotFound.
+	// UserPrincipalName, CreatedAt, CreatedBy, LastUsedAt and Generations. Errors: apikey.ErrNotFound,
+	// also where the key belongs to another instance.
 	UpdateKey(ctx context.Context, k *apikey.Key) error
 	// InsertGeneration adds a generation with its digest under a pepper version. Errors:
 	// apikey.ErrConflict if the digest or the number is taken, apikey.ErrNotFound if there is no such key.
@@ -106,21 +122,22 @@ type Tx interface {
 
 	// InsertToken adds a management token. Errors: apikey.ErrConflict.
 	InsertToken(ctx context.Context, t *Token, d apikey.Digest, pepperVersion uint32) error
-	// RevokeToken ends a token. Revoking it twice is no error. Errors: apikey.ErrNotFound.
+	// RevokeToken ends a token. Revoking it twice is no error; the first time stays.
+	// Errors: apikey.ErrNotFound.
 	RevokeToken(ctx context.Context, id apikey.ID, at time.Time) error
 
 	// PutPepper remembers the check value of a pepper version. Errors: apikey.ErrConflict if the version
 	// is known with another check value.
 	PutPepper(ctx context.Context, version uint32, check [16]byte) error
-	// RetirePepper forgets a pepper version and every digest under it that has a newer one beside it.
-	// Digests that have none, of keys and tokens that can no longer be used, stay and find nothing.
-	// Every cache is told to forget all it knows.
+	// RetirePepper forgets a pepper version and every digest under it. Keys and tokens that can no longer
+	// be used stay, though nothing finds them by digest any more. Every cache is told to forget all it
+	// knows. Errors: apikey.ErrConflict while PepperRecord.Left is not 0, apikey.ErrNotFound.
 	RetirePepper(ctx context.Context, version uint32) error
 
 	// Mark sets a named mark that can be set once; first reports whether this call did.
 	Mark(ctx context.Context, name string) (first bool, err error)
 
-	// Audit writes an audit event. Its Sequence is given by the store.
+	// Audit writes an audit event. Its Sequence is given by the store and grows.
 	Audit(ctx context.Context, e Event) error
 }
 
@@ -148,7 +165,8 @@ type Redigest struct {
 type PepperRecord struct {
 	Version uint32
 	Check   [16]byte
-	// Left counts usable generations and tokens (not revoked, not expired) that only this version finds.
+	// Left counts usable generations and tokens (not revoked, not expired by the store's clock; disabled
+	// keys included) that only this version finds.
 	Left int
 }
 

@@ -22,7 +22,7 @@ type Secret struct {
 }
 
 // NewSecret wraps a secret that came from outside.
-func NewSecret(clear string) Secret { return Secret{p: &clear} }
+func NewSecret(text string) Secret { return Secret{p: &text} }
 
 // Reveal returns the secret in clear; empty for the zero Secret.
 func (s Secret) Reveal() string {
@@ -171,11 +171,11 @@ const hintLen = 4
 
 // Hint is what lists show of a secret: its prefix and last four characters.
 func (f Format) Hint(s Secret) string {
-	clear := s.Reveal()
-	if len(clear) != f.Len() {
+	text := s.Reveal()
+	if len(text) != f.Len() {
 		return ""
 	}
-	return clear[:len(f.first())+2] + "…" + clear[len(clear)-hintLen:]
+	return text[:len(f.first())+2] + "…" + text[len(text)-hintLen:]
 }
 
 func appendChecksum(dst []byte, sum uint32) []byte {

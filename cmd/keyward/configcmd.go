@@ -127,6 +127,9 @@ func (a *app) versionCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use: "version", Short: "Show what this program was built from", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
+			if err := oneOf("--output", a.output, "table", "json", "yaml"); err != nil {
+				return usageError{err}
+			}
 			v := readVersion()
 			return printOne(a, v, [][2]string{
 				{"VERSION", v.Version}, {"COMMIT", v.Commit}, {"DATE", v.Date}, {"GO", v.Go}, {"ENVOY API", v.Envoy},

@@ -87,7 +87,8 @@ func (a *app) dev(ctx context.Context, dir string, tour bool) (err error) {
 	if dir, err = prepareDevFolder(dir); err != nil {
 		return err
 	}
-	logFile, err := os.OpenFile(filepath.Join(dir, devLogFile), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	// Not emptied: another dev may be running on this folder, and is about to refuse this one.
+	logFile, err := os.OpenFile(filepath.Join(dir, devLogFile), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return err
 	}
@@ -229,12 +230,12 @@ func welcome(s devState, dir string) string {
 	say("curl -X DELETE %s %s/instances/%s/apiKeys/%s", token, s.Manage, s.Instance, s.keyID)
 	say("# the same from the command line")
 	say("export KEYWARD_SERVER=%s KEYWARD_TOKEN_FILE=%s", s.Manage, shellPath(s.TokenFile))
-	say("%s keys list %s", shellPath(program()), s.Instance)
+	say("%s keys list %s", shellPath(thisProgram()), s.Instance)
 	return b.String()
 }
 
-// program is how this program can be called from anywhere.
-func program() string {
+// thisProgram is how this program can be called from anywhere.
+func thisProgram() string {
 	path, err := os.Executable()
 	if err != nil {
 		return "keyward"
@@ -259,7 +260,7 @@ func prepareDevFolder(dir string) (string, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", err
 	}
-	if err := os.Chmod(dir, 0o700); err != nil {
+	if err := os.Chmod(dir, 0o700); err != nil { //nolint:gosec // a folder that only its owner may enter
 		return "", err
 	}
 	return dir, os.WriteFile(filepath.Join(dir, ".gitignore"), []byte("*\n"), 0o600)

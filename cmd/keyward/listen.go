@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -88,8 +89,11 @@ func (l Listener) listen(ctx context.Context) (net.Listener, error) {
 		if info.Mode().Type() != os.ModeSocket {
 			return nil, fmt.Errorf("%s is there and is no socket: remove it, or name another path", path)
 		}
-		if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		conn, err := net.DialTimeout("unix", path, time.Second)
+		if err == nil {
 			_ = conn.Close()
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) { // only that says that nobody listens: a busy one answers otherwise
 			return nil, fmt.Errorf("another process serves %s", path)
 		}
 		if err := os.Remove(path); err != nil {
@@ -100,7 +104,7 @@ func (l Listener) listen(ctx context.Context) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(path, 0o660); err != nil {
+	if err := os.Chmod(path, 0o660); err != nil { //nolint:gosec // Envoy runs as another user of the group
 		return nil, errors.Join(err, socket.Close())
 	}
 	return socket, nil

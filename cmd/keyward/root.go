@@ -96,12 +96,19 @@ func (a *app) root() *cobra.Command {
 		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.pepperCommand(),
 		a.envoyCommand(), a.configCommand(), a.versionCommand(),
 	)
+	root.InitDefaultCompletionCmd()
 	markUsage(root)
 	return root
 }
 
 // markUsage makes wrong arguments what they are to scripts: a fault in the command line.
 func markUsage(c *cobra.Command) {
+	if !c.Runnable() {
+		// cobra shows help for a command that only holds others, and judges none of its arguments.
+		c.Args, c.RunE = cobra.NoArgs, func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+		c.DisableFlagsInUseLine = true
+	}
+	c.PreRunE = func(cmd *cobra.Command, _ []string) error { return wrapUsage(cmd.ValidateRequiredFlags()) }
 	if check := c.Args; check != nil {
 		c.Args = func(cmd *cobra.Command, args []string) error {
 			if err := check(cmd, args); err != nil {

@@ -15,7 +15,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -317,9 +316,9 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	authv3.RegisterAuthorizationServer(server, checks)
+	checks.Register(server)
 	s.health = health.NewServer()
-	s.health.SetServingStatus(authv3.Authorization_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+	s.health.SetServingStatus(check.ServiceName, healthpb.HealthCheckResponse_SERVING)
 	s.health.Shutdown() // until the cache is ready
 	healthpb.RegisterHealthServer(server, s.health)
 	return server, nil
@@ -383,7 +382,13 @@ func (s *service) warnOfBootstrap(ctx context.Context) error {
 
 // reload takes over what can change while serving, and says what cannot. One call at a time.
 func (s *service) reload(next *Config) error {
-	decisions, err := next.authorizer()
+	taken := *s.live
+	taken.Routes, taken.IgnoreCase, taken.DefaultRoute = next.Routes, next.IgnoreCase, next.DefaultRoute
+	taken.CORSPreflight, taken.Client, taken.Log.Level = next.CORSPreflight, next.Client, next.Log.Level
+	taken.Credentials.Headers, taken.Credentials.Bearer, taken.Credentials.Query = next.Credentials.Headers, next.Credentials.Bearer, next.Credentials.Query
+	// From what is taken, not from next: a new credentials.prefix here, and the old one where keys are
+	// made, would refuse every new key.
+	decisions, err := taken.authorizer()
 	if err != nil {
 		return err
 	}
@@ -391,10 +396,6 @@ func (s *service) reload(next *Config) error {
 		return err
 	}
 	s.level.Set(next.logLevel())
-	taken := *s.live
-	taken.Routes, taken.IgnoreCase, taken.DefaultRoute = next.Routes, next.IgnoreCase, next.DefaultRoute
-	taken.CORSPreflight, taken.Client, taken.Log.Level = next.CORSPreflight, next.Client, next.Log.Level
-	taken.Credentials.Headers, taken.Credentials.Bearer, taken.Credentials.Query = next.Credentials.Headers, next.Credentials.Bearer, next.Credentials.Query
 	if !reflect.DeepEqual(&taken, next) {
 		s.log.Warn("some of the changed configuration needs a restart", "takenNow", "routes, ignoreCase, defaultRoute, corsPreflight, client, credentials.headers, credentials.bearer, credentials.query, log.level")
 	}

@@ -20,6 +20,11 @@ func (a *app) serveCommand() *cobra.Command {
 			"again: routes, defaultRoute, credentials, client and log.level change at once, and a faulty file changes nothing.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			// From the first moment to the last: a SIGHUP that nobody takes ends a process.
+			hangup := make(chan os.Signal, 1)
+			signal.Notify(hangup, syscall.SIGHUP)
+			defer signal.Stop(hangup)
+
 			cfg, err := a.config()
 			if err != nil {
 				return err
@@ -37,7 +42,7 @@ func (a *app) serveCommand() *cobra.Command {
 			reloaded := make(chan struct{})
 			go func() {
 				defer close(reloaded)
-				a.reloadOnHangup(ctx, s)
+				a.reloadOnHangup(ctx, hangup, s)
 			}()
 			err = s.run(ctx)
 			stop()
@@ -50,11 +55,8 @@ func (a *app) serveCommand() *cobra.Command {
 	return c
 }
 
-// reloadOnHangup reads the configuration again at every SIGHUP until ctx is done.
-func (a *app) reloadOnHangup(ctx context.Context, s *service) {
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
+// reloadOnHangup reads the configuration again at every hangup until ctx is done.
+func (a *app) reloadOnHangup(ctx context.Context, hangup <-chan os.Signal, s *service) {
 	for {
 		select {
 		case <-ctx.Done():

@@ -156,6 +156,7 @@ func TestAllowedRequestsCarryIdentityAndNoSecret(t *testing.T) {
 		t.Errorf("metadata (-want +got):\n%s", diff)
 	}
 	for _, h := range ok.GetHeaders() {
+		//nolint:staticcheck // what replaces it is ignored by the Envoys we support
 		if h.GetAppend() == nil || h.GetAppend().GetValue() || h.GetAppendAction() != corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD ||
 			h.GetHeader().GetValue() == "" || h.GetHeader().GetRawValue() != nil {
 			t.Errorf("%v would not overwrite on every Envoy", h)

@@ -1,6 +1,7 @@
 package check
 
 import (
+	"net/http"
 	"strings"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -21,11 +22,11 @@ func fill(r *authz.Request, in *authv3.CheckRequest, names []string) (about, err
 	if attributes == nil {
 		return about{}, status.Error(codes.InvalidArgument, "a Check without attributes")
 	}
-	http := attributes.GetRequest().GetHttp()
-	if http == nil {
+	request := attributes.GetRequest().GetHttp()
+	if request == nil {
 		return about{}, status.Error(codes.Unimplemented, "keyward decides HTTP requests only: use the HTTP filter envoy.filters.http.ext_authz")
 	}
-	r.Method, r.Host, r.Path = http.GetMethod(), http.GetHost(), http.GetPath()
+	r.Method, r.Host, r.Path = request.GetMethod(), request.GetHost(), request.GetPath()
 	r.Peer = attributes.GetSource().GetAddress().GetSocketAddress().GetAddress()
 	for name, value := range attributes.GetContextExtensions() {
 		r.Extensions = append(r.Extensions, authz.Pair{Name: name, Value: value})
@@ -41,13 +42,13 @@ func fill(r *authz.Request, in *authv3.CheckRequest, names []string) (about, err
 			}
 		}
 	}
-	for name, value := range http.GetHeaders() {
+	for name, value := range request.GetHeaders() {
 		take(name, value)
 	}
-	for _, h := range http.GetHeaderMap().GetHeaders() {
+	for _, h := range request.GetHeaderMap().GetHeaders() {
 		take(h.GetKey(), headerValue(h))
 	}
-	return about{grpc: isGRPC(contentType), connect: r.Method == "CONNECT"}, nil
+	return about{grpc: isGRPC(contentType), connect: r.Method == http.MethodConnect}, nil
 }
 
 func headerValue(h *corev3.HeaderValue) string {

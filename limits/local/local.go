@@ -223,7 +223,7 @@ func (l *Limiter) spend(c *involved) {
 		s.slots[c.slot].full = c.full
 		return
 	}
-	s.index[c.Cell] = int32(len(s.slots)) //nolint:gosec // a shard of 2^31 cells would take 190 GB
+	s.index[c.Cell] = int32(len(s.slots)) // a shard of 2^31 cells would take 190 GB
 	s.slots = append(s.slots, slot{cell: c.Cell, full: c.full})
 	l.cells.Inc()
 }
@@ -278,7 +278,7 @@ func (l *Limiter) sweep(s *shard) {
 		delete(s.index, s.slots[s.sweep].cell)
 		if s.sweep != last {
 			s.slots[s.sweep] = s.slots[last]
-			s.index[s.slots[s.sweep].cell] = int32(s.sweep) //nolint:gosec // as in spend
+			s.index[s.slots[s.sweep].cell] = int32(s.sweep)
 		}
 		s.slots = s.slots[:last]
 		dropped++

@@ -1,0 +1,165 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"time"
+
+	"keyward/authz/apikey"
+)
+
+// A Service does what callers ask, if they may. Safe for concurrent use.
+//
+// Errors of its methods: *apikey.InvalidError for an input that cannot be accepted (several at once
+// joined), *ForbiddenError, apikey.ErrNotFound, apikey.ErrConflict, [ErrInUse]; anything else is an
+// outage and wraps apikey.ErrUndecided.
+type Service struct {
+	store    Store
+	cfg      Config
+	replicas Propagator
+	log      *slog.Logger
+}
+
+// Config says how the service makes secrets and finds them.
+type Config struct {
+	Format  apikey.Format
+	Peppers apikey.Peppers // Current is needed
+}
+
+// A Propagator is the cache of this process. CatchUp returns when it serves nothing older than a
+// revision and the store knows that; an error means that it could not be done before ctx was done.
+type Propagator interface {
+	CatchUp(ctx context.Context, rev apikey.Revision) error
+}
+
+// New makes a service. replicas is nil in a process that answers no Checks.
+func New(store Store, cfg Config, replicas Propagator, log *slog.Logger) *Service {
+	return &Service{store: store, cfg: cfg, replicas: replicas, log: log}
+}
+
+// A Caller is who asks. Whoever makes one vouches for it: [Service.Authenticate] does for a token.
+type Caller struct {
+	Name       string // for the audit, e.g. "token:0192f0c1-…", "keyward dev"
+	Role       Role
+	InstanceID string // canonical; "": all instances
+	RemoteAddr string // "" for the process itself
+	RequestID  string
+}
+
+// What can be done. The names of what changes something are those of the audit.
+const (
+	readInstances  = "instance.read"
+	putInstance    = "instance.put"
+	deleteInstance = "instance.delete"
+	readKeys       = "key.read"
+	createKey      = "key.create"
+	revokeKey      = "key.revoke"
+	readTokens     = "token.read"
+	createToken    = "token.create"
+	revokeToken    = "token.revoke"
+	readPeppers    = "pepper.read"
+	retirePepper   = "pepper.retire"
+)
+
+// may is the one place that says which role may do what.
+var may = map[string][]Role{
+	readInstances:  {RoleOwner, RoleOperator, RoleAuditor},
+	putInstance:    {RoleOwner, RoleOperator},
+	deleteInstance: {RoleOwner},
+	readKeys:       {RoleOwner, RoleOperator, RoleAuditor},
+	createKey:      {RoleOwner, RoleOperator},
+	revokeKey:      {RoleOwner, RoleOperator},
+	readTokens:     {RoleOwner, RoleAuditor},
+	createToken:    {RoleOwner},
+	revokeToken:    {RoleOwner},
+	readPeppers:    {RoleOwner, RoleAuditor},
+	retirePepper:   {RoleOwner},
+}
+
+// A ForbiddenError says that the caller may not do this, or not with this value.
+type ForbiddenError struct {
+	Field  string // of the input; "" where it is not about one
+	Reason string
+}
+
+func (e *ForbiddenError) Error() string {
+	if e.Field == "" {
+		return e.Reason
+	}
+	return e.Field + ": " + e.Reason
+}
+
+// ErrInUse: the instance still has keys that work.
+var ErrInUse = errors.New("the instance has usable keys")
+
+func (c Caller) may(action string) error {
+	if !slices.Contains(may[action], c.Role) {
+		return &ForbiddenError{Reason: fmt.Sprintf("the role %s has no right to %s", c.Role, action)}
+	}
+	return nil
+}
+
+// mayAll is for what concerns all instances: to a caller of one it does not exist.
+func (c Caller) mayAll(action string) error {
+	if c.InstanceID != "" {
+		return apikey.ErrNotFound
+	}
+	return c.may(action)
+}
+
+// mayIn returns the canonical id of the instance that the caller may do action in. To a caller of one
+// instance all others look as if they did not exist, whatever its role, and so do ids that none can have.
+func (c Caller) mayIn(instanceID, action string) (string, error) {
+	id, err := apikey.CanonicalInstanceID(instanceID)
+	if err != nil || c.InstanceID != "" && id != c.InstanceID {
+		return "", apikey.ErrNotFound
+	}
+	return id, c.may(action)
+}
+
+// event makes an audit event of the caller's. before and after are marshalled; nil where there is none.
+func (c Caller) event(action, instanceID, target string, before, after any) (Event, error) {
+	e := Event{
+		At: now(), Actor: c.Name, RemoteAddr: c.RemoteAddr, RequestID: c.RequestID,
+		Action: action, InstanceID: instanceID, Target: target,
+	}
+	var err error
+	for _, side := range []struct {
+		to   *json.RawMessage
+		from any
+	}{{&e.Before, before}, {&e.After, after}} {
+		if side.from == nil {
+			continue
+		}
+		if *side.to, err = json.Marshal(side.from); err != nil {
+			return Event{}, fmt.Errorf("audit %s: %w", action, err)
+		}
+	}
+	return e, nil
+}
+
+// audit writes one event of the caller's.
+func (c Caller) audit(ctx context.Context, tx Tx, action, instanceID, target string, before, after any) error {
+	e, err := c.event(action, instanceID, target, before, after)
+	if err != nil {
+		return err
+	}
+	return tx.Audit(ctx, e)
+}
+
+// now is the time as records keep it: what a caller is told at once is what a later look finds.
+func now() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }
+
+const updateTimeout = 10 * time.Second
+
+// update runs fn in one transaction.
+func (s *Service) update(ctx context.Context, fn func(ctx context.Context, tx Tx) error) (apikey.Revision, error) {
+	// A caller that goes away must not cut a commit short: nobody would know whether it happened.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), updateTimeout)
+	defer cancel()
+	return s.store.Update(ctx, func(tx Tx) error { return fn(ctx, tx) })
+}

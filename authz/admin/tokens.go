@@ -1,0 +1,201 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"time"
+
+	"keyward/authz/apikey"
+)
+
+// A TokenInput is what a new management token is to be.
+type TokenInput struct {
+	Name       string `json:"name" minLength:"1" maxLength:"128" doc:"1 to 128 printable characters."`
+	Role       Role   `json:"role" enum:"owner,operator,auditor"`
+	InstanceID string `json:"instanceId,omitempty" doc:"Absent: all instances."`
+	ExpiresIn  string `json:"expiresIn,omitempty" doc:"A duration such as 90d, at most 365d. Absent: never."`
+}
+
+// A CreatedToken is a new token with its secret, which is nowhere else.
+type CreatedToken struct {
+	Token  *Token
+	Secret apikey.Secret
+}
+
+// CreateToken makes a management token. An owner's for all instances ends the bootstrap token.
+func (s *Service) CreateToken(ctx context.Context, caller Caller, in TokenInput) (CreatedToken, error) {
+	if err := caller.may(createToken); err != nil {
+		return CreatedToken{}, err
+	}
+	t, err := in.token(s.cfg.Format, now())
+	if err != nil {
+		return CreatedToken{}, err
+	}
+	if caller.InstanceID != "" && t.InstanceID == "" {
+		return CreatedToken{}, &ForbiddenError{Field: "instanceId", Reason: "is needed: a caller of one instance makes tokens for that instance only"}
+	}
+	secret := s.cfg.Format.New(apikey.KindManagement)
+	_, err = s.update(ctx, func(ctx context.Context, tx Tx) error {
+		if t.InstanceID != "" {
+			_, err := tx.Instance(ctx, t.InstanceID)
+			// Another's instance is none: the answer must not tell which ids are taken.
+			if isNotFound(err) || caller.InstanceID != "" && t.InstanceID != caller.InstanceID {
+				return apikey.Invalid("instanceId", "there is no such instance")
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if t.Role == RoleOwner && t.InstanceID == "" {
+			tokens, err := tx.Tokens(ctx)
+			if err != nil {
+				return err
+			}
+			for _, old := range tokens {
+				if old.Bootstrap && old.RevokedAt.IsZero() {
+					if err := endToken(ctx, tx, caller, old); err != nil {
+						return err
+					}
+				}
+			}
+		}
+		return s.keepToken(ctx, tx, caller, t, secret)
+	})
+	if err != nil {
+		return CreatedToken{}, err
+	}
+	return CreatedToken{Token: t, Secret: secret}, nil
+}
+
+// keepToken gives t an id and keeps it under the digest of its secret.
+func (s *Service) keepToken(ctx context.Context, tx Tx, caller Caller, t *Token, secret apikey.Secret) error {
+	t.ID, t.Hint, t.CreatedBy = newID(), s.cfg.Format.Hint(secret), caller.Name
+	pepper := s.cfg.Peppers.Current
+	if err := tx.InsertToken(ctx, t, pepper.Digest(secret.Reveal()), pepper.Version()); err != nil {
+		return err
+	}
+	return caller.audit(ctx, tx, createToken, t.InstanceID, t.ID.String(), nil, TokenRecordOf(t, t.CreatedAt))
+}
+
+// Tokens lists the management tokens that the caller can see, newest first.
+func (s *Service) Tokens(ctx context.Context, caller Caller) ([]*Token, error) {
+	if err := caller.may(readTokens); err != nil {
+		return nil, err
+	}
+	all, err := s.store.Tokens(ctx)
+	if err != nil || caller.InstanceID == "" {
+		return all, err
+	}
+	return slices.DeleteFunc(all, func(t *Token) bool { return t.InstanceID != caller.InstanceID }), nil
+}
+
+// RevokeToken ends a token, at once: tokens are never cached. Repeating it changes nothing.
+func (s *Service) RevokeToken(ctx context.Context, caller Caller, id apikey.ID) (*Token, error) {
+	if err := caller.may(revokeToken); err != nil {
+		return nil, err
+	}
+	var ended *Token
+	_, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
+		tokens, err := tx.Tokens(ctx)
+		if err != nil {
+			return err
+		}
+		i := slices.IndexFunc(tokens, func(t *Token) bool { return t.ID == id })
+		if i < 0 || caller.InstanceID != "" && tokens[i].InstanceID != caller.InstanceID {
+			return apikey.ErrNotFound
+		}
+		if ended = tokens[i]; !ended.RevokedAt.IsZero() {
+			return errRevokedAlready
+		}
+		return endToken(ctx, tx, caller, ended)
+	})
+	if err != nil && !errors.Is(err, errRevokedAlready) {
+		return nil, err
+	}
+	return ended, nil
+}
+
+// endToken revokes t, in the store and in the record.
+func endToken(ctx context.Context, tx Tx, caller Caller, t *Token) error {
+	at := now()
+	before := TokenRecordOf(t, at)
+	t.RevokedAt = at
+	if err := tx.RevokeToken(ctx, t.ID, at); err != nil {
+		return err
+	}
+	return caller.audit(ctx, tx, revokeToken, t.InstanceID, t.ID.String(), before, TokenRecordOf(t, at))
+}
+
+// ErrUnauthenticated: no token, none of ours, or one that is over. Which of them is nobody's business.
+var ErrUnauthenticated = errors.New("not a valid management token")
+
+// Authenticate returns the holder of a management token as a caller, without its RemoteAddr and
+// RequestID. Errors: [ErrUnauthenticated]; anything else is an outage.
+func (s *Service) Authenticate(ctx context.Context, secret apikey.Secret) (Caller, error) {
+	sent := secret.Reveal()
+	// Shape and checksum first: garbage costs no hash and no look-up.
+	if kind, err := s.cfg.Format.Check(sent); err != nil || kind != apikey.KindManagement {
+		return Caller{}, ErrUnauthenticated
+	}
+	current, previous := s.cfg.Peppers.Current, s.cfg.Peppers.Previous
+	digest := current.Digest(sent)
+	t, err := s.store.Token(ctx, digest)
+	var old apikey.Digest
+	byPrevious := isNotFound(err) && previous != nil
+	if byPrevious {
+		old = previous.Digest(sent)
+		t, err = s.store.Token(ctx, old)
+	}
+	switch {
+	case isNotFound(err):
+		return Caller{}, ErrUnauthenticated
+	case err != nil:
+		return Caller{}, err
+	case t.statusAt(time.Now()) != "active":
+		return Caller{}, ErrUnauthenticated
+	}
+	if byPrevious {
+		if err := s.store.Redigest(ctx, []Redigest{{Old: old, New: digest, Version: current.Version()}}); err != nil {
+			// The token works by its old digest until the old pepper is retired, and is seen again.
+			s.log.Warn("cannot give a management token its new digest", slog.String("token", t.ID.String()), slog.Any("error", err))
+		}
+	}
+	return Caller{Name: "token:" + t.ID.String(), Role: t.Role, InstanceID: t.InstanceID}, nil
+}
+
+// statusAt is active, revoked or expired. Like a key, a token is valid while now ≤ expiry.
+func (t *Token) statusAt(now time.Time) string {
+	switch {
+	case !t.RevokedAt.IsZero():
+		return "revoked"
+	case !t.ExpiresAt.IsZero() && now.After(t.ExpiresAt):
+		return "expired"
+	}
+	return "active"
+}
+
+// A TokenRecord is a management token as people read it. It holds no secret and no digest.
+type TokenRecord struct {
+	ID         apikey.ID `json:"id" format:"uuid"`
+	Name       string    `json:"name"`
+	Role       Role      `json:"role" enum:"owner,operator,auditor"`
+	InstanceID string    `json:"instanceId,omitempty" doc:"Absent: all instances."`
+	Status     string    `json:"status" enum:"active,revoked,expired"`
+	Hint       string    `json:"hint" doc:"Prefix and last four characters."`
+	CreatedAt  time.Time `json:"createdAt"`
+	CreatedBy  string    `json:"createdBy"`
+	ExpiresAt  time.Time `json:"expiresAt,omitzero" doc:"Absent: never."`
+	RevokedAt  time.Time `json:"revokedAt,omitzero"`
+	Bootstrap  bool      `json:"bootstrap,omitempty" doc:"The server made it for itself on a new store."`
+}
+
+// TokenRecordOf returns t as people read it at a time.
+func TokenRecordOf(t *Token, at time.Time) TokenRecord {
+	return TokenRecord{
+		ID: t.ID, Name: t.Name, Role: t.Role, InstanceID: t.InstanceID, Status: t.statusAt(at), Hint: t.Hint,
+		CreatedAt: t.CreatedAt.UTC(), CreatedBy: t.CreatedBy,
+		ExpiresAt: t.ExpiresAt.UTC(), RevokedAt: t.RevokedAt.UTC(), Bootstrap: t.Bootstrap,
+	}
+}

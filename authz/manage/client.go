@@ -1,0 +1,201 @@
+package manage
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"iter"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"keyward/authz/admin"
+	"keyward/authz/apikey"
+)
+
+// A Client calls the Management API. Safe for concurrent use.
+//
+// Errors of its methods: *[Error] where the server answered, otherwise what net/http says.
+type Client struct {
+	base  string
+	token apikey.Secret
+	http  *http.Client
+}
+
+// NewClient returns a client of the server at baseURL, e.g. "http://127.0.0.1:9821". httpClient is
+// http.DefaultClient if nil. Redirects are not followed: the API has none, and a token should not
+// travel further than it was sent.
+func NewClient(baseURL string, token apikey.Secret, httpClient *http.Client) *Client {
+	if httpClient == nil {
+		httpClient = http.DefaultClient
+	}
+	own := *httpClient
+	own.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return &Client{base: strings.TrimRight(baseURL, "/"), token: token, http: &own}
+}
+
+// PutInstance creates an instance or replaces its policy.
+func (c *Client) PutInstance(ctx context.Context, instanceID string, policy admin.PolicyInput) (ChangedInstance, error) {
+	return send[ChangedInstance](ctx, c, http.MethodPut, instancePath(instanceID), nil, InstanceInput{&policy})
+}
+
+// Instance returns one instance.
+func (c *Client) Instance(ctx context.Context, instanceID string) (Instance, error) {
+	return send[Instance](ctx, c, http.MethodGet, instancePath(instanceID), nil, nil)
+}
+
+// Instances lists the instances that the token can see.
+func (c *Client) Instances(ctx context.Context) ([]Instance, error) {
+	answer, err := send[list[Instance]](ctx, c, http.MethodGet, "/instances", nil, nil)
+	return answer.Value, err
+}
+
+// DeleteInstance removes an instance; with revokeKeys also if it has usable keys.
+func (c *Client) DeleteInstance(ctx context.Context, instanceID string, revokeKeys bool) (DeletedInstance, error) {
+	query := url.Values{"revokeKeys": {strconv.FormatBool(revokeKeys)}}
+	return send[DeletedInstance](ctx, c, http.MethodDelete, instancePath(instanceID), query, nil)
+}
+
+// A CreatedKey is a new key with its secret, which the server does not have any more.
+type CreatedKey struct {
+	Key    admin.KeyRecord
+	Secret apikey.Secret
+}
+
+// CreateKey makes a key.
+func (c *Client) CreateKey(ctx context.Context, instanceID string, in admin.KeyInput) (CreatedKey, error) {
+	answer, err := send[createdKey](ctx, c, http.MethodPost, instancePath(instanceID, "apiKeys"), nil, in)
+	return CreatedKey{answer.Key, apikey.NewSecret(answer.Secret)}, err
+}
+
+// Key returns one key.
+func (c *Client) Key(ctx context.Context, instanceID string, id apikey.ID) (admin.KeyRecord, error) {
+	return send[admin.KeyRecord](ctx, c, http.MethodGet, instancePath(instanceID, "apiKeys", id.String()), nil, nil)
+}
+
+// Keys lists the keys of an instance, newest first, page by page as they are asked for. An error ends it.
+func (c *Client) Keys(ctx context.Context, instanceID string) iter.Seq2[admin.KeyRecord, error] {
+	return func(yield func(admin.KeyRecord, error) bool) {
+		query := url.Values{"maxpagesize": {strconv.Itoa(pageSize)}}
+		for {
+			page, err := send[list[admin.KeyRecord]](ctx, c, http.MethodGet, instancePath(instanceID, "apiKeys"), query, nil)
+			if err != nil {
+				yield(admin.KeyRecord{}, err)
+				return
+			}
+			for _, k := range page.Value {
+				if !yield(k, nil) {
+					return
+				}
+			}
+			if page.NextLink == "" {
+				return
+			}
+			// Only the cursor is taken from the link: the token goes to no other server.
+			next, err := url.Parse(page.NextLink)
+			if err != nil || next.Query().Get("cursor") == "" {
+				yield(admin.KeyRecord{}, fmt.Errorf("list keys: the server's nextLink has no cursor"))
+				return
+			}
+			query.Set("cursor", next.Query().Get("cursor"))
+		}
+	}
+}
+
+// RevokeKey ends a key for good. It may be repeated. reason is for the audit and may be empty.
+func (c *Client) RevokeKey(ctx context.Context, instanceID string, id apikey.ID, reason string) (RevokedKey, error) {
+	var query url.Values
+	if reason != "" {
+		query = url.Values{"reason": {reason}}
+	}
+	return send[RevokedKey](ctx, c, http.MethodDelete, instancePath(instanceID, "apiKeys", id.String()), query, nil)
+}
+
+// A CreatedToken is a new management token with its secret, which the server does not have any more.
+type CreatedToken struct {
+	Token  admin.TokenRecord
+	Secret apikey.Secret
+}
+
+// CreateToken makes a management token.
+func (c *Client) CreateToken(ctx context.Context, in admin.TokenInput) (CreatedToken, error) {
+	answer, err := send[createdToken](ctx, c, http.MethodPost, "/tokens", nil, in)
+	return CreatedToken{answer.Token, apikey.NewSecret(answer.Secret)}, err
+}
+
+// Tokens lists the management tokens that the token can see.
+func (c *Client) Tokens(ctx context.Context) ([]admin.TokenRecord, error) {
+	answer, err := send[list[admin.TokenRecord]](ctx, c, http.MethodGet, "/tokens", nil, nil)
+	return answer.Value, err
+}
+
+// RevokeToken ends a management token. It may be repeated.
+func (c *Client) RevokeToken(ctx context.Context, id apikey.ID) (RevokedToken, error) {
+	return send[RevokedToken](ctx, c, http.MethodDelete, "/tokens/"+id.String(), nil, nil)
+}
+
+func instancePath(instanceID string, more ...string) string {
+	return strings.Join(append([]string{"/instances", url.PathEscape(instanceID)}, more...), "/")
+}
+
+const (
+	pageSize  = 200
+	maxAnswer = 64 << 20 // more than any page of keys
+)
+
+// send sends one request, with body as JSON unless nil, and reads the answer.
+func send[T any](ctx context.Context, c *Client, method, path string, query url.Values, body any) (T, error) {
+	var answer T
+	address := c.base + path
+	if len(query) > 0 {
+		address += "?" + query.Encode()
+	}
+	var content io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return answer, err
+		}
+		content = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, address, content)
+	if err != nil {
+		return answer, err
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	req.Header.Set("Authorization", "Bearer "+c.token.Reveal())
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return answer, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	got, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return answer, fmt.Errorf("read the answer: %w", err)
+	}
+	if resp.StatusCode/100 != 2 {
+		return answer, errorOf(resp, got)
+	}
+	if err := json.Unmarshal(got, &answer); err != nil {
+		return answer, fmt.Errorf("the answer is not what a Management API sends: is there something else at %s?", c.base)
+	}
+	return answer, nil
+}
+
+func errorOf(resp *http.Response, got []byte) *Error {
+	e := &Error{Status: resp.StatusCode, RequestID: resp.Header.Get("X-Request-Id")}
+	var body ErrorBody
+	if json.Unmarshal(got, &body) == nil { // what stands between may answer in its own way
+		e.Code, e.Message, e.Target, e.Details = body.Error.Code, body.Error.Message, body.Error.Target, body.Error.Details
+	}
+	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil {
+		e.RetryAfter = time.Duration(seconds) * time.Second
+	}
+	return e
+}

@@ -1,0 +1,230 @@
+package manage
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+	"reflect"
+	"regexp"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+
+	"keyward/authz/apikey"
+)
+
+const maxBody = 1 << 20
+
+// readBody reads the JSON body of a request into a value. Errors: errMediaType, errTooLarge,
+// *apikey.InvalidError.
+func readBody(w http.ResponseWriter, r *http.Request, into any) error {
+	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || kind != "application/json" || r.Header.Get("Content-Encoding") != "" {
+		return errMediaType
+	}
+	if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
+		return errMediaType
+	}
+	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
+		return errTooLarge
+	}
+	if err != nil {
+		return apikey.Invalid("", "the body did not arrive in full")
+	}
+	return decode(data, into)
+}
+
+// decode reads one JSON document, strictly: UTF-8 without a byte order mark, nothing after it, every
+// member known, in its own case and given once, every value of its own type, numbers whole. encoding/json
+// accepts the opposite of most of these, and two readers that disagree about a document are a hole.
+//
+// null stands for an absent member, except where the field's tag says strict:"notnull" because absent
+// and empty mean opposite things.
+//
+// Shape: into points to a struct of strings, ints, bools, structs, slices, maps of strings, and pointers
+// to those. Depth is bounded by that type. Errors: *apikey.InvalidError, which never repeats a value.
+func decode(data []byte, into any) error {
+	switch {
+	case len(bytes.TrimSpace(data)) == 0:
+		return apikey.Invalid("", "the body is empty: it must be a JSON object")
+	case bytes.HasPrefix(data, []byte("\xef\xbb\xbf")) || !utf8.Valid(data):
+		return apikey.Invalid("", "the body must be UTF-8 without a byte order mark")
+	case !json.Valid(data):
+		return apikey.Invalid("", "the body is not one JSON document")
+	}
+	d := decoder{json.NewDecoder(bytes.NewReader(data))}
+	d.UseNumber()
+	return d.value("", reflect.ValueOf(into).Elem())
+}
+
+type decoder struct{ *json.Decoder }
+
+// value reads the next value into v; path names it.
+func (d decoder) value(path string, v reflect.Value) error {
+	token, err := d.Token()
+	if err != nil {
+		return err // cannot be: the document is valid
+	}
+	return d.from(token, path, v)
+}
+
+func (d decoder) from(token json.Token, path string, v reflect.Value) error {
+	if token == nil {
+		return nil
+	}
+	switch v.Kind() {
+	case reflect.Pointer:
+		v.Set(reflect.New(v.Type().Elem()))
+		return d.from(token, path, v.Elem())
+	case reflect.String:
+		s, ok := token.(string)
+		if !ok {
+			return apikey.Invalid(path, "must be a string")
+		}
+		v.SetString(s)
+	case reflect.Bool:
+		b, ok := token.(bool)
+		if !ok {
+			return apikey.Invalid(path, "must be true or false")
+		}
+		v.SetBool(b)
+	case reflect.Int:
+		n, ok := token.(json.Number)
+		i, err := strconv.Atoi(n.String()) // which takes neither 1.0 nor 1e1
+		if !ok || err != nil {
+			return apikey.Invalid(path, "must be a whole number of at most 64 bits")
+		}
+		v.SetInt(int64(i))
+	case reflect.Slice:
+		if token != json.Delim('[') {
+			return apikey.Invalid(path, "must be an array")
+		}
+		return d.array(path, v)
+	case reflect.Map:
+		if token != json.Delim('{') {
+			return apikey.Invalid(path, "must be an object")
+		}
+		return d.entries(path, v)
+	case reflect.Struct:
+		if token != json.Delim('{') {
+			if path == "" {
+				return apikey.Invalid("", "the body must be a JSON object")
+			}
+			return apikey.Invalid(path, "must be an object")
+		}
+		return d.members(path, v)
+	default:
+		panic("manage: decode into " + v.Type().String())
+	}
+	return nil
+}
+
+func (d decoder) array(path string, v reflect.Value) error {
+	v.Set(reflect.MakeSlice(v.Type(), 0, 0))
+	for i := 0; d.More(); i++ {
+		one := reflect.New(v.Type().Elem()).Elem()
+		token, err := d.Token()
+		if err != nil {
+			return err
+		}
+		at := path + "[" + strconv.Itoa(i) + "]"
+		if token == nil {
+			return apikey.Invalid(at, "must not be null")
+		}
+		if err := d.from(token, at, one); err != nil {
+			return err
+		}
+		v.Set(reflect.Append(v, one))
+	}
+	_, err := d.Token()
+	return err
+}
+
+// entries reads a map of strings. Its names are the caller's own, so errors do not repeat them.
+func (d decoder) entries(path string, v reflect.Value) error {
+	v.Set(reflect.MakeMap(v.Type()))
+	for d.More() {
+		name, err := d.Token()
+		if err != nil {
+			return err
+		}
+		value, err := d.Token()
+		if err != nil {
+			return err
+		}
+		s, ok := value.(string)
+		if !ok {
+			return apikey.Invalid(path, "must have strings as values")
+		}
+		key := reflect.ValueOf(name)
+		if v.MapIndex(key).IsValid() {
+			return apikey.Invalid(path, "has a name twice")
+		}
+		v.SetMapIndex(key, reflect.ValueOf(s))
+	}
+	_, err := d.Token()
+	return err
+}
+
+func (d decoder) members(path string, v reflect.Value) error {
+	seen := map[string]bool{}
+	for d.More() {
+		token, err := d.Token()
+		if err != nil {
+			return err
+		}
+		name := token.(string) // of a member: always
+		field, err := member(v.Type(), path, name)
+		if err != nil {
+			return err
+		}
+		at := join(path, name)
+		if seen[name] {
+			return apikey.Invalid(at, "is given twice")
+		}
+		seen[name] = true
+		value, err := d.Token()
+		if err != nil {
+			return err
+		}
+		if value == nil && field.Tag.Get("strict") == "notnull" {
+			return apikey.Invalid(at, "must not be null: leave it out, or give []")
+		}
+		if err := d.from(value, at, v.FieldByIndex(field.Index)); err != nil {
+			return err
+		}
+	}
+	_, err := d.Token()
+	return err
+}
+
+// member finds the field that a member is for.
+func member(t reflect.Type, path, name string) (reflect.StructField, error) {
+	for field := range t.Fields() {
+		known, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+		if known == name {
+			return field, nil
+		}
+		if strings.EqualFold(known, name) {
+			return field, apikey.Invalid(join(path, known), "is written in another case: names are case-sensitive")
+		}
+	}
+	// A name is repeated only if it looks like one: someone may have put a secret there.
+	if !fieldName.MatchString(name) {
+		return reflect.StructField{}, apikey.Invalid(path, "has an unknown member")
+	}
+	return reflect.StructField{}, apikey.Invalid(join(path, name), "is not known")
+}
+
+var fieldName = regexp.MustCompile(`^[A-Za-z]{1,32}$`)
+
+func join(path, name string) string {
+	if path == "" {
+		return name
+	}
+	return path + "." + name
+}

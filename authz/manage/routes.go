@@ -1,0 +1,376 @@
+package manage
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"net/url"
+	"reflect"
+	"strconv"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+
+	"keyward/authz/admin"
+	"keyward/authz/apikey"
+)
+
+type (
+	noInput    struct{}
+	atInstance struct {
+		InstanceID string `path:"instanceId"`
+	}
+	atKey struct {
+		InstanceID string `path:"instanceId"`
+		KeyID      string `path:"keyId" format:"uuid"`
+	}
+	atToken struct {
+		TokenID string `path:"tokenId" format:"uuid"`
+	}
+	// huma looks into no embedded struct whose name is not exported, so the paths are repeated.
+	keyList struct {
+		InstanceID  string `path:"instanceId"`
+		MaxPageSize number `query:"maxpagesize" doc:"Keys on a page; more than 1000 counts as 1000. By default 100."`
+		Cursor      string `query:"cursor" doc:"From nextLink."`
+	}
+	keyRevocation struct {
+		InstanceID string `path:"instanceId"`
+		KeyID      string `path:"keyId" format:"uuid"`
+		Reason     string `query:"reason" doc:"For the audit: at most 256 printable characters."`
+	}
+	instanceDeletion struct {
+		InstanceID string `path:"instanceId"`
+		RevokeKeys yesNo  `query:"revokeKeys" doc:"true: also if the instance has usable keys."`
+	}
+)
+
+// Parameters that are documented as what they are, but arrive as text: if huma read them, its errors
+// would repeat them.
+type (
+	number string
+	yesNo  string
+)
+
+func (number) Schema(huma.Registry) *huma.Schema {
+	return &huma.Schema{Type: huma.TypeInteger, Minimum: new(1.0)}
+}
+
+func (yesNo) Schema(huma.Registry) *huma.Schema { return &huma.Schema{Type: huma.TypeBoolean} }
+
+// An out is an answer with a body of type T.
+type out[T any] struct {
+	Status   int
+	Location string `header:"Location"`
+	Body     T
+}
+
+func ok[T any](body T) *out[T] { return &out[T]{Status: http.StatusOK, Body: body} }
+
+// sooner is 200, or 202 while a change is not everywhere.
+func sooner(p admin.Propagation) int {
+	if p.Everywhere {
+		return http.StatusOK
+	}
+	return http.StatusAccepted
+}
+
+func (h *handler) routes(api huma.API) {
+	const (
+		instances = "/instances"
+		instance  = instances + "/{instanceId}"
+		keys      = instance + "/apiKeys"
+		key       = keys + "/{keyId}"
+		tokens    = "/tokens"
+		token     = tokens + "/{tokenId}"
+		peppers   = "/peppers"
+		pepper    = peppers + "/{version}"
+	)
+	route(h, api, http.MethodGet, instances, "listInstances", "List instances", nil, h.listInstances)
+	route(h, api, http.MethodPut, instance, "putInstance", "Create an instance or replace its policy", InstanceInput{}, h.putInstance, 201, 202)
+	route(h, api, http.MethodGet, instance, "getInstance", "Get an instance", nil, h.getInstance)
+	route(h, api, http.MethodDelete, instance, "deleteInstance", "Delete an instance with its keys", nil, h.deleteInstance, 202)
+	route(h, api, http.MethodGet, keys, "listKeys", "List the keys of an instance, newest first", nil, h.listKeys)
+	route(h, api, http.MethodPost, keys, "createKey", "Create a key", admin.KeyInput{}, h.createKey)
+	route(h, api, http.MethodGet, key, "getKey", "Get a key", nil, h.getKey)
+	route(h, api, http.MethodDelete, key, "revokeKey", "Revoke a key for good", nil, h.revokeKey, 202)
+	route(h, api, http.MethodGet, tokens, "listTokens", "List management tokens, newest first", nil, h.listTokens)
+	route(h, api, http.MethodPost, tokens, "createToken", "Create a management token", admin.TokenInput{}, h.createToken)
+	route(h, api, http.MethodDelete, token, "revokeToken", "Revoke a management token, at once", nil, h.revokeToken)
+	route(h, api, http.MethodGet, peppers, "listPeppers", "List the peppers, and how many keys and tokens only each of them finds", nil, h.listPeppers)
+	route(h, api, http.MethodDelete, pepper, "retirePepper", "Retire an earlier pepper that nothing needs any more", nil, h.retirePepper)
+}
+
+// route registers one operation. body is a value of the type that it reads, nil for none; also are the
+// statuses that it may answer with besides its usual one.
+//
+// huma is told of the body only when it has set up the route, so that it documents it but does not read it.
+func route[I, T any](h *handler, api huma.API, method, path, id, summary string, body any,
+	do func(context.Context, *call, *I) (*out[T], error), also ...int) {
+	schemas := api.OpenAPI().Components.Schemas
+	usual := http.StatusOK
+	if method == http.MethodPost {
+		usual = http.StatusCreated
+	}
+	op := huma.Operation{
+		OperationID: id, Method: method, Path: path, Summary: summary, DefaultStatus: usual,
+		SkipValidateParams: true, SkipValidateBody: true,
+		Responses: map[string]*huma.Response{"default": {
+			Description: "Error",
+			Content:     map[string]*huma.MediaType{"application/json": {Schema: schemas.Schema(reflect.TypeFor[ErrorBody](), true, "")}},
+		}},
+	}
+	params := queryParams(reflect.TypeFor[I]())
+	huma.Register(api, op, func(ctx context.Context, in *I) (*out[T], error) {
+		c := ctx.Value(callKey{}).(*call)
+		answer, err := (*out[T])(nil), checkQuery(c.r.URL.RawQuery, params)
+		if err == nil {
+			answer, err = do(ctx, c, in)
+		}
+		if err != nil {
+			f := statusOf(err)
+			h.logCause(c.r, c.RequestID, f)
+			return nil, f
+		}
+		return answer, nil
+	})
+	item := api.OpenAPI().Paths[path]
+	registered := map[string]*huma.Operation{
+		http.MethodGet: item.Get, http.MethodPut: item.Put, http.MethodPost: item.Post, http.MethodDelete: item.Delete,
+	}[method]
+	first := registered.Responses[strconv.Itoa(usual)]
+	for _, status := range also {
+		registered.Responses[strconv.Itoa(status)] = &huma.Response{Description: http.StatusText(status), Content: first.Content, Headers: first.Headers}
+	}
+	for status, response := range registered.Responses {
+		if status != strconv.Itoa(http.StatusCreated) {
+			response.Headers = nil // Location is of what was created
+		}
+	}
+	if body != nil {
+		registered.RequestBody = &huma.RequestBody{
+			Required: true,
+			Content:  map[string]*huma.MediaType{"application/json": {Schema: schemas.Schema(reflect.TypeOf(body), true, "")}},
+		}
+	}
+}
+
+// queryParams are the names of the query parameters of an input.
+func queryParams(input reflect.Type) map[string]bool {
+	names := map[string]bool{}
+	for field := range input.Fields() {
+		if name := field.Tag.Get("query"); name != "" {
+			names[name] = true
+		}
+	}
+	return names
+}
+
+// checkQuery refuses what nobody would read.
+func checkQuery(raw string, known map[string]bool) error {
+	query, err := url.ParseQuery(raw)
+	if err != nil {
+		return apikey.Invalid("", "the query cannot be read")
+	}
+	for name, values := range query {
+		switch {
+		case !known[name] && fieldName.MatchString(name):
+			return apikey.Invalid(name, "is not a known parameter")
+		case !known[name]:
+			return apikey.Invalid("", "the query has an unknown parameter")
+		case len(values) > 1:
+			return apikey.Invalid(name, "is given twice")
+		}
+	}
+	return nil
+}
+
+func (h *handler) listInstances(ctx context.Context, c *call, _ *noInput) (*out[list[Instance]], error) {
+	all, err := h.svc.Instances(ctx, c.Caller)
+	if err != nil {
+		return nil, err
+	}
+	return ok(listOf(all, instanceOf)), nil
+}
+
+func instanceOf(in *apikey.Instance) Instance {
+	return Instance{ID: in.ID, Policy: in.Policy, CreatedAt: in.CreatedAt.UTC()}
+}
+
+func (h *handler) getInstance(ctx context.Context, c *call, in *atInstance) (*out[Instance], error) {
+	instance, err := h.svc.Instance(ctx, c.Caller, in.InstanceID)
+	if err != nil {
+		return nil, err
+	}
+	return ok(instanceOf(instance)), nil
+}
+
+func (h *handler) putInstance(ctx context.Context, c *call, in *atInstance) (*out[ChangedInstance], error) {
+	var body InstanceInput
+	if err := readBody(c.w, c.r, &body); err != nil {
+		return nil, err
+	}
+	if body.Policy == nil {
+		return nil, apikey.Invalid("policy", "is missing: it is replaced as a whole; {} is the default")
+	}
+	policy, err := body.Policy.Policy()
+	if err != nil {
+		return nil, err
+	}
+	put, err := h.svc.PutInstance(ctx, c.Caller, in.InstanceID, policy)
+	if err != nil {
+		return nil, err
+	}
+	answer := &out[ChangedInstance]{Status: sooner(put.Propagation), Body: ChangedInstance{instanceOf(put.Instance), effectOf(put.Propagation)}}
+	if put.Created {
+		answer.Status, answer.Location = http.StatusCreated, "/instances/"+put.Instance.ID
+	}
+	return answer, nil
+}
+
+func (h *handler) deleteInstance(ctx context.Context, c *call, in *instanceDeletion) (*out[DeletedInstance], error) {
+	if in.RevokeKeys != "" && in.RevokeKeys != "true" && in.RevokeKeys != "false" {
+		return nil, apikey.Invalid("revokeKeys", "must be true or false")
+	}
+	p, err := h.svc.DeleteInstance(ctx, c.Caller, in.InstanceID, in.RevokeKeys == "true")
+	if err != nil {
+		return nil, err
+	}
+	id, err := apikey.CanonicalInstanceID(in.InstanceID)
+	return &out[DeletedInstance]{Status: sooner(p), Body: DeletedInstance{id, effectOf(p)}}, err
+}
+
+const (
+	usualPage = 100
+	maxPage   = 1000
+)
+
+func (h *handler) listKeys(ctx context.Context, c *call, in *keyList) (*out[list[admin.KeyRecord]], error) {
+	size := usualPage
+	if in.MaxPageSize != "" {
+		n, err := strconv.ParseUint(string(in.MaxPageSize), 10, 31)
+		if err != nil || n == 0 {
+			return nil, apikey.Invalid("maxpagesize", "must be a number from 1")
+		}
+		size = min(int(n), maxPage)
+	}
+	// The cursor holds for the instance, however its id is spelled.
+	id, err := apikey.CanonicalInstanceID(in.InstanceID)
+	if err != nil {
+		return nil, apikey.ErrNotFound
+	}
+	var after admin.KeyPlace
+	if c.r.URL.Query().Has("cursor") {
+		if after, err = h.cursors.decode(id, in.Cursor); err != nil {
+			return nil, err
+		}
+	}
+	keys, err := h.svc.Keys(ctx, c.Caller, id, after, size+1) // one more tells whether this is the last page
+	if err != nil {
+		return nil, err
+	}
+	next := ""
+	if len(keys) > size {
+		keys = keys[:size]
+		last := keys[size-1]
+		next = nextLink(c.r, h.cursors.encode(id, admin.KeyPlace{CreatedAt: last.CreatedAt, ID: last.ID}))
+	}
+	at := time.Now()
+	page := listOf(keys, func(k *apikey.Key) admin.KeyRecord { return admin.RecordOf(k, at) })
+	page.NextLink = next
+	return ok(page), nil
+}
+
+// nextLink is the request's own address with another cursor.
+func nextLink(r *http.Request, cursor string) string {
+	u := *r.URL
+	if r.Host != "" {
+		u.Scheme, u.Host = "http", r.Host
+		if r.TLS != nil {
+			u.Scheme = "https"
+		}
+	}
+	query := u.Query()
+	query.Set("cursor", cursor)
+	u.RawQuery = query.Encode()
+	return u.String()
+}
+
+func (h *handler) createKey(ctx context.Context, c *call, in *atInstance) (*out[createdKey], error) {
+	var body admin.KeyInput
+	if err := readBody(c.w, c.r, &body); err != nil {
+		return nil, err
+	}
+	made, err := h.svc.CreateKey(ctx, c.Caller, in.InstanceID, body)
+	if err != nil {
+		return nil, err
+	}
+	return &out[createdKey]{
+		Status:   http.StatusCreated,
+		Location: "/instances/" + made.Key.InstanceID + "/apiKeys/" + made.Key.ID.String(),
+		Body:     createdKey{admin.RecordOf(made.Key, time.Now()), made.Secret.Reveal()},
+	}, nil
+}
+
+func (h *handler) getKey(ctx context.Context, c *call, in *atKey) (*out[admin.KeyRecord], error) {
+	k, err := h.svc.Key(ctx, c.Caller, in.InstanceID, keyID(in.KeyID))
+	if err != nil {
+		return nil, err
+	}
+	return ok(admin.RecordOf(k, time.Now())), nil
+}
+
+func (h *handler) revokeKey(ctx context.Context, c *call, in *keyRevocation) (*out[RevokedKey], error) {
+	done, err := h.svc.RevokeKey(ctx, c.Caller, in.InstanceID, keyID(in.KeyID), in.Reason)
+	if err != nil {
+		return nil, err
+	}
+	return &out[RevokedKey]{
+		Status: sooner(done.Propagation),
+		Body:   RevokedKey{done.Key.ID, done.Key.RevokedAt.UTC(), effectOf(done.Propagation)},
+	}, nil
+}
+
+// keyID reads an id from a path; what is not one becomes the id that nothing has, and goes the same way.
+func keyID(s string) apikey.ID {
+	id, err := apikey.ParseID(s)
+	if err != nil {
+		return apikey.ID{}
+	}
+	return id
+}
+
+func (h *handler) listTokens(ctx context.Context, c *call, _ *noInput) (*out[list[admin.TokenRecord]], error) {
+	all, err := h.svc.Tokens(ctx, c.Caller)
+	if err != nil {
+		return nil, err
+	}
+	at := time.Now()
+	return ok(listOf(all, func(t *admin.Token) admin.TokenRecord { return admin.TokenRecordOf(t, at) })), nil
+}
+
+func (h *handler) createToken(ctx context.Context, c *call, _ *noInput) (*out[createdToken], error) {
+	var body admin.TokenInput
+	if err := readBody(c.w, c.r, &body); err != nil {
+		return nil, err
+	}
+	made, err := h.svc.CreateToken(ctx, c.Caller, body)
+	if err != nil {
+		return nil, err
+	}
+	return &out[createdToken]{
+		Status:   http.StatusCreated,
+		Location: "/tokens/" + made.Token.ID.String(),
+		Body:     createdToken{admin.TokenRecordOf(made.Token, time.Now()), made.Secret.Reveal()},
+	}, nil
+}
+
+func (h *handler) revokeToken(ctx context.Context, c *call, in *atToken) (*out[RevokedToken], error) {
+	t, err := h.svc.RevokeToken(ctx, c.Caller, keyID(in.TokenID))
+	if err != nil {
+		return nil, err
+	}
+	return ok(RevokedToken{t.ID, t.RevokedAt.UTC()}), nil
+}
+
+func writeJSON(w io.Writer, v any) error { return json.NewEncoder(w).Encode(v) }

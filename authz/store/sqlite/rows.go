@@ -1,0 +1,60 @@
+package sqlite
+
+import (
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// micros is how times are kept: microseconds since 1970, UTC. The zero time is kept as what it is, the
+// year 1, and needs no special case in either direction.
+func micros(t time.Time) int64 { return t.UnixMicro() }
+
+// never is the zero time, for statements that ask for it.
+var never = micros(time.Time{})
+
+// An instant reads a time.
+type instant struct{ to *time.Time }
+
+func (i instant) Scan(from any) error {
+	v, ok := from.(int64)
+	if !ok {
+		return errors.New("not a time in microseconds")
+	}
+	*i.to = time.UnixMicro(v).UTC()
+	return nil
+}
+
+// exactly reads a BLOB that has the length of the slice: an id or a digest.
+type exactly []byte
+
+func (to exactly) Scan(from any) error {
+	b, ok := from.([]byte)
+	if !ok || len(b) != len(to) {
+		return fmt.Errorf("not %d bytes", len(to)) // without the bytes: they may be a digest
+	}
+	copy(to, b)
+	return nil
+}
+
+// A document reads JSON.
+type document struct{ to any }
+
+func (d document) Scan(from any) error {
+	s, ok := from.(string)
+	if !ok {
+		return errors.New("not JSON")
+	}
+	return json.Unmarshal([]byte(s), d.to)
+}
+
+// text writes JSON.
+func text(v any) (string, error) {
+	b, err := json.Marshal(v)
+	return string(b), err
+}
+
+// raw passes JSON through, and nil as NULL.
+func raw(m json.RawMessage) sql.NullString { return sql.NullString{String: string(m), Valid: m != nil} }
