@@ -43,11 +43,13 @@ type Redigests interface {
 
 // Config is what an operator says about requests. It can be changed while requests are decided.
 type Config struct {
-	Credentials   Credentials
-	Rules         []Rule
-	IgnoreCase    bool // of all rules' paths
-	DenyUnrouted  bool // a request that no rule matches is refused; otherwise it needs a key
-	AllowCORS     bool // preflight requests pass without a key
+	Credentials  Credentials
+	Rules        []Rule
+	IgnoreCase   bool // of all rules' paths
+	DenyUnrouted bool // a request that no rule matches is refused; otherwise it needs a key
+	AllowCORS    bool // preflight requests pass without a key
+	// LeaseWait is how long a request may wait for another of the same key to end.
+	LeaseWait     time.Duration
 	ClientAddress ClientAddress
 	TrustedHops   int // with ClientXFF: proxies in front of Envoy that are trusted
 }
@@ -55,11 +57,12 @@ type Config struct {
 // An Authorizer decides requests. Safe for concurrent use.
 type Authorizer struct {
 	keys      Keys
-	limiter   limits.Limiter
+	limiter   limits.Leaser
 	uses      Uses
 	peppers   apikey.Peppers
 	redigests Redigests
 	rules     atomic.Pointer[rules]
+	notes     notes
 }
 
 // rules is a Config made ready.
@@ -70,7 +73,7 @@ type rules struct {
 }
 
 // New returns an Authorizer. All of it is needed.
-func New(cfg Config, keys Keys, limiter limits.Limiter, peppers apikey.Peppers, uses Uses, redigests Redigests) (*Authorizer, error) {
+func New(cfg Config, keys Keys, limiter limits.Leaser, peppers apikey.Peppers, uses Uses, redigests Redigests) (*Authorizer, error) {
 	a := &Authorizer{keys: keys, limiter: limiter, uses: uses, peppers: peppers, redigests: redigests}
 	if err := peppers.Validate(); err != nil {
 		return nil, err
@@ -80,6 +83,10 @@ func New(cfg Config, keys Keys, limiter limits.Limiter, peppers apikey.Peppers, 
 
 // Configure replaces the configuration. On error the old one stays.
 func (a *Authorizer) Configure(cfg Config) error {
+	cfg.Rules = slices.Clone(cfg.Rules)
+	for i := range cfg.Rules {
+		cfg.Rules[i].note = a.notes.number(cfg.Rules[i].String())
+	}
 	r, err := prepare(cfg)
 	if err != nil {
 		return err
@@ -239,10 +246,11 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 	if d.Reason = right(d, k, instance, rule, r, client); d.Reason != ReasonNone {
 		return nil
 	}
-	if err := a.limit(ctx, d, k, instance, mayBlock); err != nil || d.Reason != ReasonNone {
+	if err := a.limit(ctx, r, d, rule, instance, mayBlock); err != nil || d.Reason != ReasonNone {
 		return err
 	}
 	if err := a.keys.Serving(); err != nil {
+		a.TakeBack(ctx, d)
 		return err // the process stood still, perhaps for longer than a revocation waits for it
 	}
 	d.Reason = ReasonKey
@@ -436,7 +444,20 @@ func cutWord(s string) (word, rest string) {
 	return s, ""
 }
 
-func (a *Authorizer) limit(ctx context.Context, d *Decision, k *apikey.Key, instance *apikey.Instance, mayBlock bool) error {
+// TakeBack ends the lease of a decision that nobody will act on. What it spent otherwise stays spent.
+func (a *Authorizer) TakeBack(ctx context.Context, d *Decision) {
+	if !d.Leased {
+		return
+	}
+	d.Leased = false
+	// The lease is given back because ctx may be done; giving back must not depend on it. A limiter that
+	// cannot be reached lets the lease run out.
+	_ = a.limiter.End(context.WithoutCancel(ctx), []limits.Ending{{Lease: d.Lease, Cause: limits.CauseContext}})
+}
+
+func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rule *Rule, instance *apikey.Instance, mayBlock bool) error {
+	k := d.Key
+	inForce := instance.Policy.LimitsOf(k)
 	var room [2]limits.RateDemand
 	rates := room[:0]
 	if total := limits.RateOf(instance.Policy.Total); !total.IsZero() {
@@ -445,12 +466,19 @@ func (a *Authorizer) limit(ctx context.Context, d *Decision, k *apikey.Key, inst
 			Cell: limits.Cell{Owner: [16]byte(owner[:16]), Class: limits.ClassInstance}, Rate: total,
 		})
 	}
-	if rate := limits.RateOf(instance.Policy.LimitsOf(k)); !rate.IsZero() {
+	if rate := limits.RateOf(inForce); !rate.IsZero() {
 		rates = append(rates, limits.RateDemand{
 			Cell: limits.Cell{Owner: k.ID, Class: limits.ClassBurst}, Rate: rate,
 		})
 	}
 	demand := limits.Demand{Rates: rates}
+	if inForce.MaxConcurrent > 0 {
+		demand.Lease = limits.LeaseDemand{
+			Lease: limits.Lease{Cell: LeaseCell(k.ID), Identity: r.Identity, HTTP: r.HTTP},
+			Limit: int64(inForce.MaxConcurrent), Wait: a.rules.Load().LeaseWait,
+			Connection: r.Connection, Note: note(rule, r.Method),
+		}
+	}
 	answer, ok := a.limiter.TryTake(&demand)
 	if !ok {
 		if !mayBlock {
@@ -461,12 +489,20 @@ func (a *Authorizer) limit(ctx context.Context, d *Decision, k *apikey.Key, inst
 			return err
 		}
 	}
-	if !answer.Allowed {
-		d.Reason, d.Limit, d.RetryAfter = limitReasons[answer.Class], answer.Class, answer.RetryAfter
-		for i := range rates {
-			if rates[i].Cell.Class == answer.Class {
-				d.Rate = rates[i].Rate
-			}
+	if answer.Allowed {
+		d.Leased, d.Lease = demand.Lease.Limit > 0, demand.Lease.Lease
+		return nil
+	}
+	d.Reason, d.Limit, d.RetryAfter = limitReasons[answer.Class], answer.Class, answer.RetryAfter
+	if answer.Class == limits.ClassConcurrency {
+		d.Concurrent = demand.Lease.Limit
+		if r.Unheard {
+			d.Reason = ReasonNoFeedback
+		}
+	}
+	for i := range rates {
+		if rates[i].Cell.Class == answer.Class {
+			d.Rate = rates[i].Rate
 		}
 	}
 	return nil

@@ -27,6 +27,7 @@ type world struct {
 	found     int // calls of FindKey
 
 	demands []limits.Demand
+	ended   []limits.Ending
 	answer  limits.Decision
 	block   bool // the limiter's TryTake cannot decide
 
@@ -79,9 +80,17 @@ func (w *world) TryTake(d *limits.Demand) (limits.Decision, bool) {
 }
 
 func (w *world) Take(_ context.Context, d *limits.Demand) (limits.Decision, error) {
-	w.demands = append(w.demands, limits.Demand{Rates: append([]limits.RateDemand(nil), d.Rates...)})
+	w.demands = append(w.demands, limits.Demand{Rates: append([]limits.RateDemand(nil), d.Rates...), Lease: d.Lease})
 	return w.answer, nil
 }
+
+func (w *world) End(_ context.Context, endings []limits.Ending) error {
+	w.ended = append(w.ended, endings...)
+	return nil
+}
+func (w *world) Renew(context.Context, []limits.Lease) error     { return nil }
+func (w *world) Disconnected(uint64)                             {}
+func (w *world) Running(func(limits.Cell) bool) []limits.Running { return nil }
 
 func (w *world) Used(k *apikey.Key, _ time.Time)  { w.used = append(w.used, k.ID) }
 func (w *world) Redigest(_, _ apikey.Digest)      { w.redigests++ }
@@ -467,6 +476,80 @@ func TestLimitsAreThoseInForce(t *testing.T) {
 	d := decide(t, a, authz.Request{Method: "GET", Path: "/", Headers: []authz.Pair{header("x-api-key", secret.Reveal())}})
 	if d.Reason != authz.ReasonLimitInstance || d.RetryAfter != 3*time.Second || d.Rate != total || d.Outcome() != authz.Limited {
 		t.Errorf("refused by the instance's total: got %+v", d)
+	}
+}
+
+func TestRunningRequestsAreCountedWithTheRest(t *testing.T) {
+	w := newWorld()
+	w.instances["demo"].Policy.Defaults.User.MaxConcurrent = 3
+	a := w.authorizer(t, authz.Config{LeaseWait: 5 * time.Millisecond, Rules: []authz.Rule{{Path: "/a/{b}"}}})
+	identity := authz.NewIdentity("203.0.113.9", 4711, time.UnixMicro(1_700_000_000_000_000))
+	for name, tt := range map[string]struct {
+		key  apikey.Key
+		want int64
+	}{
+		"shipped":     {apikey.Key{}, 10},
+		"of the type": {apikey.Key{Type: apikey.TypeUser, UserPrincipalName: "ann@example"}, 3},
+		"of the key":  {apikey.Key{Limits: apikey.Limits{MaxConcurrent: 1}}, 1},
+		"none":        {apikey.Key{Limits: apikey.Limits{MaxConcurrent: apikey.Unlimited}}, 0},
+	} {
+		secret := w.issue(tt.key)
+		w.demands, w.answer = nil, limits.Decision{Allowed: true}
+		r := authz.Request{Method: "POST", Path: "/a/x", Identity: identity, HTTP: 42, Connection: 7,
+			Headers: []authz.Pair{header("x-api-key", secret.Reveal())}}
+		d := decide(t, a, r)
+		got := w.demands[0].Lease
+		if got.Limit != tt.want || d.Leased != (tt.want > 0) {
+			t.Errorf("%s: limit %d, leased %v, want %d", name, got.Limit, d.Leased, tt.want)
+		}
+		if tt.want == 0 {
+			continue
+		}
+		want := limits.Lease{Cell: authz.LeaseCell(d.Key.ID), Identity: identity, HTTP: 42}
+		if got.Lease != want || d.Lease != want || got.Connection != 7 || got.Wait != 5*time.Millisecond {
+			t.Errorf("%s: got %+v and %+v, want %+v", name, got, d.Lease, want)
+		}
+		if method, pattern := a.Describe(got.Note); method != "POST" || pattern != "/a/{b}" {
+			t.Errorf("%s: described as %q %q", name, method, pattern)
+		}
+
+		w.answer = limits.Decision{Class: limits.ClassConcurrency, RetryAfter: time.Second}
+		d = decide(t, a, r)
+		if d.Reason != authz.ReasonLimitConcurrency || d.Leased || d.Concurrent != tt.want {
+			t.Errorf("%s, refused: got %+v", name, d)
+		}
+		r.Unheard = true
+		if d = decide(t, a, r); d.Reason != authz.ReasonNoFeedback {
+			t.Errorf("%s, refused at a node that is never heard: got %v", name, d.Reason)
+		}
+	}
+}
+
+func TestLeaseOfAnAnswerThatIsNotGivenIsTakenBack(t *testing.T) {
+	w := newWorld()
+	secret := w.issue(apikey.Key{})
+	a := w.authorizer(t, authz.Config{})
+	w.notServed = apikey.ErrUndecided
+	r := authz.Request{Method: "GET", Path: "/", Headers: []authz.Pair{header("x-api-key", secret.Reveal())}}
+	var d authz.Decision
+	if err := a.Decide(t.Context(), &r, &d); err == nil || d.Leased {
+		t.Fatalf("got %+v, %v", d, err)
+	}
+	if len(w.ended) != 1 || w.ended[0].Lease != w.demands[0].Lease.Lease || w.ended[0].Cause != limits.CauseContext {
+		t.Errorf("ended %+v, want the lease of %+v", w.ended, w.demands)
+	}
+}
+
+func TestDescriptionsOutliveAReload(t *testing.T) {
+	w := newWorld()
+	secret := w.issue(apikey.Key{})
+	a := w.authorizer(t, authz.Config{Rules: []authz.Rule{{Path: "/old"}}})
+	decide(t, a, authz.Request{Method: "BREW", Path: "/old", Headers: []authz.Pair{header("x-api-key", secret.Reveal())}})
+	if err := a.Configure(authz.Config{Rules: []authz.Rule{{Path: "/new"}}}); err != nil {
+		t.Fatal(err)
+	}
+	if method, pattern := a.Describe(w.demands[0].Lease.Note); method != "" || pattern != "/old" {
+		t.Errorf("got %q %q", method, pattern)
 	}
 }
 

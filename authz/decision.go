@@ -58,7 +58,9 @@ const (
 	ReasonAddress
 	ReasonLimitInstance
 	ReasonLimitBurst
-	ReasonKey // allowed with a key
+	ReasonLimitConcurrency
+	ReasonNoFeedback // limited by concurrency, at a node that never says that a request ended
+	ReasonKey        // allowed with a key
 	reasonCount
 )
 
@@ -93,6 +95,8 @@ var reasons = [reasonCount]struct {
 	ReasonAddress:             {"address", Forbidden},
 	ReasonLimitInstance:       {"limit_instance", Limited},
 	ReasonLimitBurst:          {"limit_burst", Limited},
+	ReasonLimitConcurrency:    {"limit_concurrency", Limited},
+	ReasonNoFeedback:          {"concurrency_no_feedback", Limited},
 	ReasonKey:                 {"key", Allowed},
 }
 
@@ -114,6 +118,8 @@ func Reasons() []Reason {
 var limitReasons = map[limits.Class]Reason{
 	limits.ClassInstance: ReasonLimitInstance,
 	limits.ClassBurst:    ReasonLimitBurst,
+
+	limits.ClassConcurrency: ReasonLimitConcurrency,
 }
 
 // An ID names one decision, in answers, logs and metadata. It is random, not secret.
@@ -146,6 +152,10 @@ type Decision struct {
 	// Scopes are the rights in force: the key's, capped by the policy. Set when allowed with a key.
 	Scopes apikey.Scopes
 
+	// Leased says that the request, allowed, holds Lease until somebody says that it ended.
+	Leased bool
+	Lease  limits.Lease
+
 	// CredentialSent says that the request carried something meant as one of our secrets.
 	CredentialSent bool
 	// InAuthorization and InQuery say where else than in our own headers, which never reach an upstream,
@@ -154,7 +164,8 @@ type Decision struct {
 
 	MissingScope apikey.Scope  // with ReasonMissingScope
 	Limit        limits.Class  // with Limited
-	Rate         limits.Rate   // the rate that refuses
+	Rate         limits.Rate   // the rate that refuses; zero where none does
+	Concurrent   int64         // the number of running requests that refuses; 0 where it does not
 	RetryAfter   time.Duration // with Limited; above 0
 }
 

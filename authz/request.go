@@ -5,6 +5,8 @@ import (
 	"io"
 	"net/netip"
 	"strings"
+
+	"keyward/limits"
 )
 
 // A Request is what a decision needs to know of an HTTP request. Its strings may borrow from the
@@ -15,6 +17,13 @@ type Request struct {
 	Method, Host string
 	Path         string // with its query, as it came over the wire
 	Peer         string // address of the connection's other end, without port
+	// Identity and HTTP name the request for its lease, Connection the one by which it was asked about;
+	// see package limits.
+	Identity   limits.Identity
+	HTTP       uint64
+	Connection uint64
+	// Unheard says that the node that asks takes leases and was never heard to end one.
+	Unheard bool
 	// Headers are those that Authorizer.HeaderNames names, in lower case, each occurrence by itself or
 	// several joined by commas, in their order.
 	Headers []Pair

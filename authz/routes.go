@@ -110,6 +110,8 @@ type Rule struct {
 	Instance, Agent, Environment []Source
 	// AgentRequired refuses agent keys where the request names no agent.
 	AgentRequired bool
+
+	note uint32 // number of its pattern, see notes
 }
 
 // String returns the rule's pattern as ServeMux writes it.

@@ -28,6 +28,7 @@ type Service struct {
 type Config struct {
 	Format  apikey.Format
 	Peppers apikey.Peppers // Current is needed
+	Leases  Leases         // nil in a process that answers no Checks
 }
 
 // A Propagator is the cache of this process. CatchUp returns when it serves nothing older than a
@@ -63,6 +64,8 @@ const (
 	revokeToken    = "token.revoke"
 	readPeppers    = "pepper.read"
 	retirePepper   = "pepper.retire"
+	readInFlight   = "inflight.read"
+	endInFlight    = "inflight.end"
 )
 
 // may is the one place that says which role may do what.
@@ -78,6 +81,8 @@ var may = map[string][]Role{
 	revokeToken:    {RoleOwner},
 	readPeppers:    {RoleOwner, RoleAuditor},
 	retirePepper:   {RoleOwner},
+	readInFlight:   {RoleOwner, RoleOperator, RoleAuditor},
+	endInFlight:    {RoleOwner, RoleOperator},
 }
 
 // A ForbiddenError says that the caller may not do this, or not with this value.

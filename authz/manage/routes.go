@@ -85,6 +85,8 @@ func (h *handler) routes(api huma.API) {
 		token     = tokens + "/{tokenId}"
 		peppers   = "/peppers"
 		pepper    = peppers + "/{version}"
+		inFlight  = instance + "/inFlight"
+		lease     = inFlight + "/{leaseId}"
 	)
 	route(h, api, http.MethodGet, instances, "listInstances", "List instances", nil, h.listInstances)
 	route(h, api, http.MethodPut, instance, "putInstance", "Create an instance or replace its policy", InstanceInput{}, h.putInstance, 201, 202)
@@ -94,6 +96,8 @@ func (h *handler) routes(api huma.API) {
 	route(h, api, http.MethodPost, keys, "createKey", "Create a key", admin.KeyInput{}, h.createKey)
 	route(h, api, http.MethodGet, key, "getKey", "Get a key", nil, h.getKey)
 	route(h, api, http.MethodDelete, key, "revokeKey", "Revoke a key for good", nil, h.revokeKey, 202)
+	route(h, api, http.MethodGet, inFlight, "listInFlight", "List the requests that run now, the oldest first", nil, h.listInFlight)
+	route(h, api, http.MethodDelete, lease, "endInFlight", "End a lease by force; the request itself goes on", nil, h.endInFlight)
 	route(h, api, http.MethodGet, tokens, "listTokens", "List management tokens, newest first", nil, h.listTokens)
 	route(h, api, http.MethodPost, tokens, "createToken", "Create a management token", admin.TokenInput{}, h.createToken)
 	route(h, api, http.MethodDelete, token, "revokeToken", "Revoke a management token, at once", nil, h.revokeToken)

@@ -12,6 +12,8 @@ import (
 	"keyward/authz/apikey"
 	"keyward/cache"
 	"keyward/envoy/check"
+	"keyward/envoy/generate"
+	"keyward/limits/local"
 )
 
 // Config is the whole configuration of keyward serve: one YAML file, then the environment, then flags.
@@ -27,6 +29,7 @@ type Config struct {
 	CORSPreflight   string          `yaml:"corsPreflight"` // deny | allow
 	IdentityHeaders IdentityHeaders `yaml:"identityHeaders"`
 	Cache           Cache           `yaml:"cache"`
+	Concurrency     Concurrency     `yaml:"concurrency"`
 	Errors          string          `yaml:"errors"` // rpc | error_response
 	Envoy           EnvoyFacts      `yaml:"envoy"`
 	Log             Log             `yaml:"log"`
@@ -98,6 +101,59 @@ type Cache struct {
 	Grace   *apikey.Duration `yaml:"grace"`   // how long known keys are served without the store; 0: not at all
 }
 
+// Concurrency says how keyward learns that requests end, which is what max-concurrent lives on. Server
+// and generated configuration read the same.
+type Concurrency struct {
+	Feedback string `yaml:"feedback"` // als | alsBatched | otlp | otlpBatched | none
+	// Wait is how long a request may wait for another of the same key to end; by default just long
+	// enough for Envoy's word to arrive.
+	Wait       *apikey.Duration `yaml:"wait"`
+	RenewEvery apikey.Duration  `yaml:"renewEvery"` // how often Envoy says that a request still runs
+	TTL        apikey.Duration  `yaml:"ttl"`        // how long a lease lives of which nothing is heard; 0: 3.5 × renewEvery
+}
+
+// wait returns the wait in force.
+func (c Concurrency) wait() time.Duration {
+	if c.Wait != nil {
+		return c.Wait.Std()
+	}
+	switch generate.Feedback(c.Feedback) {
+	case generate.FeedbackALS, generate.FeedbackOTLP:
+		return 5 * time.Millisecond
+	case generate.FeedbackALSBatched, generate.FeedbackOTLPBatched:
+		return 30 * time.Millisecond
+	}
+	return 0 // nobody will say that a place is free
+}
+
+func (c Concurrency) validate() error {
+	var faults []error
+	fault := func(field, reason string) { faults = append(faults, apikey.Invalid("concurrency."+field, reason)) }
+	if !slices.Contains(generate.Feedbacks(), generate.Feedback(c.Feedback)) {
+		fault("feedback", "must be als, alsBatched, otlp, otlpBatched or none")
+	}
+	if c.Wait != nil && (*c.Wait < 0 || c.Wait.Std() > time.Minute) {
+		fault("wait", "must be from 0s to 1m")
+	}
+	if c.RenewEvery.Std() < 100*time.Millisecond || c.RenewEvery.Std() > time.Hour {
+		fault("renewEvery", "must be from 100ms to 1h")
+	}
+	switch ttl := c.TTL.Std(); {
+	case ttl < 0:
+		fault("ttl", "must be a positive duration")
+	case ttl == 0 && c.Feedback == string(generate.FeedbackNone):
+		fault("ttl", "is needed with feedback: none. Nobody says then that a request ended, so every request counts for exactly that long")
+	case ttl > 0 && c.Feedback != string(generate.FeedbackNone) && ttl < 2*c.RenewEvery.Std():
+		fault("ttl", "must be at least 2 × renewEvery, or requests that still run would be forgotten")
+	}
+	return errors.Join(faults...)
+}
+
+// leases translates what concerns running requests.
+func (c Concurrency) leases() local.Config {
+	return local.Config{RenewEvery: c.RenewEvery.Std(), TTL: c.TTL.Std()}
+}
+
 // EnvoyFacts is what keyward has to know of the Envoys that ask it.
 type EnvoyFacts struct {
 	MinVersion string `yaml:"minVersion"` // e.g. "1.37"; needed for errors: error_response
@@ -130,7 +186,9 @@ func defaultConfig() Config {
 			User: check.DefaultIdentity.User, Scopes: check.DefaultIdentity.Scopes,
 			DecisionID: check.DefaultIdentity.DecisionID,
 		},
-		Cache:  Cache{Records: 1_000_000, Unknown: 65_536, Grace: &grace},
+		Cache:       Cache{Records: 1_000_000, Unknown: 65_536, Grace: &grace},
+		Concurrency: Concurrency{Feedback: string(generate.FeedbackALS), RenewEvery: apikey.Duration(generate.DefaultRenewEvery)},
+
 		Errors: "rpc",
 		Log:    Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
 	}
@@ -142,6 +200,7 @@ func (c *Config) validate() error {
 		c.Listen.Check.validate("listen.check"),
 		c.Listen.Manage.validate("listen.manage"),
 		c.Listen.Metrics.validate("listen.metrics"),
+		c.Concurrency.validate(),
 		oneOf("defaultRoute", c.DefaultRoute, "required", "deny"),
 		oneOf("corsPreflight", c.CORSPreflight, "deny", "allow"),
 		oneOf("errors", c.Errors, "rpc", "error_response"),
@@ -210,6 +269,7 @@ func (c *Config) authorizer() (authz.Config, error) {
 		AllowCORS:     c.CORSPreflight == "allow",
 		ClientAddress: authz.ClientAddress(c.Client.Address),
 		TrustedHops:   c.Client.TrustedHops,
+		LeaseWait:     c.Concurrency.wait(),
 	}
 	var faults []error
 	for i, route := range c.Routes {

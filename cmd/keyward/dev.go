@@ -34,7 +34,8 @@ const (
 	devEnvoyLog   = "envoy.log"
 
 	// The demo key is tight, so that few requests show its limit.
-	devBurst = 10
+	devBurst      = 10
+	devConcurrent = 3
 )
 
 // devRoutes are the rules of the demo: everything needs a key, and some of it more or less.
@@ -223,6 +224,8 @@ func welcome(s devState, dir string) string {
 	say("# 429: more at once than the key's burst of %d", devBurst)
 	say("for i in $(seq %d); do curl -s -o /dev/null -w '%%{http_code} ' %s %s/orders; done; curl -si %s %s/orders | tail -n 1",
 		2*devBurst, key, s.Envoy, key, s.Envoy)
+	say("# 429 again: slow requests count while they run, and this key may have %d at once (give the burst 10 s to refill)", devConcurrent)
+	say("for i in $(seq %d); do curl -s -o /dev/null -w '%%{http_code} ' %s '%s/orders?delay=3s' & done; wait", devConcurrent+1, key, s.Envoy)
 	say("# the keys of the instance %q, and another key", s.Instance)
 	say("curl %s %s/instances/%s/apiKeys", token, s.Manage, s.Instance)
 	say(`curl -X POST %s -H 'Content-Type: application/json' -d '{"name": "my-api-key"}' %s/instances/%s/apiKeys`, token, s.Manage, s.Instance)
@@ -305,10 +308,10 @@ func ensureDevKey(ctx context.Context, s *service, path string) (apikey.ID, erro
 			return k.ID, nil
 		}
 	}
-	requests, burst := 60, devBurst
+	requests, burst, concurrent := 60, devBurst, devConcurrent
 	created, err := s.admin.CreateKey(ctx, devCaller, devInstance, admin.KeyInput{
 		Name: devKeyName, Description: "made by keyward dev", Scopes: []string{"orders:read"},
-		Limits: admin.LimitsInput{Rate: &admin.RateInput{Requests: &requests, Per: "1m"}, Burst: &burst},
+		Limits: admin.LimitsInput{Rate: &admin.RateInput{Requests: &requests, Per: "1m"}, Burst: &burst, MaxConcurrent: &concurrent},
 	})
 	if err != nil {
 		return apikey.ID{}, err

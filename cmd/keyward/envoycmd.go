@@ -69,7 +69,7 @@ func (a *app) generateEnvoy() *cobra.Command {
 	f.StringVar(&tls.CertFile, "keyward-cert", "", "file on Envoy's machine: Envoy's certificate for keyward")
 	f.StringVar(&tls.KeyFile, "keyward-key", "", "file on Envoy's machine: the certificate's key")
 	f.StringVar(&tls.ServerName, "keyward-name", "", "name in keyward's certificate; by default the host of --keyward")
-	f.DurationVar(&g.CheckTimeout, "check-timeout", generate.DefaultCheckTimeout, "how long keyward may take")
+	f.DurationVar(&g.CheckTimeout, "check-timeout", 0, "how long keyward may take; by default 250 ms and what a request may wait for another to end")
 	f.DurationVar(&g.RequestTimeout, "request-timeout", generate.DefaultRequestTimeout, "how long a client may take to send its request; negative: without end")
 	f.DurationVar(&g.ResponseTimeout, "response-timeout", generate.DefaultResponseTimeout, "how long the application's whole answer may take; negative: without end")
 	f.DurationVar(&g.IdleTimeout, "idle-timeout", generate.DefaultIdleTimeout, "how long a connection may be silent; negative: without end")
@@ -97,6 +97,12 @@ func (c *Config) envoy(g *generate.Config) {
 		authz.ClientPeer: generate.ClientPeer, authz.ClientExternal: generate.ClientEnvoyExternal, authz.ClientXFF: generate.ClientForwardedFor,
 	}[authz.ClientAddress(c.Client.Address)]
 	g.TrustedHops = c.Client.TrustedHops
+	g.Feedback = generate.Feedback(c.Concurrency.Feedback)
+	g.RenewEvery = c.Concurrency.RenewEvery.Std()
+	if g.CheckTimeout == 0 {
+		// Room for the wait, and for the decision.
+		g.CheckTimeout = c.Concurrency.wait() + generate.DefaultCheckTimeout
+	}
 	g.CORSPreflight = c.CORSPreflight == "allow"
 	if g.Keyward == "" {
 		g.Keyward = c.Listen.Check.Address

@@ -93,7 +93,7 @@ func (a *app) root() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		a.serveCommand(), a.devCommand(),
-		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.pepperCommand(),
+		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.inFlightCommand(), a.pepperCommand(),
 		a.envoyCommand(), a.configCommand(), a.versionCommand(),
 	)
 	root.InitDefaultCompletionCmd()

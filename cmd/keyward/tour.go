@@ -55,7 +55,7 @@ func (a *app) tour(ctx context.Context, state devState) error {
 	t.expect("a public route, without a key", t.get("/public/page", ""), http.StatusOK)
 	t.expect("a path that servers read in two ways", t.get("/public/page;x", ""), http.StatusBadRequest)
 
-	burst, err := t.key("tour burst")
+	burst, err := t.key("tour burst", tourLimits(devBurst, 0))
 	if err != nil {
 		return err
 	}
@@ -82,7 +82,11 @@ func (a *app) tour(ctx context.Context, state devState) error {
 		t.expect("after Retry-After", t.get("/orders", burst.Secret.Reveal()), http.StatusOK)
 	}
 
-	revoked, err := t.key("tour revoke")
+	if err := t.concurrency(); err != nil {
+		return err
+	}
+
+	revoked, err := t.key("tour revoke", tourLimits(devBurst, 0))
 	if err != nil {
 		return err
 	}
@@ -104,11 +108,62 @@ func (a *app) tour(ctx context.Context, state devState) error {
 	return nil
 }
 
-func (t *tour) key(name string) (manage.CreatedKey, error) {
-	requests, burst := 60, devBurst
+// concurrency shows that requests which run count, and that their end frees a place at once: also that
+// of a request whose client went away.
+func (t *tour) concurrency() error {
+	const limit = 10
+	key, err := t.key("tour concurrency", tourLimits(1000, limit))
+	if err != nil {
+		return err
+	}
+	answers := make(chan answer)
+	for range limit + 1 {
+		go func() { answers <- t.get("/orders?delay=2s", key.Secret.Reveal()) }()
+	}
+	codes := map[int]int{}
+	var limited answer
+	for range limit + 1 {
+		got := <-answers
+		codes[got.status]++
+		if got.status == http.StatusTooManyRequests {
+			limited = got
+		}
+	}
+	t.check(fmt.Sprintf("%d slow requests side by side, limit %d", limit+1, limit),
+		codes, map[int]int{http.StatusOK: limit, http.StatusTooManyRequests: 1})
+	t.check("in the body", limited.problem.Error.Limit, "concurrency")
+	t.expect("when they have ended", t.get("/orders", key.Secret.Reveal()), http.StatusOK)
+
+	one, err := t.key("tour abort", tourLimits(1000, 1))
+	if err != nil {
+		return err
+	}
+	leaving, leave := context.WithTimeout(t.ctx, 300*time.Millisecond)
+	defer leave()
+	gone := *t
+	gone.ctx = leaving
+	t.expect("a slow request whose client goes away", gone.get("/orders?delay=1m", one.Secret.Reveal()), 0)
+	t.expect("its place is free again", t.get("/orders", one.Secret.Reveal()), http.StatusOK)
+	for _, k := range []manage.CreatedKey{key, one} {
+		if _, err := t.client.RevokeKey(t.ctx, t.state.Instance, k.Key.ID, "end of the tour"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func tourLimits(burst, maxConcurrent int) admin.LimitsInput {
+	requests := 6 * burst
+	in := admin.LimitsInput{Rate: &admin.RateInput{Requests: &requests, Per: "1m"}, Burst: &burst}
+	if maxConcurrent > 0 {
+		in.MaxConcurrent = &maxConcurrent
+	}
+	return in
+}
+
+func (t *tour) key(name string, limits admin.LimitsInput) (manage.CreatedKey, error) {
 	return t.client.CreateKey(t.ctx, t.state.Instance, admin.KeyInput{
-		Name: name, Scopes: []string{"orders:read"}, ExpiresIn: "1h",
-		Limits: admin.LimitsInput{Rate: &admin.RateInput{Requests: &requests, Per: "1m"}, Burst: &burst},
+		Name: name, Scopes: []string{"orders:read"}, ExpiresIn: "1h", Limits: limits,
 	})
 }
 
@@ -121,6 +176,7 @@ type answer struct {
 		Error struct {
 			Code       string
 			RetryAfter int
+			Limit      string
 		}
 	}
 }

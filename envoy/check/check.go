@@ -22,6 +22,7 @@ import (
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"keyward/authz"
@@ -39,6 +40,8 @@ type Config struct {
 	// Timeout bounds a decision that has to wait; 1 s if zero. Some platforms give Envoy's own call ten
 	// minutes.
 	Timeout time.Duration
+	// Leases make the ids by which Envoy's access log names what it was granted. Needed.
+	Leases *authz.LeaseIDs
 	// LogPerSecond is how many decisions are logged at most; the rest are counted. 0: none.
 	LogPerSecond int
 }
@@ -78,8 +81,10 @@ func New(a *authz.Authorizer, cfg Config, reg prometheus.Registerer, log *slog.L
 // keyward could not decide.
 func (s *Server) Check(ctx context.Context, in *authv3.CheckRequest) (out *authv3.CheckResponse, err error) {
 	start := time.Now()
+	var d authz.Decision
 	defer func() {
 		if p := recover(); p != nil {
+			s.authorizer.TakeBack(ctx, &d)
 			s.metrics.panics.Inc()
 			s.log.panicked(p)
 			out, err = nil, status.Error(codes.Internal, "keyward failed to decide; its log says more")
@@ -92,12 +97,13 @@ func (s *Server) Check(ctx context.Context, in *authv3.CheckRequest) (out *authv
 		s.requests.Put(r)
 	}()
 	about, err := fill(r, in, s.authorizer.HeaderNames())
+	connection := connectionOf(ctx)
+	r.Connection, r.Unheard = connection.ConnectionID(), connection.Unheard()
 	if err != nil {
 		s.metrics.malformed.Inc()
 		return nil, err
 	}
 
-	var d authz.Decision
 	ok, err := s.authorizer.Try(r, &d)
 	if !ok {
 		waiting, cancel := context.WithTimeout(ctx, s.timeout)
@@ -112,12 +118,46 @@ func (s *Server) Check(ctx context.Context, in *authv3.CheckRequest) (out *authv
 	took := time.Since(start)
 	s.metrics.decided(&d, took)
 	s.log.decided(r, &d, took)
-	if d.Outcome() == authz.Allowed {
-		headers, query := s.authorizer.CredentialNames()
-		return sealed(s.answers.allow(&d, about, headers, query), nil)
+	if d.Outcome() != authz.Allowed {
+		return sealed(s.answers.deny(&d, about), nil)
 	}
-	return sealed(s.answers.deny(&d, about), nil)
+	headers, query := s.authorizer.CredentialNames()
+	out, err = sealed(s.answers.allow(&d, about, headers, query), nil)
+	if d.Leased {
+		connection.Granted()
+		if err != nil || ctx.Err() != nil {
+			s.authorizer.TakeBack(ctx, &d) // the caller is gone: Envoy will never say that it ended
+		}
+	}
+	return out, err
 }
+
+// A Connection is what the server knows of the connection that a Check came by. The listener's
+// addresses implement it. Safe for concurrent use.
+type Connection interface {
+	ConnectionID() uint64
+	// Granted notes that a lease was granted.
+	Granted()
+	// Unheard reports whether leases were granted long enough ago and no end of any was ever heard.
+	Unheard() bool
+}
+
+// connectionOf returns the record of a call's connection.
+func connectionOf(ctx context.Context) Connection {
+	if p, ok := peer.FromContext(ctx); ok {
+		if c, ok := p.Addr.(Connection); ok {
+			return c
+		}
+	}
+	return noConnection{}
+}
+
+// noConnection stands for a connection of which nothing is known.
+type noConnection struct{}
+
+func (noConnection) ConnectionID() uint64 { return 0 }
+func (noConnection) Granted()             {}
+func (noConnection) Unheard() bool        { return false }
 
 // sealed lets only whole answers out: an allow that says so, or a refusal that says so.
 func sealed(r *authv3.CheckResponse, err error) (*authv3.CheckResponse, error) {

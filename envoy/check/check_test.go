@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -32,6 +33,9 @@ import (
 type facts struct {
 	find   func() (*apikey.Key, error)
 	limits limits.Decision
+
+	mu    sync.Mutex
+	ended []limits.Ending
 }
 
 func (f *facts) Cached(d *apikey.Digest) (*apikey.Key, bool, error) {
@@ -45,9 +49,18 @@ func (f *facts) Instance(id string) *apikey.Instance { return &apikey.Instance{I
 func (f *facts) LastUsed(context.Context, apikey.ID) (time.Time, error) {
 	return time.Time{}, nil
 }
-func (f *facts) Serving() error                                 { return nil }
-func (f *facts) Used(*apikey.Key, time.Time)                    {}
-func (f *facts) Redigest(_, _ apikey.Digest)                    {}
+func (f *facts) Serving() error                                  { return nil }
+func (f *facts) Used(*apikey.Key, time.Time)                     {}
+func (f *facts) Redigest(_, _ apikey.Digest)                     {}
+func (f *facts) Renew(context.Context, []limits.Lease) error     { return nil }
+func (f *facts) Disconnected(uint64)                             {}
+func (f *facts) Running(func(limits.Cell) bool) []limits.Running { return nil }
+func (f *facts) End(_ context.Context, endings []limits.Ending) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ended = append(f.ended, endings...)
+	return nil
+}
 func (f *facts) TryTake(*limits.Demand) (limits.Decision, bool) { return f.limits, true }
 func (f *facts) Take(context.Context, *limits.Demand) (limits.Decision, error) {
 	return f.limits, nil
@@ -69,10 +82,12 @@ func newFacts() *facts { return &facts{find: known, limits: limits.Decision{Allo
 // dial serves checks in memory and returns a client and what was logged.
 func dial(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (authv3.AuthorizationClient, *bytes.Buffer) {
 	t.Helper()
-	a, err := authz.New(rules, f, f, apikey.Peppers{Current: apikey.NewPepper(1, false)}, f, f)
+	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
+	a, err := authz.New(rules, f, f, peppers, f, f)
 	if err != nil {
 		t.Fatal(err)
 	}
+	cfg.Leases = authz.NewLeaseIDs(peppers)
 	log := new(bytes.Buffer)
 	s, err := check.New(a, cfg, prometheus.NewRegistry(), slog.New(slog.NewJSONHandler(log, nil)))
 	if err != nil {
@@ -152,7 +167,12 @@ func TestAllowedRequestsCarryIdentityAndNoSecret(t *testing.T) {
 	wantMetadata := map[string]any{
 		"keyward.key_id": keyID.String(), "keyward.instance": "demo", "keyward.reason": "key", "keyward.decision_id": decision,
 	}
-	if diff := cmp.Diff(wantMetadata, out.GetDynamicMetadata().AsMap()); diff != "" {
+	gotMetadata := out.GetDynamicMetadata().AsMap()
+	if lease, _ := gotMetadata["keyward.lease"].(string); len(lease) != authz.LeaseIDSize {
+		t.Errorf("lease %q", lease)
+	}
+	delete(gotMetadata, "keyward.lease")
+	if diff := cmp.Diff(wantMetadata, gotMetadata); diff != "" {
 		t.Errorf("metadata (-want +got):\n%s", diff)
 	}
 	for _, h := range ok.GetHeaders() {

@@ -27,7 +27,10 @@ func fill(r *authz.Request, in *authv3.CheckRequest, names []string) (about, err
 		return about{}, status.Error(codes.Unimplemented, "keyward decides HTTP requests only: use the HTTP filter envoy.filters.http.ext_authz")
 	}
 	r.Method, r.Host, r.Path = request.GetMethod(), request.GetHost(), request.GetPath()
-	r.Peer = attributes.GetSource().GetAddress().GetSocketAddress().GetAddress()
+	source := attributes.GetSource().GetAddress().GetSocketAddress()
+	r.Peer = source.GetAddress()
+	r.Identity = authz.NewIdentity(r.Peer, source.GetPortValue(), attributes.GetRequest().GetTime().AsTime())
+	r.HTTP = authz.HTTPID(request.GetId())
 	for name, value := range attributes.GetContextExtensions() {
 		r.Extensions = append(r.Extensions, authz.Pair{Name: name, Value: value})
 	}

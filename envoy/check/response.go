@@ -100,6 +100,7 @@ type answers struct {
 	remove        []string // of every allowed request
 	realm         string
 	errorResponse bool
+	leases        *authz.LeaseIDs
 }
 
 func newAnswers(cfg Config) (answers, error) {
@@ -113,7 +114,7 @@ func newAnswers(cfg Config) (answers, error) {
 	if strings.ContainsAny(cfg.Realm, "\"\\") || !isVisible(cfg.Realm) {
 		return answers{}, apikey.Invalid("credentials.realm", "must be visible ASCII without quotes and backslashes")
 	}
-	return answers{identity: identity, remove: identity.Names(), realm: cfg.Realm, errorResponse: cfg.ErrorResponse}, nil
+	return answers{identity: identity, remove: identity.Names(), realm: cfg.Realm, errorResponse: cfg.ErrorResponse, leases: cfg.Leases}, nil
 }
 
 // allow lets a request through: who is calling is set, everything that could be mistaken for it and
@@ -155,8 +156,17 @@ func (a *answers) allow(d *authz.Decision, about about, credentialHeaders []stri
 	return &authv3.CheckResponse{
 		Status:          &status.Status{Code: int32(codes.OK)},
 		HttpResponse:    &authv3.CheckResponse_OkResponse{OkResponse: ok},
-		DynamicMetadata: metadata(d),
+		DynamicMetadata: a.granted(d),
 	}
+}
+
+// granted is the metadata of an allowed request: with its lease, by which the access log names it.
+func (a *answers) granted(d *authz.Decision) *structpb.Struct {
+	m := metadata(d)
+	if d.Leased {
+		m.Fields["keyward.lease"] = structpb.NewStringValue(string(a.leases.Append(nil, d.Lease)))
+	}
+	return m
 }
 
 // refusal is how each outcome is said over HTTP and gRPC.
@@ -190,6 +200,8 @@ type problemError struct {
 var limitNames = map[limits.Class]string{
 	limits.ClassInstance: "instance",
 	limits.ClassBurst:    "burst",
+
+	limits.ClassConcurrency: "concurrency",
 }
 
 // deny refuses a request.
@@ -211,9 +223,13 @@ func (a *answers) deny(d *authz.Decision, about about) *authv3.CheckResponse {
 		body.RetryAfter = seconds(d.RetryAfter)
 		body.Limit = limitNames[d.Limit]
 		retry := strconv.FormatInt(body.RetryAfter, 10)
+		policy := fmt.Sprintf("%q;q=%d;qu=\"concurrent-requests\"", body.Limit, d.Concurrent)
+		if d.Concurrent == 0 {
+			policy = fmt.Sprintf("%q;q=%d;w=%d", body.Limit, d.Rate.Burst, seconds(time.Duration(d.Rate.Burst)*d.Rate.Interval))
+		}
 		headers = append(headers,
 			header("retry-after", retry),
-			header("ratelimit-policy", fmt.Sprintf("%q;q=%d;w=%d", body.Limit, d.Rate.Burst, seconds(time.Duration(d.Rate.Burst)*d.Rate.Interval))),
+			header("ratelimit-policy", policy),
 			header("ratelimit", fmt.Sprintf("%q;r=0;t=%s", body.Limit, retry)))
 	}
 	return a.refuse(how, body, headers, about, metadata(d))

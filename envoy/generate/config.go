@@ -82,6 +82,11 @@ type Config struct {
 	// InternalCIDRs are the networks whose clients may steer Envoy by x-envoy-* headers. None: nobody may.
 	InternalCIDRs []netip.Prefix
 
+	// Feedback is how Envoy says that requests ended; "": FeedbackALS. RenewEvery is how often it says that
+	// one still runs, as keyward's own configuration has it; 0: DefaultRenewEvery.
+	Feedback   Feedback
+	RenewEvery time.Duration
+
 	StatPrefix string // of Envoy's statistics about Check; "": DefaultStatPrefix
 
 	RequestTimeout  time.Duration // for a client to send its request; 0: DefaultRequestTimeout, negative: none
@@ -112,6 +117,8 @@ func (c Config) withDefaults() Config {
 	c.RequestTimeout = cmp.Or(c.RequestTimeout, DefaultRequestTimeout)
 	c.ResponseTimeout = cmp.Or(c.ResponseTimeout, DefaultResponseTimeout)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, DefaultIdleTimeout)
+	c.Feedback = cmp.Or(c.Feedback, FeedbackALS)
+	c.RenewEvery = cmp.Or(c.RenewEvery, DefaultRenewEvery)
 	if len(c.CredentialHeaders) == 0 {
 		c.CredentialHeaders = DefaultCredentialHeaders()
 	}
@@ -176,6 +183,12 @@ func (c Config) validate(fragment bool) error {
 	case ClientEnvoyExternal, ClientForwardedFor:
 	default:
 		bad("clientAddress", "%q is none of %q, %q, %q", c.ClientAddress, ClientPeer, ClientEnvoyExternal, ClientForwardedFor)
+	}
+	if !slices.Contains(Feedbacks(), c.Feedback) {
+		bad("feedback", "%q is none of als, alsBatched, otlp, otlpBatched, none", c.Feedback)
+	}
+	if c.RenewEvery < time.Millisecond {
+		bad("renewEvery", "%v is not a duration of at least 1ms", c.RenewEvery)
 	}
 	if c.TrustedHops < 0 || c.TrustedHops > 32 {
 		bad("trustedHops", "%d is not from 0 to 32", c.TrustedHops)

@@ -18,6 +18,7 @@ import (
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	datav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	streamlogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	extauthzv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_authz/v3"
 	headermutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
@@ -122,7 +123,7 @@ func fragment(c Config) (*hcmv3.HttpConnectionManager, *clusterv3.Cluster, error
 	}
 	manager.StatPrefix = ""
 	manager.RouteSpecifier = nil
-	manager.AccessLog = nil
+	manager.AccessLog = slices.DeleteFunc(manager.AccessLog, func(l *accesslogv3.AccessLog) bool { return l.GetName() == stdoutLogger })
 	manager.HttpFilters = manager.HttpFilters[:len(manager.HttpFilters)-1] // the router is there already
 	cluster, err := keywardClusterOf(c)
 	return manager, cluster, err
@@ -188,7 +189,7 @@ func connectionManager(c Config) (*hcmv3.HttpConnectionManager, error) {
 		}
 		m.AccessLog = []*accesslogv3.AccessLog{log}
 	}
-	return m, nil
+	return m, addFeedback(m, c)
 }
 
 // timeout is in Envoy's terms, where 0 means none.
@@ -463,6 +464,8 @@ func listenAddress(ipPort string) *corev3.Address {
 	return a
 }
 
+const stdoutLogger = "envoy.access_loggers.stdout"
+
 func stdoutLog() (*accesslogv3.AccessLog, error) {
 	format, err := structpb.NewStruct(map[string]any{
 		"time":          "%START_TIME%",
@@ -489,6 +492,8 @@ func stdoutLog() (*accesslogv3.AccessLog, error) {
 		return nil, err
 	}
 	return &accesslogv3.AccessLog{
-		Name: "envoy.access_loggers.stdout", ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: config},
+		Name: stdoutLogger, ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: config},
+		// Not every time a request is said to run still.
+		Filter: logTypes(datav3.AccessLogType_DownstreamEnd),
 	}, nil
 }
