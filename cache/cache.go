@@ -75,7 +75,7 @@ type Config struct {
 	// Records is how many keys are held; 0: 1,000,000. One takes about 450 bytes, and 50 bytes of
 	// counters are reserved for each from the start.
 	Records int
-	// Unknown is how many digests are remembered as finding nothing; 0: 65,536. About 150 bytes each.
+	// Unknown is how many digests are remembered as finding nothing; 0: 65,536. About 200 bytes each.
 	Unknown int
 	// Grace is how long keys in the cache are served after the serve lease has run out. 0: not at all.
 	// A change may have to wait for Lease + Grace before it is effective on a replica that is cut off.
@@ -335,13 +335,13 @@ func (c *Cache) Learn(d apikey.Digest) {
 	c.records.forgetUnknown(&d)
 }
 
-// failed counts an error of the store and makes it an outage.
+// failed counts an error of the store and makes it an outage. The cause is for people only.
 func (c *Cache) failed(call string, err error) error {
 	c.metrics.storeErrors.WithLabelValues(call).Inc()
 	if errors.Is(err, apikey.ErrUndecided) {
 		return fmt.Errorf("%s: %w", call, err)
 	}
-	return fmt.Errorf("%w: %s: %v", apikey.ErrUndecided, call, err)
+	return fmt.Errorf("%w: %s: %v", apikey.ErrUndecided, call, err) //nolint:errorlint // a driver's error is no promise of ours
 }
 
 // recovered, when deferred, turns a panic into an error.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"runtime"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -91,10 +92,10 @@ func TestDigestOutsideTheKnownSetCostsNoRead(t *testing.T) {
 	bubble(t, store, Config{}, func(t *testing.T, c *Cache) {
 		for n := 2; n < 1000; n++ {
 			d := digest(n)
-			if k, ok, err := c.Cached(&d); k != nil || !ok || err != apikey.ErrNotFound {
+			if k, ok, err := c.Cached(&d); k != nil || !ok || !errors.Is(err, apikey.ErrNotFound) {
 				t.Fatalf("Cached: got %v %v %v, want ErrNotFound", k, ok, err)
 			}
-			if _, err := c.FindKey(t.Context(), d, source); err != apikey.ErrNotFound {
+			if _, err := c.FindKey(t.Context(), d, source); !errors.Is(err, apikey.ErrNotFound) {
 				t.Fatalf("FindKey: got %v, want ErrNotFound", err)
 			}
 		}
@@ -246,6 +247,52 @@ func TestManyWhoAskForOneKeyAreOneRead(t *testing.T) {
 	})
 }
 
+func TestLoadsOfDifferentKeysAreNotMixedUp(t *testing.T) {
+	store := cachetest.NewStore()
+	store.Put(key(1), digest(1))
+	store.Put(key(2), sharing(digest(1), 31))
+	bubble(t, store, Config{}, func(t *testing.T, c *Cache) {
+		release := blockLoads(store)
+		one, two := asking(t.Context(), c, digest(1)), asking(t.Context(), c, sharing(digest(1), 31))
+		synctest.Wait()
+		release()
+		if got := <-one; got.err != nil || got.key.ID != key(1).ID {
+			t.Errorf("got %v, want key 1", got)
+		}
+		if got := <-two; got.err != nil || got.key.ID != key(2).ID {
+			t.Errorf("got %v, want key 2", got)
+		}
+	})
+}
+
+func TestCloseWaitsForLoads(t *testing.T) {
+	store := cachetest.NewStore()
+	store.Put(key(1), digest(1))
+	bubble(t, store, Config{Grace: time.Hour}, func(t *testing.T, c *Cache) {
+		mustFind(t, c, digest(1))
+		catchUp(t, c, store.Put(key(1), digest(1)))
+		store.OnAnswer(func(_ context.Context, call string) error {
+			if call == "FindKey" {
+				time.Sleep(100 * time.Millisecond)
+			}
+			return nil
+		})
+		asked := asking(t.Context(), c, digest(1))
+		synctest.Wait()
+		begin := time.Now()
+		c.Close()
+		if waited := time.Since(begin); waited != 100*time.Millisecond {
+			t.Errorf("waited %v, want 100ms", waited)
+		}
+		if got := <-asked; got.err != nil {
+			t.Errorf("a load that was under way got %v", got.err)
+		}
+		wantErr(t, c.Serving(), apikey.ErrUndecided)
+		_, err := find(t, c, digest(1))
+		wantErr(t, err, apikey.ErrUndecided)
+	})
+}
+
 func TestWaiterLeavesAloneAtItsOwnDeadline(t *testing.T) {
 	store := cachetest.NewStore()
 	store.Put(key(1), digest(1))
@@ -352,6 +399,35 @@ func TestAnswerOlderThanWhatWasSeenIsNotServed(t *testing.T) {
 			t.Error("the old answer was kept")
 		}
 	})
+}
+
+// While a poll applies a change, a read that sees the new generation must also see which revision it
+// needs.
+func TestReadDuringAPollNeedsThePollsRevision(t *testing.T) {
+	store := cachetest.NewStore()
+	before := store.Put(key(1), digest(1))
+	now := store.Put(revoked(1), digest(1))
+	c := newCache(t, store, Config{})
+	c.follower.heard.Store(uint64(before))
+	store.SetLag(1)
+	d := digest(1)
+	s := c.records.stripeOf(&d)
+	s.mu.Lock()
+	loaded := make(chan error, 1)
+	go func() {
+		_, err := c.loadShared(t.Context(), &d)
+		loaded <- err
+	}()
+	for range 10_000 {
+		runtime.Gosched() // it reads the stripe's generation, and waits for it
+	}
+	c.follower.heard.Store(uint64(now))
+	s.generation++
+	s.mu.Unlock()
+	wantErr(t, <-loaded, apikey.ErrUndecided)
+	if k, _ := c.records.get(&d); k != nil {
+		t.Error("a read from before the change was kept")
+	}
 }
 
 // A poll publishes what it heard before it counts a stripe up, and what it applied before it confirms.
@@ -640,6 +716,28 @@ func TestSetFromBeforeASecondLossIsNotTaken(t *testing.T) {
 		if n := store.Calls("Digests"); n != 3 {
 			t.Errorf("read the digests %d times, want 3", n)
 		}
+	})
+}
+
+func TestSetOlderThanWhatWasSeenIsNotTaken(t *testing.T) {
+	store := cachetest.NewStore()
+	bubble(t, store, Config{}, func(t *testing.T, c *Cache) {
+		store.SetLag(1)
+		revision := store.Put(key(1), digest(1))
+		store.Truncate()
+		catchUp(t, c, revision)
+		synctest.Wait()
+		d := digest(1)
+		if _, ok, err := c.Cached(&d); ok {
+			t.Errorf("got %v by a set from before the key", err)
+		}
+		store.SetLag(0)
+		time.Sleep(500 * time.Millisecond)
+		synctest.Wait()
+		if !c.known.current.Load().complete {
+			t.Error("the set was not read again")
+		}
+		mustFind(t, c, d)
 	})
 }
 

@@ -76,8 +76,8 @@ func (k *known) complete(set *digestSet) bool {
 	return true
 }
 
-// A digestSet holds prefixes of digests. Ten million take about 200 MB, and nothing of that is
-// looked at by the garbage collector. Safe for concurrent use.
+// A digestSet holds prefixes of digests. Ten million take about 290 MB, of which the garbage collector
+// looks at nothing. A look-up takes a read lock of one of 256 shards. Safe for concurrent use.
 type digestSet struct{ shards [256]digestShard }
 
 type digestShard struct {

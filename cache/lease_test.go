@@ -91,7 +91,7 @@ func TestWithoutTheStoreServesUntilTheLeaseAndItsGraceAreOut(t *testing.T) {
 			store.Fail(errAway) // the lease began at this instant
 			time.Sleep(2*time.Second - 1)
 			answers(t, c, nil, undecided, apikey.ErrNotFound, nil)
-			time.Sleep(1)
+			time.Sleep(time.Nanosecond)
 			if grace > 0 {
 				answers(t, c, nil, undecided, undecided, nil)
 				if n := value(t, c, "lease_state", ""); n != 1 {
@@ -99,7 +99,7 @@ func TestWithoutTheStoreServesUntilTheLeaseAndItsGraceAreOut(t *testing.T) {
 				}
 				time.Sleep(grace - 1)
 				answers(t, c, nil, undecided, undecided, nil)
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 			}
 			answers(t, c, undecided, undecided, undecided, undecided)
 			if n := value(t, c, "lease_state", ""); n != 0 {
@@ -132,7 +132,7 @@ func TestLeaseBeginsBeforeThePoll(t *testing.T) {
 		if err := c.Serving(); err != nil {
 			t.Errorf("2 s less 1 ns after the poll began: %v", err)
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		wantErr(t, c.Serving(), apikey.ErrUndecided)
 	})
 }
@@ -179,9 +179,9 @@ func TestSuspendedOrJumpedClockEndsTheLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCache(t, store, Config{Grace: 10 * time.Second})
 		var mono, wall atomic.Int64 // what the two clocks gain over virtual time
-		real := c.lease.clock
+		virtual := c.lease.clock
 		c.lease.clock = func() instant {
-			now := real()
+			now := virtual()
 			return instant{now.mono + mono.Load(), now.wall + wall.Load()}
 		}
 		running(t, c)
@@ -227,11 +227,16 @@ func TestRequestsWithoutALeaseShareOnePoll(t *testing.T) {
 			return nil
 		})
 		polls := store.Calls("Changes")
+		ctx, leave := context.WithCancel(t.Context())
+		first := asking(ctx, c, digest(1))
+		synctest.Wait() // it is its poll that the others join
 		var all []<-chan answer
 		for range 100 {
 			all = append(all, asking(t.Context(), c, digest(1)))
 		}
 		synctest.Wait()
+		leave()
+		wantErr(t, (<-first).err, context.Canceled)
 		close(gate)
 		for _, one := range all {
 			if got := <-one; got.err != nil {
@@ -307,6 +312,23 @@ func TestRunLoadsFollowsAndLeaves(t *testing.T) {
 		if _, ok := store.Replica("r1"); ok {
 			t.Error("registered again by a request")
 		}
+	})
+}
+
+// What changes after the changes were read must wait for this replica.
+func TestReplicaIsRegisteredBeforeItReadsChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := storeOfTwo()
+		c := newCache(t, store, Config{})
+		store.OnAnswer(func(_ context.Context, call string) error {
+			if _, ok := store.Replica("r1"); call == "Changes" && !ok {
+				t.Error("read changes without being registered")
+			}
+			return nil
+		})
+		running(t, c)
+		synctest.Wait()
+		answers(t, c, nil, nil, apikey.ErrNotFound, nil)
 	})
 }
 

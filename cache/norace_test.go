@@ -3,6 +3,7 @@
 package cache
 
 import (
+	"errors"
 	"testing"
 
 	"keyward/authz/apikey"
@@ -22,7 +23,7 @@ func TestCachedAllocatesNothing(t *testing.T) {
 	}
 	unknown, remembered := digest(2), digest(1)
 	remembered[20] = 1 // its prefix is known
-	if _, err := c.FindKey(t.Context(), remembered, source); err != apikey.ErrNotFound {
+	if _, err := c.FindKey(t.Context(), remembered, source); !errors.Is(err, apikey.ErrNotFound) {
 		t.Fatal(err)
 	}
 	for name, f := range map[string]func(){

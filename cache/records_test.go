@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"runtime"
 	"testing"
 
 	"keyward/authz/apikey"
@@ -162,5 +163,31 @@ func TestRecordsAreBounded(t *testing.T) {
 	}
 	if got := r.unknown.Len(); got != 50 {
 		t.Errorf("%d unknown digests are kept, want 50", got)
+	}
+}
+
+// ristretto may panic in a Get while it closes.
+func TestCloseWaitsForLookups(t *testing.T) {
+	r, err := newRecords(10, 10, newMetrics())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := digest(1)
+	lookup := r.stripeOf(&d)
+	lookup.mu.RLock()
+	closed := make(chan struct{})
+	go func() { r.close(); close(closed) }()
+	for range 10_000 {
+		runtime.Gosched()
+	}
+	select {
+	case <-closed:
+		t.Error("closed under a look-up")
+	default:
+	}
+	lookup.mu.RUnlock()
+	<-closed
+	if k, _ := r.get(&d); k != nil {
+		t.Error("found something after the end")
 	}
 }

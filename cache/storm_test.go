@@ -213,6 +213,9 @@ func TestCloseDuringTraffic(t *testing.T) {
 		closers.Go(c.Close)
 		closers.Wait()
 		closed.Store(true)
+		if c.Serving() == nil || c.Ready() {
+			t.Error("a closed cache serves")
+		}
 		askers.Wait()
 		end()
 	}

@@ -127,7 +127,8 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 	params := queryParams(reflect.TypeFor[I]())
 	huma.Register(api, op, func(ctx context.Context, in *I) (*out[T], error) {
 		c := ctx.Value(callKey{}).(*call)
-		answer, err := (*out[T])(nil), checkQuery(c.r.URL.RawQuery, params)
+		var answer *out[T]
+		err := checkQuery(c.r.URL.RawQuery, params)
 		if err == nil {
 			answer, err = do(ctx, c, in)
 		}

@@ -110,7 +110,8 @@ func (s *Store) Restore(revision apikey.Revision) {
 	}
 }
 
-// SetLag makes FindKey answer with the truth of some revisions ago, as a copy that is behind does.
+// SetLag makes FindKey and Digests answer with the truth of some revisions ago, as a copy that is
+// behind does.
 func (s *Store) SetLag(revisions apikey.Revision) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -158,6 +159,9 @@ func (s *Store) Forget(replica string) {
 
 // answer makes an answer under the lock and returns it after the hook.
 func (s *Store) answer(ctx context.Context, call string, fact func() error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	s.calls[call]++
 	err, hook := fact(), s.onAnswer
@@ -174,12 +178,7 @@ func (s *Store) answer(ctx context.Context, call string, fact func() error) erro
 func (s *Store) FindKey(ctx context.Context, d apikey.Digest) (k *apikey.Key, at apikey.Revision, err error) {
 	err = s.answer(ctx, "FindKey", func() error {
 		at = s.revision - min(s.lag, s.revision)
-		for _, v := range s.keys[d] {
-			if v.from <= at {
-				k = v.key
-			}
-		}
-		if k == nil {
+		if k = found(s.keys[d], at); k == nil {
 			return apikey.ErrNotFound
 		}
 		return nil
@@ -187,13 +186,23 @@ func (s *Store) FindKey(ctx context.Context, d apikey.Digest) (k *apikey.Key, at
 	return k, at, err
 }
 
+// found returns what was found at a revision; nil: nothing.
+func found(versions []version, at apikey.Revision) (k *apikey.Key) {
+	for _, v := range versions {
+		if v.from <= at {
+			k = v.key
+		}
+	}
+	return k
+}
+
 // Digests is part of cache.Source.
 func (s *Store) Digests(ctx context.Context, yield func(apikey.Digest) bool) (at apikey.Revision, err error) {
 	var all []apikey.Digest
 	err = s.answer(ctx, "Digests", func() error {
-		at = s.revision
+		at = s.revision - min(s.lag, s.revision)
 		for d, versions := range s.keys {
-			if n := len(versions); n > 0 && versions[n-1].key != nil {
+			if found(versions, at) != nil {
 				all = append(all, d)
 			}
 		}

@@ -206,7 +206,7 @@ func (c *Config) validate() error {
 		oneOf("errors", c.Errors, "rpc", "error_response"),
 		oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error"),
 		oneOf("log.format", c.Log.Format, "json", "text"),
-		check.Identity(c.IdentityHeaders).Validate(),
+		c.checkConfig().Validate(),
 	}
 	fault := func(field, reason string) { faults = append(faults, apikey.Invalid(field, reason)) }
 	if c.Listen.Check.Address == "" {
@@ -233,11 +233,28 @@ func (c *Config) validate() error {
 	if c.Errors == "error_response" && !atLeast(c.Envoy.MinVersion, 1, 37) {
 		fault("errors", "error_response needs envoy.minVersion 1.37 or newer: older Envoys make a 403 of it")
 	}
-	cfg, err := c.authorizer()
-	if err == nil {
-		err = cfg.Validate()
+	if v := c.Envoy.MinVersion; v != "" && !atLeast(v, 0, 0) {
+		fault("envoy.minVersion", "must be a version such as \"1.37\"")
 	}
-	return errors.Join(append(faults, err)...)
+	identity := check.Identity(c.IdentityHeaders).Names()
+	for _, h := range c.Credentials.Headers {
+		if h == "" || strings.Trim(h, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || h == "authorization" {
+			fault("credentials.headers", "must be names of lower-case letters, digits and -, other than authorization")
+		} else if slices.Contains(identity, h) {
+			fault("credentials.headers", "has a name that identityHeaders has too: what a client sends there must not come to look like what keyward says")
+		}
+	}
+	if bad, ok := errors.AsType[*apikey.InvalidError](apikey.Format{First: c.Credentials.Prefix}.Validate()); ok {
+		fault("credentials.prefix", bad.Reason)
+	}
+	// authz stops at its first fault, so it is asked about one thing at a time.
+	cfg, err := c.authorizer()
+	faults = append(faults, err,
+		authz.Config{ClientAddress: cfg.ClientAddress, TrustedHops: cfg.TrustedHops}.Validate())
+	if err == nil {
+		faults = append(faults, authz.Config{Rules: cfg.Rules, IgnoreCase: cfg.IgnoreCase}.Validate())
+	}
+	return errors.Join(faults...)
 }
 
 func oneOf(field, value string, words ...string) error {

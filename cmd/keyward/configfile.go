@@ -46,7 +46,7 @@ func loadConfig(file string, stdin io.Reader, environ, settings []string) (*Conf
 		}
 		path, ok := pathOfEnv(name, fields)
 		if !ok {
-			faults = append(faults, fmt.Errorf("environment: %s sets nothing%s", name, didYouMean(name, envNames(fields))))
+			faults = append(faults, fmt.Errorf("environment: %s sets nothing%s", name, didYouMean(name, append(envNames(fields), clientEnv...))))
 			continue
 		}
 		if err := setField(fields[path], value); err != nil {
@@ -206,21 +206,23 @@ func setScalar(field reflect.Value, n *yaml.Node) error {
 	return n.Decode(field.Addr().Interface())
 }
 
-// collectFields lists the scalar fields of a struct by their path, such as listen.check.address. Lists
-// are set in the file only.
+// collectFields lists the fields of a struct that hold values, by their path, such as
+// listen.check.address.
 func collectFields(v reflect.Value, path string, into map[string]reflect.Value) {
 	for field, value := range v.Fields() {
 		name := strings.TrimPrefix(path+"."+field.Tag.Get("yaml"), ".")
-		switch {
-		case value.Kind() == reflect.Struct:
+		if value.Kind() == reflect.Struct {
 			collectFields(value, name, into)
-		case value.Kind() != reflect.Slice:
+		} else {
 			into[name] = value
 		}
 	}
 }
 
 func setField(field reflect.Value, value string) error {
+	if field.Kind() == reflect.Slice {
+		return errors.New("is a list: lists are set in the file only")
+	}
 	if field.Kind() == reflect.Pointer {
 		field.Set(reflect.New(field.Type().Elem()))
 		field = field.Elem()

@@ -46,6 +46,12 @@ type Config struct {
 	LogPerSecond int
 }
 
+// Validate reports what New would not take.
+func (c Config) Validate() error {
+	_, err := newAnswers(c)
+	return err
+}
+
 // A Server answers Checks. Safe for concurrent use.
 type Server struct {
 	authv3.UnimplementedAuthorizationServer

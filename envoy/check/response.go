@@ -105,14 +105,14 @@ type answers struct {
 
 func newAnswers(cfg Config) (answers, error) {
 	identity, err := cfg.Identity.resolve()
-	if err != nil {
-		return answers{}, err
-	}
 	if cfg.Realm == "" {
 		cfg.Realm = "keyward"
 	}
 	if strings.ContainsAny(cfg.Realm, "\"\\") || !isVisible(cfg.Realm) {
-		return answers{}, apikey.Invalid("credentials.realm", "must be visible ASCII without quotes and backslashes")
+		err = errors.Join(err, apikey.Invalid("credentials.realm", "must be visible ASCII without quotes and backslashes"))
+	}
+	if err != nil {
+		return answers{}, err
 	}
 	return answers{identity: identity, remove: identity.Names(), realm: cfg.Realm, errorResponse: cfg.ErrorResponse, leases: cfg.Leases}, nil
 }

@@ -4,14 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,6 +25,9 @@ import (
 func TestMain(m *testing.M) {
 	if binary := os.Getenv("ENVOYTEST_PARENT"); binary != "" {
 		beParent(binary)
+	}
+	if os.Getenv("ENVOYTEST_STUBBORN") != "" {
+		beStubborn(os.Args)
 	}
 	os.Exit(m.Run())
 }
@@ -237,6 +244,7 @@ func TestFailedStartSaysWhyAndLeavesNothing(t *testing.T) {
 	}{
 		{"no binary", t.Context(), envoytest.Config{Binary: filepath.Join(scripts, "none")}, []string{"start envoy", "no such file"}},
 		{"ends at once", t.Context(), envoytest.Config{Binary: program(t, filepath.Join(scripts, "ends"), "echo bad configuration >&2; exit 3")}, []string{"exit status 3", "bad configuration"}},
+		{"ends well", t.Context(), envoytest.Config{Binary: program(t, filepath.Join(scripts, "ends-well"), "exit 0")}, []string{"exit status 0"}},
 		{"never ready", t.Context(), envoytest.Config{Binary: program(t, filepath.Join(scripts, "hangs"), "echo warming up; exec sleep 600"), ReadyIn: 300 * time.Millisecond}, []string{"not ready after 300ms", "warming up"}},
 		{"called off", done, envoytest.Config{Binary: filepath.Join(scripts, "hangs")}, []string{"called off"}},
 	} {
@@ -301,6 +309,37 @@ func TestPausedEnvoyIsStopped(t *testing.T) {
 	}
 	if err := p.Err(); err != nil {
 		t.Errorf("got %v, want an end by SIGTERM, not by SIGKILL", err)
+	}
+}
+
+// beStubborn is an Envoy, as far as Start looks, that SIGTERM does not end.
+func beStubborn(args []string) {
+	signal.Ignore(syscall.SIGTERM)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	file := args[slices.Index(args, "--admin-address-path")+1]
+	if err := os.WriteFile(file+".new", []byte(l.Addr().String()), 0o600); err != nil {
+		panic(err)
+	}
+	if err := os.Rename(file+".new", file); err != nil {
+		panic(err)
+	}
+	panic(http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "{}") })))
+}
+
+func TestStubbornEnvoyIsKilled(t *testing.T) {
+	binary := program(t, filepath.Join(t.TempDir(), "envoy"), "ENVOYTEST_STUBBORN=1 exec "+os.Args[0]+` "$@"`)
+	p, err := envoytest.Start(t.Context(), envoytest.Config{Binary: binary, StopIn: 50 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if bad, ok := errors.AsType[*exec.ExitError](p.Err()); !ok || bad.String() != "signal: killed" {
+		t.Errorf("got %v, want SIGKILL after the SIGTERM that it ignores", p.Err())
 	}
 }
 

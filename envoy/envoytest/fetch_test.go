@@ -1,12 +1,15 @@
 package envoytest_test
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+
+	"keyward/envoy/envoytest"
 )
 
 type safeBuilder struct {
@@ -176,4 +179,20 @@ func TestFetch(t *testing.T) {
 			t.Errorf("got %q, %v, want one line that says so", out, err)
 		}
 	})
+}
+
+// What Go looks for is what Python fetches.
+func TestFetchKnowsOurVersions(t *testing.T) {
+	script, err := os.ReadFile("fetch.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("\nDEFAULT_VERSION = %q\n", envoytest.DefaultVersion); !strings.Contains(string(script), want) {
+		t.Errorf("fetch.py has no line %q", want)
+	}
+	for _, version := range envoytest.Versions() {
+		if !strings.Contains(string(script), fmt.Sprintf("\n    %q: {\n", version)) {
+			t.Errorf("fetch.py has no hashes of %s", version)
+		}
+	}
 }

@@ -2,6 +2,7 @@ package envoytest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,23 +26,22 @@ type Config struct {
 	Concurrency int       // worker threads; 0: 1
 	LogLevel    string    // "": warning
 	Log         io.Writer // gets what Envoy writes to stdout and stderr; nil: only kept for [Process.Log]
-	// ReadyIn is how long Envoy may take until it serves; 0: 15 s.
-	ReadyIn time.Duration
-}
 
-// stopGrace is how long Envoy may take to end by itself before it is killed.
-const stopGrace = 5 * time.Second
+	ReadyIn time.Duration // how long Envoy may take until it serves; 0: 15 s
+	StopIn  time.Duration // how long [Process.Stop] lets it end by itself before it is killed; 0: 5 s
+}
 
 // A Process is a running Envoy. Safe for concurrent use.
 type Process struct {
-	cmd   *exec.Cmd
-	dir   string
-	log   *tail
-	admin string        // base URL
-	done  chan struct{} // closed when the process has ended and was waited for
-	err   error         // how it ended; read after done
+	cmd    *exec.Cmd
+	dir    string
+	stopIn time.Duration
+	log    *tail
+	done   chan struct{} // closed when the process has ended and was waited for
+	err    error         // how it ended; read after done
 
-	listeners map[string]string
+	admin     string            // base URL
+	listeners map[string]string // addresses by name
 }
 
 // Start runs an Envoy and returns when it is ready and its listeners have their addresses. ctx bounds
@@ -50,9 +50,7 @@ type Process struct {
 // Its configuration may hold secrets, so it is kept in a folder that only this user can read, which goes
 // with the process. Errors carry the end of Envoy's log.
 func Start(ctx context.Context, c Config) (*Process, error) {
-	if c.ReadyIn == 0 {
-		c.ReadyIn = 15 * time.Second
-	}
+	c.ReadyIn = cmp.Or(c.ReadyIn, 15*time.Second)
 	ctx, cancel := context.WithTimeoutCause(ctx, c.ReadyIn, fmt.Errorf("not ready after %v", c.ReadyIn))
 	defer cancel()
 
@@ -61,7 +59,7 @@ func Start(ctx context.Context, c Config) (*Process, error) {
 		return nil, fmt.Errorf("start envoy: %w", err)
 	}
 	adminFile := filepath.Join(dir, "admin-address")
-	p := &Process{dir: dir, log: &tail{}, done: make(chan struct{})}
+	p := &Process{dir: dir, stopIn: cmp.Or(c.StopIn, 5*time.Second), log: &tail{}, done: make(chan struct{})}
 	p.cmd = exec.Command(c.Binary, arguments(c, file,
 		// A base id of its own, or a second Envoy on this machine would refuse to start.
 		"--use-dynamic-base-id",
@@ -115,13 +113,12 @@ func (p *Process) waitReady(ctx context.Context, adminFile string) error {
 	for {
 		select {
 		case <-p.done:
-			return fmt.Errorf("it ended: %w", p.Err())
+			return fmt.Errorf("it ended: %v", p.cmd.ProcessState)
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-ticker.C:
 		}
-		// Written in one step or not yet there; without a newline.
-		address, err := os.ReadFile(adminFile)
+		address, err := os.ReadFile(adminFile) // half an address does not answer
 		if err != nil || len(address) == 0 {
 			continue
 		}
@@ -153,7 +150,7 @@ func (p *Process) Err() error {
 // Log returns the last 32 KiB of what Envoy wrote to stdout and stderr.
 func (p *Process) Log() string { return p.log.String() }
 
-// Stop ends Envoy and waits for it: SIGTERM, and SIGKILL after 5 s. Stopping twice does no harm.
+// Stop ends Envoy and waits for it: SIGTERM, and SIGKILL when its time is over. Stopping twice does no harm.
 func (p *Process) Stop() error {
 	if err := p.signal(syscall.SIGTERM); err != nil {
 		return err
@@ -164,7 +161,7 @@ func (p *Process) Stop() error {
 	select {
 	case <-p.done:
 		return nil
-	case <-time.After(stopGrace):
+	case <-time.After(p.stopIn):
 		return p.Kill()
 	}
 }
@@ -211,11 +208,7 @@ func Validate(ctx context.Context, c Config) error {
 }
 
 func arguments(c Config, file string, more ...string) []string {
-	level := c.LogLevel
-	if level == "" {
-		level = "warning"
-	}
-	return append([]string{"-c", file, "--log-level", level}, more...)
+	return append([]string{"-c", file, "--log-level", cmp.Or(c.LogLevel, "warning")}, more...)
 }
 
 // writeBootstrap makes a folder of mode 0700 with the configuration in it.

@@ -59,7 +59,7 @@ func resolve(path string) (string, error) {
 // name. Its content is the pid of the last holder, for the message only.
 func lock(path string) (*os.File, error) {
 	name := path + ".lock"
-	file, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600) //nolint:gosec // G304: the operator says where
+	file, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
@@ -91,7 +91,7 @@ func lock(path string) (*os.File, error) {
 // create makes the file where there is none, for its owner only: SQLite gives the files that it puts
 // beside it the same mode.
 func create(path string) error {
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600) //nolint:gosec // G304: the operator says where
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
 		return nil
 	}
