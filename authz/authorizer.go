@@ -496,9 +496,6 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rule *R
 	d.Reason, d.Limit, d.RetryAfter = limitReasons[answer.Class], answer.Class, answer.RetryAfter
 	if answer.Class == limits.ClassConcurrency {
 		d.Concurrent = demand.Lease.Limit
-		if r.Unheard {
-			d.Reason = ReasonNoFeedback
-		}
 	}
 	for i := range rates {
 		if rates[i].Cell.Class == answer.Class {

@@ -518,10 +518,6 @@ func TestRunningRequestsAreCountedWithTheRest(t *testing.T) {
 		if d.Reason != authz.ReasonLimitConcurrency || d.Leased || d.Concurrent != tt.want {
 			t.Errorf("%s, refused: got %+v", name, d)
 		}
-		r.Unheard = true
-		if d = decide(t, a, r); d.Reason != authz.ReasonNoFeedback {
-			t.Errorf("%s, refused at a node that is never heard: got %v", name, d.Reason)
-		}
 	}
 }
 

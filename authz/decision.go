@@ -59,8 +59,10 @@ const (
 	ReasonLimitInstance
 	ReasonLimitBurst
 	ReasonLimitConcurrency
-	ReasonNoFeedback // limited by concurrency, at a node that never says that a request ended
-	ReasonKey        // allowed with a key
+	// ReasonNoFeedback is ReasonLimitConcurrency at a node that never says that a request ended. Adapters,
+	// who know nodes, make the one of the other.
+	ReasonNoFeedback
+	ReasonKey // allowed with a key
 	reasonCount
 )
 

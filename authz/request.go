@@ -22,8 +22,6 @@ type Request struct {
 	Identity   limits.Identity
 	HTTP       uint64
 	Connection uint64
-	// Unheard says that the node that asks takes leases and was never heard to end one.
-	Unheard bool
 	// Headers are those that Authorizer.HeaderNames names, in lower case, each occurrence by itself or
 	// several joined by commas, in their order.
 	Headers []Pair

@@ -60,6 +60,25 @@ const (
 	CauseForced                    // an operator ended it
 )
 
+// String returns the word for the cause in logs and metrics.
+func (c Cause) String() string {
+	switch c {
+	case CauseLog:
+		return "log"
+	case CauseIdentity:
+		return "identity"
+	case CauseContext:
+		return "context"
+	case CauseNode:
+		return "node"
+	case CauseExpiry:
+		return "expiry"
+	case CauseForced:
+		return "force"
+	}
+	return "unknown"
+}
+
 // A Running is a live lease, for whoever looks.
 type Running struct {
 	Lease      Lease

@@ -12,16 +12,16 @@ import (
 
 // An InFlight is a running request as JSON.
 type InFlight struct {
-	LeaseID    string    `json:"leaseId"`
-	KeyID      apikey.ID `json:"keyId"`
-	Method     string    `json:"method,omitempty" doc:"Absent for a method of no standard."`
-	Path       string    `json:"path,omitempty" doc:"Pattern of the route it matched; absent where none did."`
-	Node       string    `json:"node,omitempty" doc:"The Envoy it runs at; absent while that has not said its name."`
-	Connection uint64    `json:"connection,omitempty" doc:"By which Envoy asked, as a number of the replica's own."`
-	Replica    string    `json:"replica"`
-	Adopted    bool      `json:"adopted,omitempty" doc:"Granted before the replica started."`
-	StartedAt  time.Time `json:"startedAt"`
-	AgeSeconds float64   `json:"ageSeconds"`
+	LeaseID     string    `json:"leaseId"`
+	KeyID       apikey.ID `json:"keyId"`
+	Method      string    `json:"method,omitempty" doc:"Absent for a method of no standard."`
+	Path        string    `json:"path,omitempty" doc:"Pattern of the route it matched; absent where none did."`
+	Node        string    `json:"node,omitempty" doc:"The Envoy it runs at; absent while that has not said its name."`
+	Connection  uint64    `json:"connection,omitempty" doc:"By which Envoy asked, as a number of the replica's own."`
+	Replica     string    `json:"replica"`
+	Adopted     bool      `json:"adopted,omitempty" doc:"Granted before the replica started."`
+	StartedAt   time.Time `json:"startedAt"`
+	AgeSeconds  float64   `json:"ageSeconds"`
 	CountsUntil time.Time `json:"countsUntil" doc:"Unless Envoy says that it still runs."`
 }
 

@@ -13,8 +13,10 @@ type trackedListener struct {
 	net.Listener
 	// silence is how long a node that was granted leases may be silent before it counts as unheard.
 	silence time.Duration
+	heard   func(connection uint64) bool // whether an access log came by it
 	ended   func(connection uint64)
 	last    atomic.Uint64
+	live    sync.Map // of *connectionAddr, by id
 }
 
 func (l *trackedListener) Accept() (net.Conn, error) {
@@ -22,14 +24,14 @@ func (l *trackedListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	remote := &connectionAddr{Addr: c.RemoteAddr(), id: l.last.Add(1), silence: l.silence}
-	return &trackedConn{Conn: c, remote: remote, ended: l.ended}, nil
+	remote := &connectionAddr{Addr: c.RemoteAddr(), id: l.last.Add(1), listener: l}
+	l.live.Store(remote.id, remote)
+	return &trackedConn{Conn: c, remote: remote}, nil
 }
 
 type trackedConn struct {
 	net.Conn
 	remote *connectionAddr
-	ended  func(connection uint64)
 	once   sync.Once
 }
 
@@ -37,17 +39,31 @@ func (c *trackedConn) RemoteAddr() net.Addr { return c.remote }
 
 func (c *trackedConn) Close() error {
 	err := c.Conn.Close()
-	c.once.Do(func() { c.ended(c.remote.id) })
+	c.once.Do(func() {
+		c.remote.listener.live.Delete(c.remote.id)
+		c.remote.listener.ended(c.remote.id)
+	})
 	return err
+}
+
+// unheard counts the connections that leases were granted by and no access log ever came.
+func (l *trackedListener) unheard() float64 {
+	n := 0
+	l.live.Range(func(_, c any) bool {
+		if c.(*connectionAddr).Unheard() {
+			n++
+		}
+		return true
+	})
+	return float64(n)
 }
 
 // A connectionAddr is the other end of a connection, and what happened by it. Safe for concurrent use.
 type connectionAddr struct {
 	net.Addr
-	id      uint64
-	silence time.Duration
-	granted atomic.Int64 // when the first lease was granted by it, Unix nanoseconds; 0: none
-	heard   atomic.Bool  // an access-log entry came by it
+	id       uint64
+	listener *trackedListener
+	granted  atomic.Int64 // when the first lease was granted by it, Unix nanoseconds; 0: none
 }
 
 // ConnectionID is the connection's number in this process, from 1.
@@ -60,12 +76,9 @@ func (a *connectionAddr) Granted() {
 	}
 }
 
-// Heard notes that an access-log entry came.
-func (a *connectionAddr) Heard() { a.heard.Store(true) }
-
 // Unheard reports whether leases were granted long enough ago for an entry to have come, and none did.
 // A request that runs on is said to do so every renewEvery, so by then there must have been one.
 func (a *connectionAddr) Unheard() bool {
 	granted := a.granted.Load()
-	return granted != 0 && !a.heard.Load() && time.Since(time.Unix(0, granted)) > a.silence
+	return granted != 0 && time.Since(time.Unix(0, granted)) > a.listener.silence && !a.listener.heard(a.id)
 }

@@ -32,7 +32,9 @@ import (
 	"keyward/authz/store/sqlite"
 	"keyward/authz/usage"
 	"keyward/cache"
+	"keyward/envoy/accesslog"
 	"keyward/envoy/check"
+	"keyward/limits"
 	"keyward/limits/local"
 )
 
@@ -43,6 +45,10 @@ const (
 	// drainTimeout is how long running calls may take after that.
 	drainTimeout = 10 * time.Second
 	readyTimeout = 30 * time.Second
+	// maxLogMessage leaves room for Envoy's batches of access-log entries, of 1 MiB and an entry.
+	maxLogMessage = 4 << 20 // bytes
+	// connectionSilence is how much later than it should a first access-log entry may come.
+	connectionSilence = 5 * time.Second
 	// bootstrapWarning is how often the log says that the first token still lives.
 	bootstrapWarning = 24 * time.Hour
 	// serveActor is who the audit names for what serve does by itself.
@@ -62,6 +68,10 @@ type service struct {
 	cache      *cache.Cache
 	authorizer *authz.Authorizer
 	admin      *admin.Service
+	limiter    *local.Limiter
+	leases     *authz.LeaseIDs
+	accessLogs *accesslog.Server
+	replica    string
 	lastUsed   *usage.LastUsed
 	redigester *admin.Redigester
 	health     *health.Server
@@ -107,10 +117,22 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	if err := admin.OpenPeppers(ctx, s.store, peppers, serveActor); err != nil {
 		return nil, err
 	}
-	if s.cache, err = cache.New(s.store, cfg.cacheConfig(), s.registry, s.log); err != nil {
+	host, err := os.Hostname()
+	if err != nil {
 		return nil, err
 	}
-	s.admin = admin.New(s.store, admin.Config{Format: apikey.Format{First: cfg.Credentials.Prefix}, Peppers: peppers}, s.cache, s.log)
+	s.replica = fmt.Sprintf("%s-%d-%d", host, os.Getpid(), time.Now().Unix())
+	cacheConfig := cfg.cacheConfig()
+	cacheConfig.Replica = s.replica
+	if s.cache, err = cache.New(s.store, cacheConfig, s.registry, s.log); err != nil {
+		return nil, err
+	}
+	s.limiter = local.New(cfg.Concurrency.leases(), s.registry)
+	s.leases = authz.NewLeaseIDs(peppers)
+	s.accessLogs = accesslog.New(s.limiter, s.leases, s.registry, s.log)
+	s.admin = admin.New(s.store, admin.Config{
+		Format: apikey.Format{First: cfg.Credentials.Prefix}, Peppers: peppers, Leases: inFlight{s},
+	}, s.cache, s.log)
 	s.lastUsed = usage.NewLastUsed(s.store, s.log)
 	s.redigester = admin.NewRedigester(s.store, peppers.Current.Version(), s.cache.Learn, s.log)
 
@@ -119,8 +141,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	facts := keyFacts{Cache: s.cache, store: s.store, lastUsed: s.lastUsed}
-	limiter := local.New(local.Config{}, s.registry)
-	if s.authorizer, err = authz.New(decisions, facts, limiter, peppers, s.lastUsed, s.redigester); err != nil {
+	if s.authorizer, err = authz.New(decisions, facts, s.limiter, peppers, s.lastUsed, s.redigester); err != nil {
 		return nil, err
 	}
 	for _, l := range []struct {
@@ -153,10 +174,53 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 			}
 		}
 	}
+	s.check = s.track(s.check)
 	if s.bootstrapMade, err = s.admin.Bootstrap(ctx, admin.Caller{Name: serveActor, Role: admin.RoleOwner}, s.adminTokenPath()); err != nil {
 		return nil, err
 	}
 	return s, nil
+}
+
+// track lets leases follow the connections that they were asked for by.
+func (s *service) track(l net.Listener) net.Listener {
+	tracked := &trackedListener{
+		Listener: l,
+		silence:  2*s.cfg.Concurrency.RenewEvery.Std() + connectionSilence,
+		heard:    s.accessLogs.Heard,
+		ended: func(connection uint64) {
+			s.limiter.Disconnected(connection)
+			s.accessLogs.Disconnected(connection)
+		},
+	}
+	s.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "keyward_nodes_without_feedback",
+		Help: "Connections of Envoys that take leases and never say that a request ended or still runs.",
+	}, tracked.unheard))
+	return tracked
+}
+
+// inFlight shows the requests that this replica counts.
+type inFlight struct{ s *service }
+
+func (f inFlight) Running(key apikey.ID) []admin.RunningRequest {
+	nodes := map[uint64]string{}
+	for _, n := range f.s.accessLogs.Nodes() {
+		nodes[n.Connection] = n.ID
+	}
+	var all []admin.RunningRequest
+	for _, r := range f.s.limiter.Running(func(c limits.Cell) bool { return key.IsZero() || c == authz.LeaseCell(key) }) {
+		method, pattern := f.s.authorizer.Describe(r.Note)
+		all = append(all, admin.RunningRequest{
+			ID: string(f.s.leases.Append(nil, r.Lease)), Lease: r.Lease, KeyID: r.Lease.Cell.Owner, Method: method, Path: pattern,
+			Node: nodes[r.Connection], Connection: r.Connection, Replica: f.s.replica, Adopted: r.Adopted,
+			Started: time.UnixMicro(r.Lease.Identity.Start), Until: r.Until,
+		})
+	}
+	return all
+}
+
+func (f inFlight) End(ctx context.Context, l limits.Lease) error {
+	return f.s.limiter.End(ctx, []limits.Ending{{Lease: l, Cause: limits.CauseForced}})
 }
 
 func (s *service) adminTokenPath() string {
@@ -304,7 +368,8 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Second, Timeout: time.Second}),
 		grpc.MaxConcurrentStreams(10_000),
-		grpc.MaxRecvMsgSize(256 << 10),
+		grpc.MaxRecvMsgSize(maxLogMessage),
+		grpc.ForceServerCodecV2(newRawCodec()),
 		grpc.MaxHeaderListSize(64 << 10),
 		grpc.ConnectionTimeout(10 * time.Second),
 	}
@@ -312,7 +377,10 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 		options = append(options, grpc.Creds(credentials.NewTLS(r.server())))
 	}
 	server := grpc.NewServer(options...)
-	checks, err := check.New(s.authorizer, s.cfg.checkConfig(), s.registry, s.log)
+	s.accessLogs.Register(server)
+	config := s.cfg.checkConfig()
+	config.Leases = s.leases
+	checks, err := check.New(s.authorizer, config, s.registry, s.log)
 	if err != nil {
 		return nil, err
 	}

@@ -188,7 +188,8 @@ func (t *tour) send(method, path, key string) (got answer) {
 	if err != nil {
 		return got
 	}
-	r.URL.Opaque = "//" + r.URL.Host + path // exactly as written
+	written, _, _ := strings.Cut(path, "?")
+	r.URL.Opaque = "//" + r.URL.Host + written // exactly as written; the query is apart
 	if key != "" {
 		r.Header.Set("X-API-Key", key)
 	}

@@ -104,7 +104,7 @@ func (s *Server) Check(ctx context.Context, in *authv3.CheckRequest) (out *authv
 	}()
 	about, err := fill(r, in, s.authorizer.HeaderNames())
 	connection := connectionOf(ctx)
-	r.Connection, r.Unheard = connection.ConnectionID(), connection.Unheard()
+	r.Connection = connection.ConnectionID()
 	if err != nil {
 		s.metrics.malformed.Inc()
 		return nil, err
@@ -120,6 +120,10 @@ func (s *Server) Check(ctx context.Context, in *authv3.CheckRequest) (out *authv
 		s.metrics.failed(time.Since(start))
 		s.log.failed(r, &d, err)
 		return sealed(s.answers.failure(&d, about, err))
+	}
+	if d.Reason == authz.ReasonLimitConcurrency && connection.Unheard() {
+		d.Reason = authz.ReasonNoFeedback
+		s.log.noFeedback(connection.ConnectionID())
 	}
 	took := time.Since(start)
 	s.metrics.decided(&d, took)

@@ -64,11 +64,26 @@ func (m *metrics) failed(took time.Duration) {
 
 // decisionLog writes a sample of decisions: the first so many of each second.
 type decisionLog struct {
-	log       *slog.Logger
-	perSecond int64
-	second    atomic.Int64 // Unix time of the second that written and skipped belong to
-	written   atomic.Int64
-	skipped   atomic.Int64 // since the last line
+	log        *slog.Logger
+	perSecond  int64
+	second     atomic.Int64 // Unix time of the second that written and skipped belong to
+	written    atomic.Int64
+	skipped    atomic.Int64 // since the last line
+	complained atomic.Int64 // when it was last said that a node gives no feedback, Unix time
+}
+
+// complainEvery is how often a wrong configuration of Envoy is worth a line.
+const complainEvery = 60 // seconds
+
+// noFeedback says what is wrong with an Envoy that is granted leases and never ends one.
+func (l *decisionLog) noFeedback(connection uint64) {
+	now := time.Now().Unix()
+	if last := l.complained.Load(); now-last < complainEvery || !l.complained.CompareAndSwap(last, now) {
+		return
+	}
+	l.log.Error("an Envoy takes leases for running requests and never says that one ended, so keys stay at their max-concurrent until the leases run out: "+
+		"add the access log that keyward envoy generate envoy --fragment writes, or set concurrency.feedback to none",
+		"connection", connection)
 }
 
 func newDecisionLog(log *slog.Logger, perSecond int) *decisionLog {

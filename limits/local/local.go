@@ -4,8 +4,11 @@
 // in ascending order, judges every limit and then spends them all or none. Nothing is ever taken and
 // given back: a request that is refused is at no moment in the way of one that is not.
 //
+// Running requests are counted by leases: lease.go has their life, wait.go those who wait for one to
+// end, identity.go how a lease is found, and what is remembered of those that are gone.
+//
 // Trade-off: nothing is shared with other processes, and a restart forgets what was spent: every bucket
-// is full again. Replicas that must count together use another limiter.
+// is full again. Leases come back by adoption. Replicas that must count together use another limiter.
 package local
 
 import (
@@ -20,7 +23,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	"keyward/authz/apikey"
 	"keyward/limits"
@@ -31,6 +33,13 @@ type Config struct {
 	// SweepEvery is the least time between two steps of the sweep, each of which looks at up to 64
 	// cells of one shard; 0: 1 ms, which is 64,000 cells a second.
 	SweepEvery time.Duration
+	// RenewEvery is how often running requests are renewed; 0: 10 s.
+	RenewEvery time.Duration
+	// TTL is how long a lease lives that nobody renews; 0: 3.5 × RenewEvery.
+	TTL time.Duration
+	// Started is when the process began, by the wall clock. For 45 s from then, leases of older requests
+	// are adopted. Zero: when the limiter is made.
+	Started time.Time
 }
 
 const (
@@ -42,27 +51,41 @@ const (
 	usualLimits = 8
 )
 
-// A Limiter is a [limits.Limiter] whose state is in this process. Make one with [New]. Its clock is
-// monotonic. Safe for concurrent use.
+// A Limiter is a [limits.Leaser] whose state is in this process. Make one with [New]. Its clock is
+// monotonic. It has no goroutine of its own. Safe for concurrent use.
 //
-// Shape: 256 shards of cells, a cell in the shard that a seeded hash of it names. Neither cells nor
-// their index hold pointers, so the garbage collector does not walk them.
+// Shape: 256 shards of cells and their leases, a cell in the shard that a seeded hash of it names; and
+// 256 shards of identities, by which leases are found. Neither cells nor leases nor their indexes hold
+// pointers, so the garbage collector does not walk them.
 //
-// Memory: a cell is made when it is first spent and costs about 90 bytes. Cells whose bucket is full
-// again say nothing and are swept, a few at a time, by the requests that come; room once used is kept
-// for the next. A cell that still matters is never evicted: only authenticated callers have cells, so
-// their number is bounded by that of keys.
+// Locks: first the shards of all cells involved, ascending; then one shard of identities. Whoever holds
+// that takes no other lock.
+//
+// Memory: a cell is made when it is first spent and costs about 90 bytes, a lease about 180. Cells that
+// have no leases and whose bucket is full again say nothing and are swept, a few at a time, by the
+// requests that come; room once used is kept for the next. A cell that still matters is never evicted:
+// only authenticated callers have cells, so their number is bounded by that of keys.
 type Limiter struct {
 	seed       maphash.Seed // random: nobody can choose ids that meet in one shard
 	base       time.Time    // the clock counts from here
 	sweepEvery int64        // nanoseconds
+	ttl        int64        // nanoseconds
+	orphanTTL  int64        // nanoseconds
+	youngUntil int64        // on the clock: until then leases of older requests are adopted
+	olderUntil int64        // a request that began by then is an older one; microseconds of Unix time
+
 	shards     [shardCount]shard
+	identities [shardCount]identities
 
 	sweepDue  atomic.Int64 // when the next step of the sweep may be taken
 	sweepNext atomic.Uint32
 
-	cells prometheus.Gauge
-	swept prometheus.Counter
+	waiting atomic.Int64 // in all queues
+	waiters sync.Pool    // of *waiter
+
+	cells  prometheus.Gauge
+	swept  prometheus.Counter
+	waited prometheus.Histogram
 }
 
 // A shard is a part of the table under its own lock.
@@ -71,72 +94,117 @@ type shard struct {
 	index map[limits.Cell]int32 // position in slots
 	slots []slot                // dense, so that the sweep goes through them in order
 	sweep int                   // position in slots where the sweep goes on
-	_     [64 - 8 - 8 - 24 - 8]byte
+
+	leases leaseTable
+	queues queueTable
+	counts counts
+	_      [24]byte
 }
 
 // A slot is the state of one cell. It holds no pointer.
 type slot struct {
-	cell limits.Cell
-	full int64 // when the bucket is full again, see limits.Rate.Take
+	cell   limits.Cell
+	queued bool  // the shard has a queue for the cell
+	live   int32 // leases
+	full   int64 // when the bucket is full again, see limits.Rate.Take
 }
 
 // idle reports whether the slot says no more than a missing one.
-func (s *slot) idle(now int64) bool { return s.full <= now }
+func (s *slot) idle(now int64) bool { return s.full <= now && s.live == 0 && !s.queued }
 
 // New makes a limiter with its metrics in reg; a nil reg keeps them to itself.
 func New(c Config, reg prometheus.Registerer) *Limiter {
 	if c.SweepEvery <= 0 {
 		c.SweepEvery = time.Millisecond
 	}
+	if c.RenewEvery <= 0 {
+		c.RenewEvery = 10 * time.Second
+	}
+	if c.TTL <= 0 {
+		c.TTL = c.RenewEvery * 7 / 2
+	}
+	now := time.Now()
+	if c.Started.IsZero() {
+		c.Started = now
+	}
 	l := &Limiter{
 		seed:       maphash.MakeSeed(),
-		base:       time.Now(),
+		base:       now,
 		sweepEvery: int64(c.SweepEvery),
-		cells: promauto.With(reg).NewGauge(prometheus.GaugeOpts{
-			Name: "keyward_limits_cells",
-			Help: "Cells of rate limits held in memory: one for each limit of a key or instance that is not fully unspent.",
-		}),
-		swept: promauto.With(reg).NewCounter(prometheus.CounterOpts{
-			Name: "keyward_limits_swept_cells_total",
-			Help: "Cells of rate limits that were dropped because they were unspent again.",
-		}),
+		ttl:        int64(c.TTL),
+		orphanTTL:  int64(c.RenewEvery + orphanGrace),
+		youngUntil: int64(adoptFor - now.Sub(c.Started)),
+		olderUntil: c.Started.Add(skew).UnixMicro(),
+		waiters:    sync.Pool{New: newWaiter},
 	}
 	for i := range l.shards {
 		l.shards[i].index = make(map[limits.Cell]int32)
 	}
+	l.register(reg)
 	return l
 }
 
-// Take decides a demand. It never blocks for longer than other decisions take.
-// Errors: apikey.ErrUndecided for a demand that names a cell twice.
-func (l *Limiter) Take(_ context.Context, d *limits.Demand) (limits.Decision, error) {
-	decision, ok := l.TryTake(d)
+// Take decides a demand. It blocks only where nothing but the limit of running requests refuses, and
+// for no longer than the demand's Wait or until 20 ms before the deadline of ctx.
+// Errors: apikey.ErrUndecided for a demand that names a cell twice, for a request that has ended, and
+// if ctx is done before the wait is over.
+func (l *Limiter) Take(ctx context.Context, d *limits.Demand) (limits.Decision, error) {
+	var usual [usualLimits]involved
+	t, ok := l.involve(usual[:0], d)
 	if !ok {
 		return limits.Decision{}, errTwice
+	}
+	if len(t.cells) == 0 {
+		return limits.Decision{Allowed: true}, nil
+	}
+	decision, verdict, w, now := l.decide(&t, patience(ctx, &d.Lease), true)
+	l.sweepIfDue(now)
+	switch verdict {
+	case ended:
+		return limits.Decision{}, errEnded
+	case crowded:
+		return l.await(ctx, &t, w)
 	}
 	return decision, nil
 }
 
-var errTwice = fmt.Errorf("a demand names a limit twice: %w", apikey.ErrUndecided)
+var (
+	errTwice = fmt.Errorf("a demand names a limit twice: %w", apikey.ErrUndecided)
+	errEnded = fmt.Errorf("the request has ended: %w", apikey.ErrUndecided)
+)
 
-// TryTake decides every demand but one that names a cell twice.
+// TryTake decides every demand but one that may wait for a running request to end, and those for which
+// Take has an error.
 func (l *Limiter) TryTake(d *limits.Demand) (decision limits.Decision, ok bool) {
 	var usual [usualLimits]involved
-	cells, ok := l.involve(usual[:0], d)
+	t, ok := l.involve(usual[:0], d)
 	if !ok {
 		return limits.Decision{}, false
 	}
-	if len(cells) == 0 {
+	if len(t.cells) == 0 {
 		return limits.Decision{Allowed: true}, true
 	}
-	decision, now := l.decide(cells)
+	decision, verdict, _, now := l.decide(&t, d.Lease.Wait, false)
 	l.sweepIfDue(now)
+	if verdict != decided {
+		return limits.Decision{}, false
+	}
 	return decision, true
+}
+
+// A taking is a demand on its way through the table.
+type taking struct {
+	cells []involved          // in the order in which they are locked
+	lease *limits.LeaseDemand // nil: it asks for none
+	// What follows is set where it asks for one.
+	cell int    // position in cells
+	hash uint64 // of the identity
 }
 
 // An involved cell is one that a decision is about.
 type involved struct {
-	*limits.RateDemand
+	cell  *limits.Cell
+	rate  *limits.Rate // nil: the limit of running requests
 	shard int32
 	slot  int32 // position in the shard while its lock is held, or missing
 	full  int64 // as it will be once spent
@@ -146,21 +214,30 @@ const missing = -1
 
 // involve lists the cells of a demand in the order in which they are locked. It reports whether each
 // is named once.
-func (l *Limiter) involve(cells []involved, d *limits.Demand) ([]involved, bool) {
+func (l *Limiter) involve(cells []involved, d *limits.Demand) (t taking, once bool) {
 	for i := range d.Rates {
 		if r := &d.Rates[i]; !r.Rate.IsZero() {
-			cells = append(cells, involved{RateDemand: r, shard: l.shardOf(&r.Cell)})
+			cells = append(cells, involved{cell: &r.Cell, rate: &r.Rate, shard: l.shardOf(&r.Cell)})
 		}
+	}
+	if d.Lease.Limit > 0 {
+		t.lease = &d.Lease
+		t.hash = l.hashOf(&d.Lease.Lease)
+		cells = append(cells, involved{cell: &d.Lease.Lease.Cell, shard: l.shardOf(&d.Lease.Lease.Cell)})
 	}
 	slices.SortFunc(cells, func(a, b involved) int {
-		return cmp.Or(cmp.Compare(a.shard, b.shard), compareCells(&a.Cell, &b.Cell))
+		return cmp.Or(cmp.Compare(a.shard, b.shard), compareCells(a.cell, b.cell))
 	})
-	for i := 1; i < len(cells); i++ {
-		if cells[i].Cell == cells[i-1].Cell {
-			return nil, false
+	for i := range cells {
+		if i > 0 && *cells[i].cell == *cells[i-1].cell {
+			return t, false
+		}
+		if cells[i].rate == nil {
+			t.cell = i
 		}
 	}
-	return cells, true
+	t.cells = cells
+	return t, true
 }
 
 func compareCells(a, b *limits.Cell) int {
@@ -173,42 +250,112 @@ func (l *Limiter) shardOf(c *limits.Cell) int32 {
 	return int32(h >> (64 - shardBits))
 }
 
-// decide judges cells, and spends them all if all have room.
-func (l *Limiter) decide(cells []involved) (limits.Decision, int64) {
-	l.lock(cells)
-	defer l.unlock(cells)
+// A verdict is what judging a demand comes to.
+type verdict uint8
+
+const (
+	decided verdict = iota // the decision says it all
+	crowded                // only the limit of running requests refuses, and one may end in time
+	ended                  // the request has ended: nobody needs a decision
+)
+
+// decide judges a demand's cells, and spends them all if all have room. Where the demand may wait, it
+// joins the queue if asked to.
+func (l *Limiter) decide(t *taking, wait time.Duration, join bool) (d limits.Decision, v verdict, w *waiter, now int64) {
+	l.lock(t.cells)
+	defer l.unlock(t.cells)
 	// The clock is read once, and not before all locks are held: so no shard ever sees time go back. A
 	// time from before the wait for a lock would be earlier than what has happened to the cell since. It
 	// would count a cell that was swept meanwhile as full from before it was, and the wait that a
 	// refusal reports would be too long by the wait for the lock.
-	now := l.now()
-
-	decision := limits.Decision{Allowed: true}
-	for i := range cells {
-		c := &cells[i]
-		wait := c.judge(&l.shards[c.shard], now)
-		if wait > decision.RetryAfter || wait > 0 && wait == decision.RetryAfter && c.Cell.Class < decision.Class {
-			decision = limits.Decision{Class: c.Cell.Class, RetryAfter: wait}
+	now = l.now()
+	if t.lease == nil {
+		d = l.judgeRates(t, now)
+		if d.Allowed {
+			l.spendRates(t)
+		}
+		return d, decided, nil, now
+	}
+	s := &l.shards[t.cells[t.cell].shard]
+	l.expire(s, now)
+	d, v = l.judge(t, now, nil)
+	if v == crowded {
+		switch {
+		case wait <= 0 || !l.mayWait(s, &t.lease.Lease.Cell):
+			v = decided
+		case join:
+			if w = l.join(s, t.lease, wait, now); w == nil {
+				v = decided
+			}
 		}
 	}
-	if decision.Allowed {
-		for i := range cells {
-			l.spend(&cells[i])
-		}
-	}
-	return decision, now
+	s.countRefusal(d, v)
+	return d, v, w, now
 }
 
-// judge finds the cell's state and says how long its limit refuses; 0: it does not. It spends nothing.
+// judge decides a demand for a lease whose cells are locked and whose shard has no expired lease left,
+// and spends it if it passes. w is nil for a demand that comes, otherwise the waiter that has left its
+// queue to be judged.
+func (l *Limiter) judge(t *taking, now int64, w *waiter) (limits.Decision, verdict) {
+	ids := l.identitiesOf(t.hash)
+	ids.mu.Lock()
+	defer ids.mu.Unlock()
+	c := &t.cells[t.cell]
+	s := &l.shards[c.shard]
+	if at := l.find(ids, t.hash, c.shard, &t.lease.Lease); at != none {
+		l.renew(s, at, now)
+		s.leases.setConnection(at, t.lease.Connection)
+		return limits.Decision{Allowed: true, Repeated: true}, decided
+	}
+	if ids.gone.has(t.hash, &t.lease.Lease, now) {
+		return limits.Decision{}, ended
+	}
+	d := l.judgeRates(t, now)
+	if !l.roomFor(s, t, w) {
+		v := decided
+		if d.Allowed {
+			v = crowded
+		}
+		if d.RetryAfter < concurrencyRetry {
+			d = limits.Decision{Class: limits.ClassConcurrency, RetryAfter: concurrencyRetry}
+		}
+		return d, v
+	}
+	if d.Allowed {
+		l.spendRates(t)
+		l.grant(t, ids, now)
+	}
+	return d, decided
+}
+
+// judgeRates judges all rates of a demand. It spends nothing.
+func (l *Limiter) judgeRates(t *taking, now int64) limits.Decision {
+	d := limits.Decision{Allowed: true}
+	for i := range t.cells {
+		c := &t.cells[i]
+		wait := c.judge(&l.shards[c.shard], now)
+		if wait > d.RetryAfter || wait > 0 && wait == d.RetryAfter && c.cell.Class < d.Class {
+			d = limits.Decision{Class: c.cell.Class, RetryAfter: wait}
+		}
+	}
+	return d
+}
+
+// judge finds the cell's state and says how long its rate refuses; 0: it does not. It spends nothing.
 func (c *involved) judge(s *shard, now int64) (wait time.Duration) {
-	position, ok := s.index[c.Cell]
+	position, ok := s.index[*c.cell]
 	if !ok {
 		c.slot = missing
-		c.full, wait = c.Rate.Take(0, now)
+		if c.rate != nil {
+			c.full, wait = c.rate.Take(0, now)
+		}
 		return wait
 	}
 	c.slot = position
-	c.full, wait = c.Rate.Take(s.slots[position].full, now)
+	if c.rate == nil {
+		return 0
+	}
+	c.full, wait = c.rate.Take(s.slots[position].full, now)
 	if wait > 0 {
 		// What a lowered limit no longer counts is forgotten at once, or the wait would not be true.
 		s.slots[position].full = c.full
@@ -216,16 +363,28 @@ func (c *involved) judge(s *shard, now int64) (wait time.Duration) {
 	return wait
 }
 
-// spend writes what judge found. The cell's shard is locked.
-func (l *Limiter) spend(c *involved) {
-	s := &l.shards[c.shard]
-	if c.slot != missing {
+// spendRates writes what judgeRates found. The cells' shards are locked.
+func (l *Limiter) spendRates(t *taking) {
+	for i := range t.cells {
+		c := &t.cells[i]
+		if c.rate == nil {
+			continue
+		}
+		s := &l.shards[c.shard]
+		if c.slot == missing {
+			c.slot = l.add(s, c.cell)
+		}
 		s.slots[c.slot].full = c.full
-		return
 	}
-	s.index[c.Cell] = int32(len(s.slots)) // a shard of 2^31 cells would take 190 GB
-	s.slots = append(s.slots, slot{cell: c.Cell, full: c.full})
+}
+
+// add makes a cell that the shard does not have, and returns its slot.
+func (l *Limiter) add(s *shard, cell *limits.Cell) int32 {
+	position := int32(len(s.slots)) // a shard of 2^31 cells would take 190 GB
+	s.index[*cell] = position
+	s.slots = append(s.slots, slot{cell: *cell})
 	l.cells.Inc()
+	return position
 }
 
 // lock locks the shards of cells, each once. The order is the same for everybody, so nobody waits for a
@@ -260,10 +419,11 @@ func (l *Limiter) sweepIfDue(now int64) {
 	}
 }
 
-// sweep looks at the next few cells of a shard and drops the idle ones.
+// sweep ends what has expired in a shard, looks at the next few of its cells and drops the idle ones.
 func (l *Limiter) sweep(s *shard) {
 	s.mu.Lock()
 	now := l.now() // under the lock, as in decide
+	l.expire(s, now)
 	dropped := 0
 	for range min(sweepStep, len(s.slots)) {
 		if s.sweep >= len(s.slots) {
