@@ -324,6 +324,7 @@ func (s *service) run(ctx context.Context) error {
 	}
 	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 	defer cancel()
+	s.accessLogs.Stop() // what ends from now on is counted by whoever adopts it
 	stopped := make(chan struct{})
 	go func() {
 		grpcServer.GracefulStop()

@@ -48,6 +48,9 @@ type Server struct {
 	batches sync.Pool // of *batch
 	metrics *metrics
 	log     *slog.Logger
+
+	stopping chan struct{}
+	stop     sync.Once
 }
 
 // New returns a Server that passes on to leaser what it hears. The leaser must not keep the slices it is
@@ -59,6 +62,8 @@ func New(leaser limits.Leaser, ids *authz.LeaseIDs, reg prometheus.Registerer, l
 		nodes:   nodes{known: map[uint64]*sender{}},
 		batches: sync.Pool{New: func() any { return new(batch) }},
 		log:     log,
+
+		stopping: make(chan struct{}),
 	}
 	s.metrics = newMetrics(reg, s.nodes.count)
 	return s
@@ -89,8 +94,23 @@ var otlpService = grpc.ServiceDesc{
 	Metadata:    "opentelemetry/proto/collector/logs/v1/logs_service.proto",
 }
 
-// stream hears one ALS stream until Envoy ends it.
+// Stop ends all streams, which Envoy never does: a server that stops gracefully would wait for them for
+// ever. To be called when no request is decided any more.
+func (s *Server) Stop() { s.stop.Do(func() { close(s.stopping) }) }
+
+// stream hears one ALS stream until Envoy or Stop ends it.
 func (s *Server) stream(stream grpc.ServerStream) error {
+	ended := make(chan error, 1)
+	go func() { ended <- s.hear(stream) }() // ends with the stream, which ends when this returns
+	select {
+	case err := <-ended:
+		return err
+	case <-s.stopping:
+		return nil
+	}
+}
+
+func (s *Server) hear(stream grpc.ServerStream) error {
 	s.metrics.streams.Inc()
 	defer s.metrics.streams.Dec()
 	from := source{sender: s.nodes.of(stream.Context())}
@@ -135,9 +155,7 @@ type source struct {
 // named notes how the other side calls itself.
 func (f *source) named(o origin) {
 	f.usage = o.log == usageLog
-	if o.node != "" || o.cluster != "" {
-		f.sender.name(o.node, o.cluster)
-	}
+	f.sender.name(o.node, o.cluster)
 }
 
 // A batch is what one message says, until it is passed on.

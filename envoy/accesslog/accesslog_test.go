@@ -812,15 +812,16 @@ func TestAllocationsDoNotGrowWithEntries(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector empties pools; run without -race")
 	}
-	for protocol, tt := range protocols(t) {
-		one, many := tt.message(1), tt.message(100)
+	for name, tt := range protocols(t) {
 		allocs := func(message []byte) float64 {
 			from := &source{sender: tt.world.nodes.of(t.Context())}
 			m := Message{data: mem.SliceBuffer(message)}
 			return testing.AllocsPerRun(100, func() { tt.world.read(context.Background(), from, &m, tt.parse) })
 		}
-		if a, b := allocs(one), allocs(many); b > a || a > 16 {
-			t.Errorf("%s: %v allocations for one entry, %v for a hundred", protocol, a, b)
+		for _, address := range []string{"203.0.113.9", "2001:db8::1", ""} {
+			if a, b := allocs(tt.message(1, address)), allocs(tt.message(100, address)); b > a || a > 16 {
+				t.Errorf("%s from %q: %v allocations for one entry, %v for a hundred", name, address, a, b)
+			}
 		}
 	}
 }
@@ -828,23 +829,23 @@ func TestAllocationsDoNotGrowWithEntries(t *testing.T) {
 type protocol struct {
 	world   *world
 	parse   parser
-	message func(entries int) []byte
+	message func(entries int, address string) []byte
 }
 
 // protocols are worlds whose keeper notes nothing, and messages of entries with leases.
 func protocols(tb testing.TB) map[string]protocol {
 	w := newWorld()
 	w.leaser = deaf{}
-	entries := func(n int) (all []said) {
+	entries := func(n int, address string) (all []said) {
 		for i := range n {
-			l := leaseOf("203.0.113.9", 4711, uint64(i))
-			all = append(all, said{string(w.ids.Append(nil, l)), "203.0.113.9", 4711, start, atEnd, 3 * time.Second})
+			l := leaseOf(address, 4711, uint64(i))
+			all = append(all, said{string(w.ids.Append(nil, l)), address, 4711, start, atEnd, 3 * time.Second})
 		}
 		return all
 	}
 	return map[string]protocol{
-		"ALS":  {w, readALS, func(n int) []byte { return marshal(tb, alsMessage(entries(n)...)) }},
-		"OTLP": {w, readOTLP, func(n int) []byte { return otlpMessage(entries(n)...) }},
+		"ALS":  {w, readALS, func(n int, address string) []byte { return marshal(tb, alsMessage(entries(n, address)...)) }},
+		"OTLP": {w, readOTLP, func(n int, address string) []byte { return otlpMessage(entries(n, address)...) }},
 	}
 }
 
@@ -857,7 +858,7 @@ func BenchmarkAccessLog(b *testing.B) {
 	for name, p := range protocols(b) {
 		for _, n := range []int{1, 100} {
 			b.Run(fmt.Sprintf("%s/%d", name, n), func(b *testing.B) {
-				message := p.message(n)
+				message := p.message(n, "203.0.113.9")
 				m := Message{data: mem.SliceBuffer(message)}
 				from := &source{sender: p.world.nodes.of(b.Context())}
 				b.ReportAllocs()
@@ -872,4 +873,31 @@ func BenchmarkAccessLog(b *testing.B) {
 			})
 		}
 	}
+}
+
+func TestStopEndsStreamsThatEnvoyKeepsOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		dial, _ := w.serve(t)
+		stream, err := alsv3.NewAccessLogServiceClient(dial()).StreamAccessLogs(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := stream.Send(alsMessage()); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if n := w.counter(t, "keyward_access_log_streams", ""); n != 1 {
+			t.Fatalf("%v streams, want 1", n)
+		}
+		w.Stop()
+		w.Stop() // twice does no harm
+		synctest.Wait()
+		if n := w.counter(t, "keyward_access_log_streams", ""); n != 0 {
+			t.Errorf("%v streams after Stop", n)
+		}
+		if err := stream.RecvMsg(new(alsv3.StreamAccessLogsResponse)); err == nil {
+			t.Error("the stream is open still")
+		}
+	})
 }

@@ -261,7 +261,6 @@ func (c *common) readValue(b []byte) bool {
 // hasKey reports whether an entry of a map has this key, which may come after the value. ok is false if
 // the entry is not in wire format.
 func hasKey(entry []byte, key string) (has, ok bool) {
-	has = key == ""
 	f := walk(entry)
 	for f.next() {
 		if f.isBytes(1) {

@@ -122,7 +122,7 @@ func (n *nodes) list() []Node {
 	return all
 }
 
-// name takes over how the other side calls itself. The names are copied.
+// name takes over how the other side calls itself, where it does. The names are copied.
 func (s *sender) name(id, cluster string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -129,7 +129,7 @@ func readRecord(b []byte) entry {
 	case "DownstreamPeriodic":
 		e.event = eventPeriodic
 	}
-	if peer != "" && peer[0] != '/' && peer[0] != '@' { // not a socket's path
+	if peer != "" && peer[0] != '/' && peer[0] != '@' { // not a socket's path, which would cost an error each time
 		if addr, err := netip.ParseAddrPort(peer); err == nil {
 			e.peer = addr
 		}

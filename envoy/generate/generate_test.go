@@ -46,8 +46,12 @@ var configs = map[string]generate.Config{
 		RequestTimeout: 30 * time.Second, ResponseTimeout: -1, IdleTimeout: 10 * time.Minute,
 	},
 	// As much as fits: Envoy must accept what our estimate of its expressions' size lets through.
-	"many":   {Upstreams: []string{"127.0.0.1:8080"}, CredentialHeaders: []string{"k"}, IdentityHeaders: manyNames()},
-	"socket": {Upstreams: []string{"localhost:8080"}, Keyward: "unix:///run/keyward/check.sock"},
+	"many":         {Upstreams: []string{"127.0.0.1:8080"}, CredentialHeaders: []string{"k"}, IdentityHeaders: manyNames()},
+	"socket":       {Upstreams: []string{"localhost:8080"}, Keyward: "unix:///run/keyward/check.sock"},
+	"als_batched":  {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackALSBatched, RenewEvery: time.Second},
+	"otlp":         {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackOTLP},
+	"otlp_batched": {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackOTLPBatched, AccessLog: true},
+	"no_feedback":  {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackNone},
 }
 
 // manyNames are 80 names with few beginnings in common and many hyphens.

@@ -73,13 +73,14 @@ func addFeedback(m *hcmv3.HttpConnectionManager, c Config) error {
 	if c.Feedback == FeedbackOTLP || c.Feedback == FeedbackOTLPBatched {
 		name = "envoy.access_loggers.open_telemetry"
 		config = &otlplogv3.OpenTelemetryAccessLogConfig{
-			CommonConfig:         common, //nolint:staticcheck // what replaces it came with 1.37
-			DisableBuiltinLabels: true,
+			CommonConfig: common, //nolint:staticcheck // what replaces it came with 1.37
+			// Envoy's own labels stay on: they name the node and the log.
 			Attributes: &otlpv1.KeyValueList{Values: []*otlpv1.KeyValue{
 				attribute("lease", "%DYNAMIC_METADATA("+metadataNamespace+":keyward.lease)%"),
 				attribute("peer", "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%"),
 				attribute("start", "%START_TIME(%s%9f)%"),
 				attribute("type", "%ACCESS_LOG_TYPE%"),
+				attribute("duration", "%DURATION%"),
 			}},
 		}
 	}
