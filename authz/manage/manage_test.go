@@ -22,6 +22,7 @@ import (
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
 	"keyward/authz/store/sqlite"
+	"keyward/limits"
 )
 
 var update = flag.Bool("update", false, "rewrite golden files")
@@ -38,6 +39,9 @@ type desk struct {
 	store admin.Store
 	owner apikey.Secret
 	log   *bytes.Buffer
+
+	running []admin.RunningRequest
+	ended   []limits.Lease
 }
 
 func open(t *testing.T) *desk {
@@ -53,11 +57,19 @@ func open(t *testing.T) *desk {
 	return on(t, store, apikey.Peppers{Current: pepper})
 }
 
+// Running and End make the desk the one who counts running requests.
+func (d *desk) Running(apikey.ID) []admin.RunningRequest { return d.running }
+
+func (d *desk) End(_ context.Context, l limits.Lease) error {
+	d.ended = append(d.ended, l)
+	return nil
+}
+
 func on(t *testing.T, store admin.Store, peppers apikey.Peppers) *desk {
 	t.Helper()
 	d := &desk{store: store, log: new(bytes.Buffer)}
 	log := slog.New(slog.NewTextHandler(d.log, nil))
-	d.svc = admin.New(store, admin.Config{Peppers: peppers}, nil, log)
+	d.svc = admin.New(store, admin.Config{Peppers: peppers, Leases: d}, nil, log)
 	d.Handler = New(d.svc, Config{Pepper: peppers.Current, Log: log})
 	d.owner = d.token(t, admin.TokenInput{Name: "owner", Role: admin.RoleOwner}).Secret
 	return d
@@ -166,6 +178,8 @@ var sweep = []struct {
 	{"POST", "/instances/a/apiKeys", `{"name":"n"}`, 201, 201, 403, 201, 201, 403},
 	{"GET", "/instances/a/apiKeys/{key}", "", 200, 200, 200, 200, 200, 200},
 	{"DELETE", "/instances/a/apiKeys/{key}", "", 200, 200, 403, 200, 200, 403},
+	{"GET", "/instances/a/inFlight", "", 200, 200, 200, 200, 200, 200},
+	{"DELETE", "/instances/a/inFlight/none", "", 404, 404, 403, 404, 404, 403},
 	{"GET", "/tokens", "", 200, 403, 200, 200, 403, 200},
 	{"POST", "/tokens", `{"name":"n","role":"auditor","instanceId":"a"}`, 201, 403, 403, 201, 403, 403},
 	{"DELETE", "/tokens/{token}", "", 200, 403, 403, 200, 403, 403},

@@ -20,8 +20,10 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"keyward/authz"
 	"keyward/authz/apikey"
@@ -79,8 +81,8 @@ func known() (*apikey.Key, error) { return record, nil }
 
 func newFacts() *facts { return &facts{find: known, limits: limits.Decision{Allowed: true}} }
 
-// dial serves checks in memory and returns a client and what was logged.
-func dial(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (authv3.AuthorizationClient, *bytes.Buffer) {
+// newServer returns a server, the log that it writes and the ids of its leases.
+func newServer(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (*check.Server, *bytes.Buffer, *authz.LeaseIDs) {
 	t.Helper()
 	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
 	a, err := authz.New(rules, f, f, peppers, f, f)
@@ -93,6 +95,13 @@ func dial(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (authv3.
 	if err != nil {
 		t.Fatal(err)
 	}
+	return s, log, cfg.Leases
+}
+
+// dial serves checks in memory and returns a client and what was logged.
+func dial(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (authv3.AuthorizationClient, *bytes.Buffer) {
+	t.Helper()
+	s, log, _ := newServer(t, f, rules, cfg)
 	server := grpc.NewServer()
 	authv3.RegisterAuthorizationServer(server, s)
 	l := bufconn.Listen(1 << 16)
@@ -450,5 +459,76 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		if _, err := check.New(nil, cfg, prometheus.NewRegistry(), slog.New(slog.DiscardHandler)); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
+	}
+}
+
+// connection is what a listener knows of the connection that a Check came by.
+type connection struct {
+	net.Addr
+	granted int
+	unheard bool
+}
+
+func (c *connection) ConnectionID() uint64 { return 7 }
+func (c *connection) Granted()             { c.granted++ }
+func (c *connection) Unheard() bool        { return c.unheard }
+
+func TestLeaseNamesTheRequestThatItWasGrantedTo(t *testing.T) {
+	f := newFacts()
+	s, _, ids := newServer(t, f, authz.Config{}, check.Config{})
+	c := &connection{}
+	in := withKey("/")
+	start := time.UnixMicro(1_700_000_000_123_456)
+	in.Attributes.Request.Time = timestamppb.New(start)
+	in.Attributes.Request.Http.Id = "12345"
+	out, err := s.Check(peer.NewContext(t.Context(), &peer.Peer{Addr: c}), in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, _ := out.GetDynamicMetadata().AsMap()["keyward.lease"].(string)
+	identity := authz.NewIdentity("203.0.113.9", 4711, start)
+	want := limits.Lease{Cell: authz.LeaseCell(keyID), Identity: identity, HTTP: 12345}
+	if got, err := ids.Open(id, identity); err != nil || got != want {
+		t.Errorf("got %+v, %v, want %+v", got, err, want)
+	}
+	if c.granted != 1 || len(f.ended) != 0 {
+		t.Errorf("granted %d, ended %v", c.granted, f.ended)
+	}
+}
+
+func TestGrantThatNobodyWaitsForIsTakenBack(t *testing.T) {
+	f := newFacts()
+	s, _, _ := newServer(t, f, authz.Config{}, check.Config{})
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := s.Check(gone, withKey("/")); err != nil {
+		t.Fatal(err)
+	}
+	if len(f.ended) != 1 || f.ended[0].Cause != limits.CauseContext || f.ended[0].Lease.Cell != authz.LeaseCell(keyID) {
+		t.Errorf("ended %+v, want the lease just granted", f.ended)
+	}
+}
+
+func TestNodeThatNeverSaysThatARequestEnded(t *testing.T) {
+	f := newFacts()
+	f.limits = limits.Decision{Class: limits.ClassConcurrency, RetryAfter: time.Second}
+	s, log, _ := newServer(t, f, authz.Config{}, check.Config{})
+	for _, unheard := range []bool{false, true, true} {
+		out, err := s.Check(peer.NewContext(t.Context(), &peer.Peer{Addr: &connection{unheard: unheard}}), withKey("/"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := map[bool]string{false: "limit_concurrency", true: "concurrency_no_feedback"}[unheard]
+		if got := out.GetDynamicMetadata().AsMap()["keyward.reason"]; got != want {
+			t.Errorf("reason %v, want %s", got, want)
+		}
+		headers := headersOf(out.GetDeniedResponse().GetHeaders())
+		if headers["retry-after"] != "1" || headers["ratelimit-policy"] != `"concurrency";q=10;qu="concurrent-requests"` ||
+			!strings.Contains(out.GetDeniedResponse().GetBody(), `"limit":"concurrency"`) {
+			t.Errorf("got %v %s", headers, out.GetDeniedResponse().GetBody())
+		}
+	}
+	if n := strings.Count(log.String(), "keyward envoy generate envoy"); n != 1 {
+		t.Errorf("%d lines say what to do, want 1:\n%s", n, log)
 	}
 }
