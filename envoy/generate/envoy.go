@@ -29,6 +29,7 @@ import (
 	upstreamhttpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/wellknown"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -95,7 +96,7 @@ func bootstrap(c Config) (*bootstrapv3.Bootstrap, error) {
 				Address:                       listenAddress(c.Listen),
 				PerConnectionBufferLimitBytes: wrapperspb.UInt32(connectionBuffer),
 				FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{{
-					Name:       "envoy.filters.network.http_connection_manager",
+					Name:       wellknown.HTTPConnectionManager,
 					ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: packedManager},
 				}}}},
 			}},
@@ -221,8 +222,8 @@ func httpFilters(c Config) ([]*hcmv3.HttpFilter, error) {
 		config message
 	}{
 		{"envoy.filters.http.header_mutation", removeIdentity(c)},
-		{"envoy.filters.http.ext_authz", extAuthz(c)},
-		{"envoy.filters.http.router", &routerv3.Router{
+		{wellknown.HTTPExternalAuthorization, extAuthz(c)},
+		{wellknown.Router, &routerv3.Router{
 			SuppressEnvoyHeaders: true, // nor that there is one by x-envoy-upstream-service-time
 		}},
 	} {

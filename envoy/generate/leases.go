@@ -11,6 +11,7 @@ import (
 	otlplogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/open_telemetry/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/wellknown"
 	otlpv1 "go.opentelemetry.io/proto/otlp/common/v1"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -38,7 +39,7 @@ func Feedbacks() []Feedback {
 const DefaultRenewEvery = 10 * time.Second
 
 const (
-	metadataNamespace = "envoy.filters.http.ext_authz"
+	metadataNamespace = wellknown.HTTPExternalAuthorization
 	leaseLogName      = "keyward-leases"
 	// Each entry at once, still bounded: 0 would have no bound.
 	eachEntry = 1
@@ -68,7 +69,7 @@ func addFeedback(m *hcmv3.HttpConnectionManager, c Config) error {
 		BufferFlushInterval: durationpb.New(batchInterval),
 		BufferSizeBytes:     wrapperspb.UInt32(size),
 	}
-	name := "envoy.access_loggers.http_grpc"
+	name := wellknown.HTTPGRPCAccessLog
 	var config message = &grpclogv3.HttpGrpcAccessLogConfig{CommonConfig: common}
 	if c.Feedback == FeedbackOTLP || c.Feedback == FeedbackOTLPBatched {
 		name = "envoy.access_loggers.open_telemetry"
