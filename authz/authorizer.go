@@ -34,6 +34,8 @@ type Keys interface {
 // Uses hears about allowed requests. It must not block.
 type Uses interface {
 	Used(k *apikey.Key, at time.Time)
+	// Last returns when a key was last used, as far as this process remembers; zero if it does not.
+	Last(id apikey.ID) time.Time
 }
 
 // Redigests hears of a secret that was found by the digest of the previous pepper. It must not block.
@@ -124,10 +126,16 @@ func prepare(cfg Config) (*rules, error) {
 	}
 	r := &rules{Config: cfg, routes: routes}
 	r.headers = slices.Clone(cfg.Credentials.Headers)
-	for _, h := range r.headers {
+	for i, h := range r.headers {
 		if h != strings.ToLower(h) || h == "authorization" {
 			return nil, apikey.Invalid("credentials.headers", "must be lower-case header names other than authorization")
 		}
+		if slices.Contains(r.headers[:i], h) {
+			return nil, apikey.Invalid("credentials.headers", "names "+h+" twice")
+		}
+	}
+	if q := cfg.Credentials.QueryParameter; strings.Trim(q, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._~-") != "" {
+		return nil, apikey.Invalid("credentials.query", "must be of letters, digits, . _ ~ and -, which queries carry as they are")
 	}
 	if !cfg.Credentials.NoBearer {
 		r.headers = append(r.headers, "authorization")
@@ -141,19 +149,15 @@ func prepare(cfg Config) (*rules, error) {
 	if cfg.AllowCORS {
 		r.headers = append(r.headers, "origin", "access-control-request-method")
 	}
+	// An adapter that was asked for a header twice would show it twice.
+	slices.Sort(r.headers)
+	r.headers = slices.Compact(r.headers)
 	return r, nil
 }
 
 // HeaderNames lists the headers, in lower case, that a decision looks at. Adapters give these and no
 // others.
 func (a *Authorizer) HeaderNames() []string { return a.rules.Load().headers }
-
-// CredentialNames says from which headers and query parameter ("" for none) secrets are taken, and so
-// have to be removed before a request goes on. Authorization is removed only if a Decision says so.
-func (a *Authorizer) CredentialNames() (headers []string, query string) {
-	c := &a.rules.Load().Credentials
-	return c.Headers, c.QueryParameter
-}
 
 // errBlock is how a step says that it cannot go on without waiting.
 var errBlock = errors.New("would block")
@@ -178,7 +182,7 @@ func (a *Authorizer) Decide(ctx context.Context, r *Request, d *Decision) error 
 
 func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlock bool) error {
 	rules := a.rules.Load()
-	*d = Decision{ID: newID()}
+	*d = Decision{ID: newID(), CredentialHeaders: rules.Credentials.Headers, CredentialQuery: rules.Credentials.QueryParameter}
 
 	path, query, scratch, ok := judgePath(r.scratch, r.Path)
 	r.scratch = scratch
@@ -222,45 +226,83 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		return nil
 	}
 
-	client := r.clientAddr(rules.ClientAddress, rules.TrustedHops)
-	k, err := a.find(ctx, found.secret, client, mayBlock)
-	if errors.Is(err, apikey.ErrNotFound) {
-		d.Reason = ReasonUnknownKey
-		return nil
-	}
-	if err != nil {
+	q := question{rule: rule, query: query, secret: found.secret, client: r.clientAddr(rules.ClientAddress, rules.TrustedHops), mayBlock: mayBlock}
+	instance, err := a.known(ctx, r, d, &q)
+	if err != nil || d.Reason != ReasonNone {
 		return err
 	}
-	d.Key = k
-	instance := a.keys.Instance(k.InstanceID)
-	if instance == nil {
-		// The record is here and its instance is not: the snapshot is a moment behind.
-		return fmt.Errorf("instance of key %s is not known yet: %w", k.ID, apikey.ErrUndecided)
-	}
-	if d.Reason, err = a.life(ctx, k, instance, mayBlock); err != nil || d.Reason != ReasonNone {
+	waited, err := a.limit(ctx, r, d, rules, &q, instance)
+	if err != nil || d.Reason != ReasonNone {
 		return err
 	}
-	if d.Reason = place(k, rule, r, query); d.Reason != ReasonNone {
-		return nil
-	}
-	if d.Reason = right(d, k, instance, rule, r, client); d.Reason != ReasonNone {
-		return nil
-	}
-	if err := a.limit(ctx, r, d, rule, instance, mayBlock); err != nil || d.Reason != ReasonNone {
-		return err
+	if waited {
+		// What was true before the wait may have been taken away during it, and whoever took it away has
+		// been told that it is gone.
+		instance, err = a.known(ctx, r, d, &q)
+		if err != nil || d.Reason != ReasonNone {
+			a.TakeBack(ctx, d)
+			return err
+		}
 	}
 	if err := a.keys.Serving(); err != nil {
 		a.TakeBack(ctx, d)
 		return err // the process stood still, perhaps for longer than a revocation waits for it
 	}
 	d.Reason = ReasonKey
-	d.Scopes = k.Scopes
+	d.Scopes = d.Key.Scopes
 	if instance.Policy.AllowedScopes != nil {
-		d.Scopes = k.Scopes.Intersect(instance.Policy.AllowedScopes)
+		d.Scopes = d.Scopes.Intersect(instance.Policy.AllowedScopes)
 	}
-	a.uses.Used(k, time.Now())
+	a.uses.Used(d.Key, time.Now())
 	return nil
 }
+
+// A question is a request that carries a secret of the right shape.
+type question struct {
+	rule     *Rule
+	query    string
+	secret   string
+	client   netip.Addr
+	mayBlock bool
+}
+
+// known answers who is calling, and whether they may here: life, place and right.
+func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *question) (*apikey.Instance, error) {
+	for range maxLooks {
+		k, err := a.find(ctx, q.secret, q.client, q.mayBlock)
+		if errors.Is(err, apikey.ErrNotFound) {
+			d.Reason = ReasonUnknownKey
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		d.Key = k
+		instance := a.keys.Instance(k.InstanceID)
+		if instance == nil {
+			// The record is here and its instance is not: the snapshot is a moment behind.
+			return nil, fmt.Errorf("instance of key %s is not known yet: %w", k.ID, apikey.ErrUndecided)
+		}
+		var asked bool
+		if d.Reason, asked, err = a.life(ctx, k, instance, q.mayBlock); err != nil || d.Reason != ReasonNone {
+			return nil, err
+		}
+		if asked {
+			// The store was asked, which takes time: only a record that is still the one in force counts.
+			if again, err := a.find(ctx, q.secret, q.client, q.mayBlock); err != nil || again != k {
+				continue
+			}
+		}
+		if d.Reason = place(k, q.rule, r, q.query); d.Reason != ReasonNone {
+			return nil, nil
+		}
+		d.Reason = right(d, k, instance, q.rule, r, q.client)
+		return instance, nil
+	}
+	return nil, fmt.Errorf("key %s changes faster than it can be looked at: %w", d.Key.ID, apikey.ErrUndecided)
+}
+
+const maxLooks = 4
 
 // shape refuses what cannot be a key, at no cost. A management token is no key.
 func shape(format apikey.Format, secret string) Reason {
@@ -292,59 +334,67 @@ func isPreflight(r *Request) bool {
 // previous one as well.
 func (a *Authorizer) find(ctx context.Context, secret string, client netip.Addr, mayBlock bool) (*apikey.Key, error) {
 	digest := a.peppers.Current.Digest(secret)
-	k, err := a.findDigest(ctx, &digest, client, mayBlock)
-	if a.peppers.Previous == nil || !errors.Is(err, apikey.ErrNotFound) {
-		return k, err
+	k, ok, err := a.keys.Cached(&digest)
+	if ok && err == nil {
+		return k, nil
 	}
-	old := a.peppers.Previous.Digest(secret)
-	k, err = a.findDigest(ctx, &old, client, mayBlock)
-	if err == nil {
-		a.redigests.Redigest(old, digest)
+	if a.peppers.Previous != nil {
+		// Memory is asked about both before anything is read for either: a key that is held under its old
+		// digest must not have to wait for news of the new one.
+		old := a.peppers.Previous.Digest(secret)
+		before, oldOK, oldErr := a.keys.Cached(&old)
+		if !oldOK && oldErr == nil && mayBlock {
+			before, oldErr = a.keys.FindKey(ctx, old, client)
+		}
+		switch {
+		case oldErr == nil && before != nil:
+			a.redigests.Redigest(old, digest)
+			return before, nil
+		case oldErr == nil:
+			return nil, errBlock
+		case !errors.Is(oldErr, apikey.ErrNotFound):
+			return nil, oldErr
+		}
 	}
-	return k, err
-}
-
-func (a *Authorizer) findDigest(ctx context.Context, d *apikey.Digest, client netip.Addr, mayBlock bool) (*apikey.Key, error) {
-	k, ok, err := a.keys.Cached(d)
 	switch {
-	case ok:
-		return k, err
-	case err != nil:
+	case ok || err != nil:
 		return nil, err
 	case !mayBlock:
 		return nil, errBlock
 	}
-	return a.keys.FindKey(ctx, *d, client)
+	return a.keys.FindKey(ctx, digest, client)
 }
 
-// life says where in its life the key stands: ReasonNone if it may be used now.
-func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.Instance, mayBlock bool) (Reason, error) {
+// life says where in its life the key stands: ReasonNone if it may be used now. asked says that the store
+// had to be asked.
+func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.Instance, mayBlock bool) (reason Reason, asked bool, err error) {
 	now := time.Now()
 	status := k.StatusAt(now)
 	switch {
 	case status == apikey.StatusRevoked:
-		return ReasonRevoked, nil
+		return ReasonRevoked, false, nil
 	case status == apikey.StatusDisabled:
-		return ReasonDisabled, nil
+		return ReasonDisabled, false, nil
 	case instance.Policy.Disabled:
-		return ReasonInstanceDisabled, nil
+		return ReasonInstanceDisabled, false, nil
 	case status == apikey.StatusNotYetValid:
-		return ReasonNotYetValid, nil
+		return ReasonNotYetValid, false, nil
 	case status == apikey.StatusExpired:
-		return ReasonExpired, nil
+		return ReasonExpired, false, nil
 	case k.GenerationEnded(now):
-		return ReasonGenerationEnded, nil
-	case status == apikey.StatusActive:
-		return ReasonNone, nil
+		return ReasonGenerationEnded, false, nil
+	// Idle by the record, whose last use is as old as the record: this replica, or another one, may have
+	// served the key since.
+	case status == apikey.StatusActive || !k.IdleAt(now, a.uses.Last(k.ID)):
+		return ReasonNone, false, nil
 	case !mayBlock:
-		return ReasonNone, errBlock
+		return ReasonNone, false, errBlock
 	}
-	// Idle by the record, whose last use is as old as the record: another replica may have served the key.
 	lastUsed, err := a.keys.LastUsed(ctx, k.ID)
 	if err != nil || !k.IdleAt(now, lastUsed) {
-		return ReasonNone, err
+		return ReasonNone, true, err
 	}
-	return ReasonIdle, nil
+	return ReasonIdle, true, nil
 }
 
 // place compares every source that names an instance, an agent or an environment with the key's.
@@ -455,7 +505,8 @@ func (a *Authorizer) TakeBack(ctx context.Context, d *Decision) {
 	_ = a.limiter.End(context.WithoutCancel(ctx), []limits.Ending{{Lease: d.Lease, Cause: limits.CauseContext}})
 }
 
-func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rule *Rule, instance *apikey.Instance, mayBlock bool) error {
+// limit judges and spends. waited says that it took long enough for other things to have changed.
+func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *rules, q *question, instance *apikey.Instance) (waited bool, err error) {
 	k := d.Key
 	inForce := instance.Policy.LimitsOf(k)
 	var room [2]limits.RateDemand
@@ -475,23 +526,22 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rule *R
 	if inForce.MaxConcurrent > 0 {
 		demand.Lease = limits.LeaseDemand{
 			Lease: limits.Lease{Cell: LeaseCell(k.ID), Identity: r.Identity, HTTP: r.HTTP},
-			Limit: int64(inForce.MaxConcurrent), Wait: a.rules.Load().LeaseWait,
-			Connection: r.Connection, Note: note(rule, r.Method),
+			Limit: int64(inForce.MaxConcurrent), Wait: rules.LeaseWait,
+			Connection: r.Connection, Note: note(q.rule, r.Method),
 		}
 	}
 	answer, ok := a.limiter.TryTake(&demand)
 	if !ok {
-		if !mayBlock {
-			return errBlock
+		if !q.mayBlock {
+			return false, errBlock
 		}
-		var err error
 		if answer, err = a.limiter.Take(ctx, &demand); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if answer.Allowed {
 		d.Leased, d.Lease = demand.Lease.Limit > 0, demand.Lease.Lease
-		return nil
+		return answer.Waited > 0, nil
 	}
 	d.Reason, d.Limit, d.RetryAfter = limitReasons[answer.Class], answer.Class, answer.RetryAfter
 	if answer.Class == limits.ClassConcurrency {
@@ -502,5 +552,5 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rule *R
 			d.Rate = rates[i].Rate
 		}
 	}
-	return nil
+	return false, nil
 }

@@ -24,11 +24,13 @@ type world struct {
 	err       error
 	notServed error
 	lastUsed  time.Time
+	lastHere  time.Time
 	found     int // calls of FindKey
 
 	demands []limits.Demand
 	ended   []limits.Ending
 	answer  limits.Decision
+	onTake  func()
 	block   bool // the limiter's TryTake cannot decide
 
 	used      []apikey.ID
@@ -80,6 +82,9 @@ func (w *world) TryTake(d *limits.Demand) (limits.Decision, bool) {
 }
 
 func (w *world) Take(_ context.Context, d *limits.Demand) (limits.Decision, error) {
+	if w.onTake != nil {
+		w.onTake()
+	}
 	w.demands = append(w.demands, limits.Demand{Rates: append([]limits.RateDemand(nil), d.Rates...), Lease: d.Lease})
 	return w.answer, nil
 }
@@ -92,6 +97,7 @@ func (w *world) Renew(context.Context, []limits.Lease) error     { return nil }
 func (w *world) Disconnected(uint64)                             {}
 func (w *world) Running(func(limits.Cell) bool) []limits.Running { return nil }
 
+func (w *world) Last(apikey.ID) time.Time         { return w.lastHere }
 func (w *world) Used(k *apikey.Key, _ time.Time)  { w.used = append(w.used, k.ID) }
 func (w *world) Redigest(_, _ apikey.Digest)      { w.redigests++ }
 func (w *world) spent() bool                      { return len(w.demands) > 0 || len(w.used) > 0 }
@@ -179,7 +185,7 @@ func TestDecisions(t *testing.T) {
 		idle := w.issue(apikey.Key{InactivityDays: 1, CreatedAt: now.Add(-25 * time.Hour)})
 		unknown := apikey.Format{}.New(apikey.KindInstance)
 		token := apikey.Format{}.New(apikey.KindManagement)
-		mistyped := strings.Replace(good.Reveal(), good.Reveal()[20:21], map[bool]string{true: "b", false: "a"}[good.Reveal()[20] == 'a'], 1)
+		mistyped := good.Reveal()[:20] + map[bool]string{true: "b", false: "a"}[good.Reveal()[20] == 'a'] + good.Reveal()[21:]
 
 		key := func(s apikey.Secret) []authz.Pair { return []authz.Pair{header("x-api-key", s.Reveal())} }
 		bearer := func(s string) authz.Pair { return header("authorization", "Bearer "+s) }
@@ -238,6 +244,7 @@ func TestDecisions(t *testing.T) {
 			"in the query":                         {path: "/?api_key=" + good.Reveal(), want: authz.ReasonKey},
 			"in the query, escaped name":           {path: "/?api%5Fkey=" + good.Reveal(), want: authz.ReasonInvalidRequest},
 			"escaped name, public route":           {path: "/public/?api%5fkey=" + good.Reveal(), want: authz.ReasonInvalidRequest},
+			"in the query of a CONNECT":            {method: "CONNECT", path: "/?api_key=" + good.Reveal(), want: authz.ReasonInvalidRequest},
 			"in the query twice":                   {path: "/?api_key=" + good.Reveal() + "&api_key=" + good.Reveal(), want: authz.ReasonAmbiguousCredential},
 			"comma in our header":                  {headers: []authz.Pair{header("x-api-key", good.Reveal()+","+good.Reveal())}, want: authz.ReasonAmbiguousCredential},
 			"space in our header":                  {headers: []authz.Pair{header("x-api-key", good.Reveal()+" x")}, want: authz.ReasonAmbiguousCredential},
@@ -334,7 +341,7 @@ func TestDecisions(t *testing.T) {
 			if spent := w.spent(); spent != (tt.want == authz.ReasonKey) {
 				t.Errorf("%s: limits spent or use noted: %v, for a request that was %v", name, spent, d.Outcome())
 			}
-			if known := d.Key != nil; known != (tt.want > authz.ReasonUnknownKey && !strings.Contains(name, "escaped name")) {
+			if known := d.Key != nil; known != (tt.want > authz.ReasonUnknownKey && tt.want != authz.ReasonInvalidRequest || strings.Contains(name, "instance ")) {
 				t.Errorf("%s: the key is known: %v", name, known)
 			}
 			var tried authz.Decision
@@ -377,6 +384,12 @@ func TestIdleIsAskedOfTheStore(t *testing.T) {
 		if d := decide(t, a, r); d.Reason != authz.ReasonKey {
 			t.Errorf("used a day ago: got %v", d.Reason)
 		}
+		w.lastUsed, w.lastHere = time.Time{}, time.Now().Add(-time.Hour) // by this one
+		var tried authz.Decision
+		if ok, err := a.Try(&r, &tried); !ok || err != nil || tried.Reason != authz.ReasonKey {
+			t.Errorf("used here an hour ago: got %v, %v, %v", tried.Reason, ok, err)
+		}
+		w.lastHere = time.Time{}
 		w.err = apikey.ErrUndecided
 		var d authz.Decision
 		if err := a.Decide(t.Context(), &r, &d); !errors.Is(err, apikey.ErrUndecided) {
@@ -521,6 +534,27 @@ func TestRunningRequestsAreCountedWithTheRest(t *testing.T) {
 	}
 }
 
+// TestWaitingForAPlaceOutlivesNoRevocation: who revoked was told that the key is refused from now on.
+func TestWaitingForAPlaceOutlivesNoRevocation(t *testing.T) {
+	w := newWorld()
+	secret := w.issue(apikey.Key{})
+	digest := w.peppers.Current.Digest(secret.Reveal())
+	a := w.authorizer(t, authz.Config{})
+	w.answer = limits.Decision{Allowed: true, Waited: time.Millisecond}
+	w.onTake = func() {
+		revoked := *w.keys[digest]
+		revoked.RevokedAt = time.Now()
+		w.keys[digest] = &revoked
+	}
+	d := decide(t, a, authz.Request{Method: "GET", Path: "/", Headers: []authz.Pair{header("x-api-key", secret.Reveal())}})
+	if d.Reason != authz.ReasonRevoked || d.Leased {
+		t.Errorf("revoked while it waited: got %v, leased %v", d.Reason, d.Leased)
+	}
+	if len(w.ended) != 1 || w.ended[0].Lease != w.demands[0].Lease.Lease {
+		t.Errorf("ended %+v, want the lease that it got", w.ended)
+	}
+}
+
 func TestLeaseOfAnAnswerThatIsNotGivenIsTakenBack(t *testing.T) {
 	w := newWorld()
 	secret := w.issue(apikey.Key{})
@@ -563,7 +597,9 @@ func TestPreviousPepperFindsKeys(t *testing.T) {
 		{fresh, authz.ReasonKey, 0},
 		{old, authz.ReasonKey, 1},
 		{apikey.Format{}.New(apikey.KindUser), authz.ReasonUnknownKey, 1},
+		{old, authz.ReasonKey, 2}, // again while nothing is in memory
 	} {
+		w.cold = tt.redigests == 2
 		d := decide(t, a, authz.Request{Method: "GET", Path: "/", Headers: []authz.Pair{header("x-api-key", tt.secret.Reveal())}})
 		if d.Reason != tt.want || w.redigests != tt.redigests {
 			t.Errorf("got %v and %d digests queued, want %v and %d", d.Reason, w.redigests, tt.want, tt.redigests)
@@ -658,6 +694,8 @@ func TestConfigurationIsReplacedWholeOrNotAtAll(t *testing.T) {
 		"client address":  {ClientAddress: "header"},
 		"trusted hops":    {TrustedHops: 2},
 		"prefix":          {Credentials: authz.Credentials{Format: apikey.Format{First: "K W"}}},
+		"header twice":    {Credentials: authz.Credentials{Headers: []string{"x-key", "x-key"}}},
+		"query parameter": {Credentials: authz.Credentials{QueryParameter: "a&b"}},
 		"header's case":   {Credentials: authz.Credentials{Headers: []string{"X-Key"}}},
 		"header not ours": {Credentials: authz.Credentials{Headers: []string{"authorization"}}},
 	} {

@@ -2,6 +2,7 @@ package authz
 
 import (
 	"crypto/subtle"
+	"net/http"
 	"strings"
 
 	"keyward/authz/apikey"
@@ -52,7 +53,8 @@ func (c *Credentials) find(r *Request, query string) (found credential) {
 		value, n, ok := queryValue(query, c.QueryParameter)
 		if n > 0 {
 			found.inQuery = true
-			found.unremovable = escapedParameter(query, c.QueryParameter)
+			// Envoy removes parameters by their literal name, and from a CONNECT none at all.
+			found.unremovable = escapedParameter(query, c.QueryParameter) || r.Method == http.MethodConnect
 		}
 		if n > 1 || !ok {
 			found.sent, found.ambiguous = true, true
@@ -111,7 +113,7 @@ func (c *credential) add(secret string) {
 }
 
 // escapedParameter reports whether a parameter stands in the query under another spelling of its name,
-// such as api%5Fkey. Upstreams read it all the same, and Envoy removes parameters by their literal name.
+// such as api%5Fkey. Upstreams read it all the same.
 func escapedParameter(query, name string) bool {
 	for rest, more := query, query != ""; more; {
 		var pair string

@@ -158,6 +158,10 @@ type Decision struct {
 	Leased bool
 	Lease  limits.Lease
 
+	// CredentialHeaders and CredentialQuery ("" for none) say from where secrets are taken, and so what has
+	// to be removed before the request goes on; Authorization only with InAuthorization.
+	CredentialHeaders []string
+	CredentialQuery   string
 	// CredentialSent says that the request carried something meant as one of our secrets.
 	CredentialSent bool
 	// InAuthorization and InQuery say where else than in our own headers, which never reach an upstream,

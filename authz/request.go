@@ -37,11 +37,20 @@ type Pair struct{ Name, Value string }
 
 // Reset empties the request for another use.
 func (r *Request) Reset() {
+	if cap(r.Headers)+cap(r.Extensions) > keepPairs || cap(r.scratch) > keepScratch {
+		*r = Request{} // one large request should not make every later one large
+		return
+	}
 	clear(r.Headers)
 	clear(r.Extensions)
 	clear(r.scratch)
 	*r = Request{Headers: r.Headers[:0], Extensions: r.Extensions[:0], scratch: r.scratch[:0]}
 }
+
+const (
+	keepPairs   = 128
+	keepScratch = 4 << 10 // bytes
+)
 
 // Format shows nothing that could be a secret.
 func (r *Request) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[request]") }

@@ -55,7 +55,7 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 			continue
 		}
 		if p == peppers.Previous && len(known) > 0 {
-			return fmt.Errorf("pepper version %d is retired, or was never used with this store: remove pepper.previousFile", p.Version())
+			continue // retired, or never used with this store: it finds nothing, and does no harm
 		}
 		fresh = append(fresh, p)
 	}

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2"
+
 	"keyward/authz/apikey"
 )
 
@@ -22,6 +24,8 @@ type LastUsed struct {
 	store  toucher
 	log    *slog.Logger
 	shards [shards]shard
+	// recent remembers keys that end when they are idle, so that those in use need not be asked about.
+	recent *lru.Cache[apikey.ID, time.Time]
 }
 
 const (
@@ -29,6 +33,8 @@ const (
 	// interval is well below the minute by which a last use may be late.
 	interval     = 10 * time.Second
 	writeTimeout = 5 * time.Second
+	// recentKeys is how many keys that can become idle are remembered; of others the store is asked.
+	recentKeys = 65_536
 )
 
 type shard struct {
@@ -43,7 +49,11 @@ type used struct {
 
 // NewLastUsed returns a LastUsed that writes to store while Run runs.
 func NewLastUsed(store toucher, log *slog.Logger) *LastUsed {
-	l := &LastUsed{store: store, log: log}
+	recent, err := lru.New[apikey.ID, time.Time](recentKeys)
+	if err != nil {
+		panic(err) // only for a size below 1
+	}
+	l := &LastUsed{store: store, log: log, recent: recent}
 	for i := range l.shards {
 		l.shards[i].pending = map[used]time.Time{}
 	}
@@ -52,6 +62,9 @@ func NewLastUsed(store toucher, log *slog.Logger) *LastUsed {
 
 // Used notes an allowed request with k.
 func (l *LastUsed) Used(k *apikey.Key, at time.Time) {
+	if k.InactivityDays > 0 {
+		l.recent.Add(k.ID, at)
+	}
 	// The last byte of a UUIDv7 is random.
 	s := &l.shards[k.ID[15]%shards]
 	s.mu.Lock()
@@ -76,6 +89,12 @@ func (l *LastUsed) Pending(id apikey.ID) (last time.Time) {
 		}
 	}
 	return last
+}
+
+// Last returns when a key that can become idle was last used, as far as this process remembers.
+func (l *LastUsed) Last(id apikey.ID) time.Time {
+	at, _ := l.recent.Peek(id)
+	return at
 }
 
 // Run writes until ctx is done, and then once more.

@@ -96,7 +96,8 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 	if err != nil {
 		return err
 	}
-	peppers, err := readPeppers(cfg.Pepper, true)
+	log := slog.New(slog.NewTextHandler(a.stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	peppers, err := readPeppers(cfg.Pepper, true, log)
 	if err != nil {
 		return err
 	}
@@ -112,7 +113,6 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 	if err := admin.OpenPeppers(ctx, store, peppers, name); err != nil {
 		return err
 	}
-	log := slog.New(slog.NewTextHandler(a.stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	format := apikey.Format{First: cfg.Credentials.Prefix}
 	service := admin.New(store, admin.Config{Format: format, Peppers: peppers}, nil, log)
 	handler := manage.New(service, manage.Config{

@@ -247,6 +247,9 @@ func (c *Config) validate() error {
 	if bad, ok := errors.AsType[*apikey.InvalidError](apikey.Format{First: c.Credentials.Prefix}.Validate()); ok {
 		fault("credentials.prefix", bad.Reason)
 	}
+	var g generate.Config
+	c.envoy(&g)
+	faults = append(faults, g.ValidateHeaders())
 	// authz stops at its first fault, so it is asked about one thing at a time.
 	cfg, err := c.authorizer()
 	faults = append(faults, err,
@@ -337,6 +340,7 @@ func (c *Config) checkConfig() check.Config {
 		Realm:         c.Credentials.Realm,
 		ErrorResponse: c.Errors == "error_response",
 		LogPerSecond:  *c.Log.DecisionsPerSecond,
+		Timeout:       c.Concurrency.wait() + time.Second, // a wait that was asked for is not cut short
 	}
 }
 

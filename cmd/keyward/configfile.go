@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"unicode"
@@ -22,6 +23,9 @@ const envPrefix = "KEYWARD_"
 
 // clientEnv are the variables of the commands that call a server; they are no configuration of one.
 var clientEnv = []string{"KEYWARD_SERVER", "KEYWARD_TOKEN_FILE"}
+
+// serviceLink are the variables that Kubernetes sets for services whose names begin with keyward.
+var serviceLink = regexp.MustCompile(`^KEYWARD(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)
 
 // loadConfig reads defaults, then the file ("" for none, "-" for stdin), then the environment, then
 // settings of the form path=value, and reports every fault at once.
@@ -41,12 +45,16 @@ func loadConfig(file string, stdin io.Reader, environ, settings []string) (*Conf
 	collectFields(reflect.ValueOf(&cfg).Elem(), "", fields)
 	for _, entry := range environ {
 		name, value, _ := strings.Cut(entry, "=")
-		if !strings.HasPrefix(name, envPrefix) || slices.Contains(clientEnv, name) {
+		if !strings.HasPrefix(name, envPrefix) || slices.Contains(clientEnv, name) || serviceLink.MatchString(name) {
 			continue
 		}
 		path, ok := pathOfEnv(name, fields)
 		if !ok {
 			faults = append(faults, fmt.Errorf("environment: %s sets nothing%s", name, didYouMean(name, append(envNames(fields), clientEnv...))))
+			continue
+		}
+		if value == "" && fields[path].Kind() == reflect.String && fields[path].String() != "" {
+			faults = append(faults, fmt.Errorf("environment: %s is empty and would switch off what is set: unset it, or use --set %s=", name, path))
 			continue
 		}
 		if err := setField(fields[path], value); err != nil {
@@ -108,7 +116,8 @@ func decodeYAML(text []byte, into any) error {
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	if err := decoder.Decode(&root); err != nil {
 		if errors.Is(err, io.EOF) {
-			return nil // an empty file says nothing
+			// Most likely it is being written just now; as a configuration it would open every route.
+			return errors.New("is empty: write {} for a configuration of defaults only")
 		}
 		return err
 	}
@@ -124,8 +133,7 @@ func decodeYAML(text []byte, into any) error {
 }
 
 // judge walks a document beside the type it is for and reports all that does not fit, by line and field
-// and never with the value: yaml's own errors repeat it, and cut 5.5 down to 5 without one. Fields
-// without a value are taken out: they say nothing, as if their line were not there.
+// and never with the value: yaml's own errors repeat it, and cut 5.5 down to 5 without one.
 func judge(n *yaml.Node, t reflect.Type, path string, faults *[]error) {
 	for t.Kind() == reflect.Pointer {
 		t = t.Elem()
@@ -139,9 +147,8 @@ func judge(n *yaml.Node, t reflect.Type, path string, faults *[]error) {
 	case n.Style&yaml.TaggedStyle != 0:
 		fault(n, "tags such as !!str are not used here")
 	case isNull(n):
-		if path != "" { // a document without anything is no fault
-			fault(n, "has no value")
-		}
+		// "scopes:" with nothing after it, or a file that is being written just now, would open a door.
+		fault(n, "has no value: give it one ([] for an empty list, {} for defaults only), or leave it out")
 	case t.Kind() == reflect.Struct:
 		if n.Kind != yaml.MappingNode {
 			fault(n, "must hold fields, each with its value: name: value")
@@ -152,7 +159,6 @@ func judge(n *yaml.Node, t reflect.Type, path string, faults *[]error) {
 			fields[field.Tag.Get("yaml")] = field.Type
 		}
 		seen := map[string]bool{}
-		var said []*yaml.Node
 		for i := 0; i < len(n.Content); i += 2 {
 			key, value := n.Content[i], n.Content[i+1]
 			name := key.Value
@@ -164,13 +170,11 @@ func judge(n *yaml.Node, t reflect.Type, path string, faults *[]error) {
 				fault(key, "there is no field %q here%s", name, didYouMean(name, keys(fields)))
 			case seen[name]:
 				fault(key, "%s is set twice", name)
-			case !isNull(value):
+			default:
 				judge(value, fieldType, strings.TrimPrefix(path+"."+name, "."), faults)
-				said = append(said, key, value)
 			}
 			seen[name] = true
 		}
-		n.Content = said
 	case t.Kind() == reflect.Slice && n.Kind == yaml.SequenceNode:
 		for i, item := range n.Content {
 			judge(item, t.Elem(), fmt.Sprintf("%s[%d]", path, i), faults)

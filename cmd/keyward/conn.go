@@ -13,8 +13,8 @@ type trackedListener struct {
 	net.Listener
 	// silence is how long a node that was granted leases may be silent before it counts as unheard.
 	silence time.Duration
-	heard   func(connection uint64) bool // whether an access log came by it
-	ended   func(connection uint64)
+	heard   func(connection uint64) bool          // whether an access log came by it
+	ended   func(connection uint64, granted bool) // granted: leases were asked for by it
 	last    atomic.Uint64
 	live    sync.Map // of *connectionAddr, by id
 }
@@ -41,7 +41,7 @@ func (c *trackedConn) Close() error {
 	err := c.Conn.Close()
 	c.once.Do(func() {
 		c.remote.listener.live.Delete(c.remote.id)
-		c.remote.listener.ended(c.remote.id)
+		c.remote.listener.ended(c.remote.id, c.remote.granted.Load() != 0)
 	})
 	return err
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -32,6 +33,7 @@ const (
 	devFile       = "dev.json"
 	devLogFile    = "keyward.log"
 	devEnvoyLog   = "envoy.log"
+	devMarker     = "keyward-dev"
 
 	// The demo key is tight, so that few requests show its limit.
 	devBurst      = 10
@@ -89,7 +91,7 @@ func (a *app) dev(ctx context.Context, dir string, tour bool) (err error) {
 		return err
 	}
 	// Not emptied: another dev may be running on this folder, and is about to refuse this one.
-	logFile, err := os.OpenFile(filepath.Join(dir, devLogFile), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	logFile, err := openDevLog(filepath.Join(dir, devLogFile), os.O_APPEND)
 	if err != nil {
 		return err
 	}
@@ -171,7 +173,7 @@ func (a *app) devSession(ctx context.Context, s *service, binary, dir, upstream 
 	if err != nil {
 		return err
 	}
-	envoyLog, err := os.OpenFile(filepath.Join(dir, devEnvoyLog), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	envoyLog, err := openDevLog(filepath.Join(dir, devEnvoyLog), os.O_TRUNC)
 	if err != nil {
 		return err
 	}
@@ -254,19 +256,46 @@ func shellPath(path string) string {
 	return "'" + strings.ReplaceAll(path, "'", `'\''`) + "'"
 }
 
-// prepareDevFolder makes the folder, private and not for version control, and returns its full path.
+// prepareDevFolder makes the folder, private and not for version control, and returns its full path. A
+// folder that dev did not make is refused, and so is a link: a checkout of somebody else's may hold one.
 func prepareDevFolder(dir string) (string, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return "", err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	marker := filepath.Join(dir, devMarker)
+	switch info, err := os.Lstat(dir); {
+	case errors.Is(err, fs.ErrNotExist):
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return "", err
+		}
+	case err != nil:
 		return "", err
+	case !info.IsDir():
+		return "", usageError{fmt.Errorf("--dir: %s is no folder", dir)}
+	default:
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return "", err
+		}
+		if made, err := os.Lstat(marker); len(entries) > 0 && (err != nil || !made.Mode().IsRegular()) {
+			return "", usageError{fmt.Errorf("--dir: %s holds files that keyward dev did not make: name another folder", dir)}
+		}
 	}
 	if err := os.Chmod(dir, 0o700); err != nil { //nolint:gosec // a folder that only its owner may enter
 		return "", err
 	}
-	return dir, os.WriteFile(filepath.Join(dir, ".gitignore"), []byte("*\n"), 0o600)
+	for path, text := range map[string]string{marker: "made by keyward dev\n", filepath.Join(dir, ".gitignore"): "*\n"} {
+		if err := writeNewPrivate(path, []byte(text)); err != nil && !errors.Is(err, fs.ErrExist) {
+			return "", err
+		}
+	}
+	return dir, nil
+}
+
+// openDevLog opens a log, never through a link. how is O_APPEND or O_TRUNC.
+func openDevLog(path string, how int) (*os.File, error) {
+	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|how|syscall.O_NOFOLLOW, 0o600)
 }
 
 func ensureDevPepper(path string) error {

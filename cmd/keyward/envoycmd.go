@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+	"net"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -39,6 +41,13 @@ func (a *app) generateEnvoy() *cobra.Command {
 			cfg.envoy(&g)
 			if tls != (generate.TLS{}) {
 				g.KeywardTLS = &tls
+			} else if cfg.Listen.Check.TLS.enabled() {
+				return usageError{errors.New("listen.check has TLS: say by --keyward-ca, and --keyward-cert and --keyward-key where keyward wants client certificates, how Envoy is to speak it")}
+			}
+			if host, _, err := net.SplitHostPort(g.Keyward); err == nil {
+				if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+					return usageError{errors.New("listen.check.address does not say where Envoy finds keyward: name it by --keyward HOST:PORT")}
+				}
 			}
 			write := generate.Envoy
 			if fragment {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -40,10 +42,11 @@ func (a *app) pepperNew() *cobra.Command {
 }
 
 func (a *app) pepperRotate() *cobra.Command {
-	return &cobra.Command{
+	c := &cobra.Command{
 		Use:   "rotate --config FILE",
 		Short: "Put a new pepper in use, and keep the old one beside it",
-		Long: "Put a new pepper in use: pepper.file becomes a new version, and what it held goes to pepper.previousFile.\n" +
+		Long: "Put a new pepper in use: pepper.file becomes a new version, and what it held goes to pepper.previousFile, which\n" +
+			"has to be configured, and may be so at any time: a file that is not there is no previous pepper.\n" +
 			"Restart keyward afterwards. Both peppers find keys; each key that is used gets its digest under the new one.\n" +
 			"keyward pepper status shows how many are left; when none is, keyward pepper retire ends the old pepper.",
 		Args: cobra.NoArgs,
@@ -55,20 +58,30 @@ func (a *app) pepperRotate() *cobra.Command {
 			if cfg.Pepper.PreviousFile == "" {
 				return usageError{errors.New("pepper.previousFile is not set: name the file that the old pepper is to be kept in")}
 			}
-			if _, err := os.Lstat(cfg.Pepper.PreviousFile); err == nil {
-				return usageError{fmt.Errorf("%s is there already: the last rotation is not finished. Once keyward pepper retire has succeeded, remove it", cfg.Pepper.PreviousFile)}
+			file, err := filepath.EvalSymlinks(cfg.Pepper.File)
+			if err != nil {
+				return err
 			}
-			peppers, err := readPeppers(PepperFiles{File: cfg.Pepper.File}, true)
+			peppers, err := readPeppers(PepperFiles{File: file}, true, nil)
 			if err != nil {
 				return err
 			}
 			old := peppers.Current
 			next := apikey.NewPepper(old.Version()+1, old.Dev())
-			// The old one is safe in its new place before its old place is overwritten.
-			if err := writeNewPrivate(cfg.Pepper.PreviousFile, apikey.MarshalPepper(old)); err != nil {
+			// The old one is safe in its new place before its old place is overwritten. Where that is done
+			// already, an earlier rotate was cut off right there, and this one goes on.
+			kept, err := readPrivate(cfg.Pepper.PreviousFile)
+			switch {
+			case errors.Is(err, fs.ErrNotExist):
+				if err := writeNewPrivate(cfg.Pepper.PreviousFile, apikey.MarshalPepper(old)); err != nil {
+					return err
+				}
+			case err != nil:
 				return err
+			case !bytes.Equal(kept, apikey.MarshalPepper(old)):
+				return usageError{fmt.Errorf("%s is there already: the last rotation is not finished. Once keyward pepper retire has succeeded, remove it", cfg.Pepper.PreviousFile)}
 			}
-			if err := replacePrivate(cfg.Pepper.File, apikey.MarshalPepper(next)); err != nil {
+			if err := errors.Join(sameOwner(cfg.Pepper.PreviousFile, file), replacePrivate(file, apikey.MarshalPepper(next))); err != nil {
 				return err
 			}
 			fmt.Fprintf(a.stderr, "%s now holds version %d, %s version %d.\nRestart keyward; then keyward pepper status shows how many keys are left.\n",
@@ -76,6 +89,8 @@ func (a *app) pepperRotate() *cobra.Command {
 			return nil
 		},
 	}
+	c.Flags().StringArrayVar(&a.settings, "set", nil, "set one field of the configuration, as serve was told")
+	return c
 }
 
 func (a *app) pepperStatus() *cobra.Command {
@@ -125,7 +140,7 @@ func (a *app) pepperRetire() *cobra.Command {
 func writeNewPrivate(path string, text []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
-		return usageError{fmt.Errorf("%s is there already and is not overwritten", path)}
+		return usageError{fmt.Errorf("%s is there already and is not overwritten: %w", path, fs.ErrExist)}
 	}
 	if err != nil {
 		return err
@@ -134,14 +149,29 @@ func writeNewPrivate(path string, text []byte) error {
 	return errors.Join(err, f.Sync(), f.Close(), syncFolder(filepath.Dir(path)))
 }
 
-// replacePrivate puts a file in the place of another, whole or not at all.
+// sameOwner gives a file to the owner of another. It matters where root works on a server's files.
+func sameOwner(path, as string) error {
+	info, err := os.Stat(as)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok && os.Geteuid() == 0 {
+		return os.Chown(path, int(stat.Uid), int(stat.Gid))
+	}
+	return nil
+}
+
+// replacePrivate puts a file in the place of another, whole or not at all, and leaves it to the same owner.
 func replacePrivate(path string, text []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*") // mode 0600
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(text)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+	if err = errors.Join(err, f.Sync(), f.Close(), sameOwner(f.Name(), path)); err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
 	}
 	if err := os.Rename(f.Name(), path); err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -49,6 +50,7 @@ type app struct {
 	tokenFile  string
 	offline    bool
 	configFile string
+	piped      []byte // the configuration that came by standard input, which can be read once
 	settings   []string
 	yes        bool
 }
@@ -187,5 +189,16 @@ func (a *app) configFlags(c *cobra.Command) {
 }
 
 func (a *app) config() (*Config, error) {
-	return loadConfig(a.configFile, a.stdin, a.environ, a.settings)
+	in := a.stdin
+	if a.configFile == "-" {
+		if a.piped == nil {
+			text, err := readConfigFile("-", a.stdin)
+			if err != nil {
+				return nil, err
+			}
+			a.piped = text
+		}
+		in = bytes.NewReader(a.piped)
+	}
+	return loadConfig(a.configFile, in, a.environ, a.settings)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -34,6 +36,7 @@ import (
 	"keyward/cache"
 	"keyward/envoy/accesslog"
 	"keyward/envoy/check"
+	"keyward/envoy/generate"
 	"keyward/limits"
 	"keyward/limits/local"
 )
@@ -45,6 +48,10 @@ const (
 	// drainTimeout is how long running calls may take after that.
 	drainTimeout = 10 * time.Second
 	readyTimeout = 30 * time.Second
+	// healthInterval is how soon Envoy's health checks show that nothing can be decided any more.
+	healthInterval = 50 * time.Millisecond
+	// lastDecision is how long a Check that came just before the drain may take, without waiting.
+	lastDecision = 250 * time.Millisecond
 	// maxLogMessage leaves room for Envoy's batches of access-log entries, of 1 MiB and an entry.
 	maxLogMessage = 4 << 20 // bytes
 	// connectionSilence is how much later than it should a first access-log entry may come.
@@ -106,7 +113,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	}()
 	s.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
-	peppers, err := readPeppers(cfg.Pepper, opts.allowDevPepper)
+	peppers, err := readPeppers(cfg.Pepper, opts.allowDevPepper, s.log)
 	if err != nil {
 		return nil, err
 	}
@@ -159,8 +166,12 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		if *l.into, err = l.config.listen(ctx); err != nil {
 			return nil, fmt.Errorf("listen.%s: %w", l.name, err)
 		}
-		if !l.config.isLoopback() && !l.config.TLS.enabled() {
+		switch {
+		case l.config.isLoopback():
+		case !l.config.TLS.enabled():
 			s.log.Warn("listens beyond this machine without TLS", "listener", l.name, "address", l.config.Address)
+		case l.name == "check" && l.config.TLS.ClientCAFile == "":
+			s.log.Warn("whoever reaches this listener can try keys and end leases: set tls.clientCAFile", "listener", l.name, "address", l.config.Address)
 		}
 		if l.config.TLS.enabled() {
 			expiry := prometheus.NewGauge(prometheus.GaugeOpts{
@@ -183,12 +194,18 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 
 // track lets leases follow the connections that they were asked for by.
 func (s *service) track(l net.Listener) net.Listener {
+	heard := s.accessLogs.Heard
+	if s.cfg.Concurrency.Feedback == string(generate.FeedbackNone) {
+		heard = func(uint64) bool { return true } // nobody is blamed for what was asked for
+	}
 	tracked := &trackedListener{
 		Listener: l,
 		silence:  2*s.cfg.Concurrency.RenewEvery.Std() + connectionSilence,
-		heard:    s.accessLogs.Heard,
-		ended: func(connection uint64) {
-			s.limiter.Disconnected(connection)
+		heard:    heard,
+		ended: func(connection uint64, granted bool) {
+			if granted {
+				s.limiter.Disconnected(connection)
+			}
 			s.accessLogs.Disconnected(connection)
 		},
 	}
@@ -249,6 +266,10 @@ func (f keyFacts) LastUsed(ctx context.Context, id apikey.ID) (time.Time, error)
 // run serves until ctx is done, and then drains: not serving any more, running calls to their end,
 // what was remembered written down.
 func (s *service) run(ctx context.Context) error {
+	grpcServer, err := s.grpcServer()
+	if err != nil {
+		return err
+	}
 	// What answers requests lives until the requests have ended, so it has a context of its own.
 	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBehind()
@@ -261,10 +282,6 @@ func (s *service) run(ctx context.Context) error {
 		group.Go(func() error { return r.run(behind) })
 	}
 
-	grpcServer, err := s.grpcServer()
-	if err != nil {
-		return err
-	}
 	manageServer := s.httpServer(manage.New(s.admin, manage.Config{
 		Format: apikey.Format{First: s.cfg.Credentials.Prefix}, Pepper: s.pepper, Log: s.log, Version: readVersion().Version,
 	}))
@@ -291,24 +308,7 @@ func (s *service) run(ctx context.Context) error {
 	serveHTTP("metrics", metricsServer, s.metrics)
 
 	group.Go(func() error {
-		deadline := time.NewTimer(readyTimeout)
-		defer deadline.Stop()
-		tick := time.NewTicker(10 * time.Millisecond)
-		defer tick.Stop()
-		for !s.cache.Ready() {
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-failed.Done():
-				return nil
-			case <-deadline.C:
-				s.log.Warn("not ready yet: keys are still being loaded")
-			case <-tick.C:
-			}
-		}
-		s.health.Resume()
-		s.log.Info("serving", "check", s.cfg.Listen.Check.Address, "manage", s.cfg.Listen.Manage.Address, "metrics", s.cfg.Listen.Metrics.Address)
-		close(s.serving)
+		s.watchHealth(ctx, failed)
 		return nil
 	})
 
@@ -318,29 +318,92 @@ func (s *service) run(ctx context.Context) error {
 	}
 	s.log.Info("draining")
 	s.draining.Store(true)
-	s.health.Shutdown()
+	s.setHealth(false)
 	if s.drainDelay > 0 && failed.Err() == nil {
 		time.Sleep(s.drainDelay)
 	}
 	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 	defer cancel()
-	s.accessLogs.Stop() // what ends from now on is counted by whoever adopts it
+	// Envoy never ends its log streams. Requests that wait for a place still want to hear of ends, so the
+	// streams go when no request can be waiting any more; what ends later is taken up by whoever starts next.
+	streams := time.AfterFunc(s.cfg.Concurrency.wait()+lastDecision, s.accessLogs.Stop)
+	defer streams.Stop()
+	var stopping sync.WaitGroup
+	stopping.Go(func() { stopGRPC(deadline, grpcServer) })
+	stopping.Go(func() { stopHTTP(deadline, manageServer) })
+	stopping.Go(func() { stopHTTP(deadline, metricsServer) })
+	stopping.Wait()
+	s.accessLogs.Stop()
+	s.accessLogs.Wait()
+	stopBehind()
+	err = group.Wait()
+	s.log.Info("stopped")
+	return err
+}
+
+// stopGRPC lets running calls end until the deadline, and cuts off what is left.
+func stopGRPC(deadline context.Context, server *grpc.Server) {
 	stopped := make(chan struct{})
 	go func() {
-		grpcServer.GracefulStop()
+		server.GracefulStop()
 		close(stopped)
 	}()
 	select {
 	case <-stopped:
 	case <-deadline.Done():
-		grpcServer.Stop()
+		server.Stop()
 		<-stopped
 	}
-	err = errors.Join(manageServer.Shutdown(deadline), metricsServer.Shutdown(deadline))
-	stopBehind()
-	err = errors.Join(group.Wait(), err)
-	s.log.Info("stopped")
-	return err
+}
+
+// stopHTTP does the same for HTTP.
+func stopHTTP(deadline context.Context, server *http.Server) {
+	if err := server.Shutdown(deadline); err != nil {
+		_ = server.Close() // its connections are cut; there is nothing left to do about an error
+	}
+}
+
+// watchHealth tells Envoy whether requests can be decided, until the service drains.
+func (s *service) watchHealth(ctx, failed context.Context) {
+	tick := time.NewTicker(healthInterval)
+	defer tick.Stop()
+	late := time.NewTimer(readyTimeout)
+	defer late.Stop()
+	announced := false
+	for {
+		ready := s.cache.Ready()
+		s.setHealth(ready)
+		if ready && !announced {
+			announced = true
+			s.log.Info("serving", "check", s.cfg.Listen.Check.Address, "manage", s.cfg.Listen.Manage.Address, "metrics", s.cfg.Listen.Metrics.Address)
+			close(s.serving)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-failed.Done():
+			return
+		case <-late.C:
+			if !announced {
+				s.log.Warn("not ready yet: keys are still being loaded")
+			}
+		case <-tick.C:
+		}
+	}
+}
+
+// setHealth sets what health checks are answered. Once draining it stays NOT_SERVING.
+func (s *service) setHealth(serving bool) {
+	if s.draining.Load() {
+		s.health.Shutdown() // ignores every later change
+		return
+	}
+	status := healthpb.HealthCheckResponse_NOT_SERVING
+	if serving {
+		status = healthpb.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus("", status)
+	s.health.SetServingStatus(check.ServiceName, status)
 }
 
 // close frees what openService opened.
@@ -387,8 +450,7 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 	}
 	checks.Register(server)
 	s.health = health.NewServer()
-	s.health.SetServingStatus(check.ServiceName, healthpb.HealthCheckResponse_SERVING)
-	s.health.Shutdown() // until the cache is ready
+	s.setHealth(false) // until the cache is ready
 	healthpb.RegisterHealthServer(server, s.health)
 	return server, nil
 }
@@ -466,12 +528,15 @@ func (s *service) reload(next *Config) error {
 	}
 	s.level.Set(next.logLevel())
 	if !reflect.DeepEqual(&taken, next) {
-		s.log.Warn("some of the changed configuration needs a restart", "takenNow", "routes, ignoreCase, defaultRoute, corsPreflight, client, credentials.headers, credentials.bearer, credentials.query, log.level")
+		s.log.Warn("some of the changed configuration needs a restart", "takenNow", reloaded)
 	}
 	s.live = &taken
 	s.log.Info("configuration reloaded")
 	return nil
 }
+
+// reloaded lists what a SIGHUP takes over.
+const reloaded = "routes, ignoreCase, defaultRoute, corsPreflight, client, credentials.headers, credentials.bearer, credentials.query, log.level"
 
 func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}
@@ -481,8 +546,10 @@ func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, options))
 }
 
-// readPeppers reads the pepper files and refuses what anybody else can read.
-func readPeppers(files PepperFiles, allowDev bool) (apikey.Peppers, error) {
+// readPeppers reads the pepper files and refuses what anybody else can read. A previous one that is not
+// there, or is the current one over again, is none: both are how things stand before and after a
+// rotation, and in the middle of one that was cut off. Whether it is needed the store knows.
+func readPeppers(files PepperFiles, allowDev bool, log *slog.Logger) (apikey.Peppers, error) {
 	var peppers apikey.Peppers
 	for _, f := range []struct {
 		field, path string
@@ -495,6 +562,10 @@ func readPeppers(files PepperFiles, allowDev bool) (apikey.Peppers, error) {
 			continue
 		}
 		text, err := readPrivate(f.path)
+		if errors.Is(err, fs.ErrNotExist) && f.into == &peppers.Previous {
+			log.Info("there is no previous pepper", "pepper.previousFile", f.path)
+			continue
+		}
 		if err != nil {
 			return peppers, fmt.Errorf("%s: %w", f.field, err)
 		}
@@ -505,6 +576,10 @@ func readPeppers(files PepperFiles, allowDev bool) (apikey.Peppers, error) {
 			return peppers, fmt.Errorf("%s: %s was made by keyward dev and must not guard real keys: "+
 				"make one with keyward pepper new, or say --allow-dev-pepper if you mean it", f.field, f.path)
 		}
+	}
+	if p := peppers.Previous; p != nil && p.Version() == peppers.Current.Version() && p.CheckValue() == peppers.Current.CheckValue() {
+		log.Warn("pepper.previousFile holds the current pepper: a rotation was cut off; run keyward pepper rotate again")
+		peppers.Previous = nil
 	}
 	return peppers, peppers.Validate()
 }

@@ -17,7 +17,8 @@ func (a *app) serveCommand() *cobra.Command {
 		Short: "Answer Envoy's questions, and serve the Management API",
 		Long: "Answer Envoy's questions, and serve the Management API.\n\n" +
 			"SIGTERM and SIGINT drain and end with exit code 0; a second one ends at once. SIGHUP reads the configuration\n" +
-			"again: routes, defaultRoute, credentials, client and log.level change at once, and a faulty file changes nothing.",
+			"again; a faulty file changes nothing. What changes at once: " + reloaded + ".\n" +
+			"Where header names or client.address change, Envoy needs a newly generated configuration too.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			// From the first moment to the last: a SIGHUP that nobody takes ends a process.

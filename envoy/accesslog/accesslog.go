@@ -51,6 +51,7 @@ type Server struct {
 
 	stopping chan struct{}
 	stop     sync.Once
+	hearing  sync.WaitGroup
 }
 
 // New returns a Server that passes on to leaser what it hears. The leaser must not keep the slices it is
@@ -98,10 +99,14 @@ var otlpService = grpc.ServiceDesc{
 // ever. To be called when no request is decided any more.
 func (s *Server) Stop() { s.stop.Do(func() { close(s.stopping) }) }
 
+// Wait returns when nothing is passed on any more. To be called after Stop, when the gRPC server has
+// ended.
+func (s *Server) Wait() { s.hearing.Wait() }
+
 // stream hears one ALS stream until Envoy or Stop ends it.
 func (s *Server) stream(stream grpc.ServerStream) error {
 	ended := make(chan error, 1)
-	go func() { ended <- s.hear(stream) }() // ends with the stream, which ends when this returns
+	s.hearing.Go(func() { ended <- s.hear(stream) }) // ends with the stream, which ends when this returns
 	select {
 	case err := <-ended:
 		return err
@@ -182,8 +187,12 @@ func (s *Server) read(ctx context.Context, from *source, m *Message, parse parse
 		entries++
 		k := s.judge(&e, from, b, now)
 		s.metrics.entries[k].Inc()
-		if k == kindEnd || k == kindIdentityEnd {
+		switch k {
+		case kindEnd, kindIdentityEnd:
 			ends++
+			from.sender.speaks.Store(true)
+		case kindRenewal:
+			from.sender.speaks.Store(true)
 		}
 		if len(b.renewals) == batchSize || len(b.endings) == batchSize {
 			s.passOn(ctx, b)

@@ -656,9 +656,9 @@ func TestNodes(t *testing.T) {
 		if diff := cmp.Diff(want, w.Nodes()); diff != "" {
 			t.Errorf("nodes (-want +got):\n%s", diff)
 		}
-		for connection, want := range map[uint64]time.Time{1: at(0), 2: {}, 3: at(1), 4: {}} {
-			if got := w.LastEnd(connection); !got.Equal(want) {
-				t.Errorf("last end of connection %d: got %v, want %v", connection, got, want)
+		for connection, want := range map[uint64]bool{1: true, 2: false, 3: true, 4: false} {
+			if got := w.Heard(connection); got != want {
+				t.Errorf("heard of connection %d: got %v, want %v", connection, got, want)
 			}
 		}
 		if n := w.counter(t, "keyward_access_log_nodes", ""); n != 3 {
@@ -666,7 +666,7 @@ func TestNodes(t *testing.T) {
 		}
 		w.Disconnected(1)
 		w.Disconnected(99)
-		if diff := cmp.Diff(want[1:], w.Nodes()); diff != "" || !w.LastEnd(1).IsZero() {
+		if diff := cmp.Diff(want[1:], w.Nodes()); diff != "" || w.Heard(1) {
 			t.Errorf("after a disconnection, nodes (-want +got):\n%s", diff)
 		}
 	})

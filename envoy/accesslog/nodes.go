@@ -32,16 +32,11 @@ type Node struct {
 // Nodes lists who was heard, by connection.
 func (s *Server) Nodes() []Node { return s.nodes.list() }
 
-// LastEnd says when an end was last heard on a connection; zero if never.
-func (s *Server) LastEnd(connection uint64) time.Time {
-	if one := s.nodes.find(connection); one != nil {
-		return one.lastEnd()
-	}
-	return time.Time{}
+// Heard reports whether a connection ever said of a request of ours that it ended or still runs.
+func (s *Server) Heard(connection uint64) bool {
+	one := s.nodes.find(connection)
+	return one != nil && one.speaks.Load()
 }
-
-// Heard reports whether anything was heard on a connection.
-func (s *Server) Heard(connection uint64) bool { return s.nodes.find(connection) != nil }
 
 // Disconnected forgets a connection that ended.
 func (s *Server) Disconnected(connection uint64) { s.nodes.forget(connection) }
@@ -60,6 +55,7 @@ type sender struct {
 	ended      atomic.Int64 // when an end was; 0: never
 	entries    atomic.Int64
 	ends       atomic.Int64
+	speaks     atomic.Bool // an end or a renewal was heard
 
 	mu          sync.Mutex
 	id, cluster string

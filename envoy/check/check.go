@@ -131,15 +131,19 @@ func (s *Server) Check(ctx context.Context, in *authv3.CheckRequest) (out *authv
 	if d.Outcome() != authz.Allowed {
 		return sealed(s.answers.deny(&d, about), nil)
 	}
-	headers, query := s.authorizer.CredentialNames()
-	out, err = sealed(s.answers.allow(&d, about, headers, query), nil)
-	if d.Leased {
-		connection.Granted()
-		if err != nil || ctx.Err() != nil {
-			s.authorizer.TakeBack(ctx, &d) // the caller is gone: Envoy will never say that it ended
-		}
+	out, err = sealed(s.answers.allow(&d), nil)
+	if !d.Leased {
+		return out, err
 	}
-	return out, err
+	connection.Granted()
+	if err == nil && ctx.Err() != nil {
+		err = rpcStatus(ctx.Err()) // nobody waits for this any more, so nobody would ever say that it ended
+	}
+	if err != nil {
+		s.authorizer.TakeBack(ctx, &d)
+		return nil, err
+	}
+	return out, nil
 }
 
 // A Connection is what the server knows of the connection that a Check came by. The listener's
@@ -185,8 +189,7 @@ func sealed(r *authv3.CheckResponse, err error) (*authv3.CheckResponse, error) {
 
 // about is what an answer needs to know of the request it answers.
 type about struct {
-	grpc    bool // the caller speaks gRPC
-	connect bool // a CONNECT request
+	grpc bool // the caller speaks gRPC
 }
 
 // rpcStatus turns "could not decide" into the error of the call.

@@ -1,7 +1,6 @@
 package check
 
 import (
-	"net/http"
 	"strings"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -51,7 +50,7 @@ func fill(r *authz.Request, in *authv3.CheckRequest, names []string) (about, err
 	for _, h := range request.GetHeaderMap().GetHeaders() {
 		take(h.GetKey(), headerValue(h))
 	}
-	return about{grpc: isGRPC(contentType), connect: r.Method == http.MethodConnect}, nil
+	return about{grpc: isGRPC(contentType)}, nil
 }
 
 func headerValue(h *corev3.HeaderValue) string {

@@ -119,7 +119,7 @@ func newAnswers(cfg Config) (answers, error) {
 
 // allow lets a request through: who is calling is set, everything that could be mistaken for it and
 // every secret of ours is removed.
-func (a *answers) allow(d *authz.Decision, about about, credentialHeaders []string, queryParameter string) *authv3.CheckResponse {
+func (a *answers) allow(d *authz.Decision) *authv3.CheckResponse {
 	ok := &authv3.OkHttpResponse{}
 	set := map[string]bool{}
 	if k := d.Key; k != nil {
@@ -145,13 +145,13 @@ func (a *answers) allow(d *authz.Decision, about about, credentialHeaders []stri
 			ok.HeadersToRemove = append(ok.HeadersToRemove, name)
 		}
 	}
-	ok.HeadersToRemove = append(ok.HeadersToRemove, credentialHeaders...)
+	ok.HeadersToRemove = append(ok.HeadersToRemove, d.CredentialHeaders...)
 	if d.InAuthorization {
 		ok.HeadersToRemove = append(ok.HeadersToRemove, "authorization")
 	}
-	// Only when it is there: Envoy re-orders the query whenever this is sent, and crashed on CONNECT.
-	if d.InQuery && !about.connect {
-		ok.QueryParametersToRemove = []string{queryParameter}
+	// Only when it is there: Envoy re-orders the query whenever this is sent.
+	if d.InQuery {
+		ok.QueryParametersToRemove = []string{d.CredentialQuery}
 	}
 	return &authv3.CheckResponse{
 		Status:          &status.Status{Code: int32(codes.OK)},

@@ -238,6 +238,16 @@ func (c Config) validateKeyward(listen netip.AddrPort, bad func(field, format st
 	}
 }
 
+// ValidateHeaders reports header names that Envoy, or an upstream, could not keep apart from others, as
+// Envoy and EnvoyFragment do.
+func (c Config) ValidateHeaders() error {
+	var errs []error
+	c.withDefaults().validateHeaders(func(field, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("%s: %s", field, fmt.Sprintf(format, args...)))
+	})
+	return errors.Join(errs...)
+}
+
 func (c Config) validateHeaders(bad func(field, format string, args ...any)) {
 	check := func(field string, names []string, unfit func(name string) bool) {
 		for _, name := range names {
