@@ -12,7 +12,7 @@ PYTHON  ?= python3
 # More of "make test": TESTFLAGS="-run TestThis -v".
 TESTFLAGS ?=
 
-.PHONY: all help build dev test race lint fmt envoy envoys clean
+.PHONY: all help build dev test lint fmt envoy envoys clean
 
 all: build lint test
 
