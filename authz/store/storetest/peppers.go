@@ -31,6 +31,11 @@ func testRedigest(t *testing.T, s admin.Store) {
 	ctx := t.Context()
 	populate(t, s)
 	keyOf(t, s, "tenant", 2)
+	update(t, s, func(tx admin.Tx) error { // these were made under a newer pepper, and have no older digest
+		return errors.Join(
+			tx.InsertGeneration(ctx, id(2), apikey.Generation{Number: 2}, digest("key 2 again"), 2),
+			tx.InsertToken(ctx, &admin.Token{ID: id(51)}, digest("newer token"), 2))
+	})
 	revision, audited := head(t, s), len(events(t, s))
 	redigest := func(batch ...admin.Redigest) {
 		t.Helper()
@@ -59,13 +64,13 @@ func testRedigest(t *testing.T, s admin.Store) {
 	redigest(
 		admin.Redigest{Old: digest("key 2"), New: digest("key 1"), Version: 3},
 		admin.Redigest{Old: digest("key 1"), New: digest("key 1 v2, another"), Version: 2},
-		admin.Redigest{Old: digest("key 1 v2"), New: digest("key 1 v1"), Version: 1},
-		admin.Redigest{Old: digest("token v2"), New: digest("token v1"), Version: 1},
+		admin.Redigest{Old: digest("key 2 again"), New: digest("key 2 again, older"), Version: 1},
+		admin.Redigest{Old: digest("newer token"), New: digest("newer token, older"), Version: 1},
 		admin.Redigest{Old: digest("key 2"), New: digest("key 2, same version"), Version: 1})
-	for _, name := range []string{"from nothing", "key 1 v2, another", "key 1 v1", "key 2, same version"} {
+	for _, name := range []string{"from nothing", "key 1 v2, another", "key 2 again, older", "key 2, same version"} {
 		wantNotFound(t, s, digest("%s", name))
 	}
-	if _, err := s.Token(ctx, digest("token v1")); !errors.Is(err, apikey.ErrNotFound) {
+	if _, err := s.Token(ctx, digest("newer token, older")); !errors.Is(err, apikey.ErrNotFound) {
 		t.Errorf("token under an older pepper: got %v, want ErrNotFound", err)
 	}
 	if k := found(t, s, digest("key 1")); k.ID != id(1) {

@@ -578,8 +578,9 @@ func testClose(t *testing.T, s admin.Store) {
 	if err := s.Register(ctx, "known", 1, time.Minute); err != nil {
 		t.Fatal(err)
 	}
-	inside, proceed, closed := make(chan struct{}), make(chan struct{}), make(chan struct{})
-	var updateErr, closeErr error
+	inside, reading, proceed, read, closed :=
+		make(chan struct{}), make(chan struct{}), make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var updateErr, readErr, closeErr error
 	var all sync.WaitGroup
 	all.Go(func() {
 		_, updateErr = s.Update(ctx, func(tx admin.Tx) error {
@@ -588,20 +589,34 @@ func testClose(t *testing.T, s admin.Store) {
 			return errors.Join(tx.Audit(ctx, event), insert(ctx, tx, plain("tenant", 2), digest("key 2")))
 		})
 	})
+	all.Go(func() {
+		_, readErr = s.Digests(ctx, func(apikey.Digest) bool {
+			close(reading)
+			<-read
+			return false
+		})
+	})
 	<-inside
+	<-reading
 	all.Go(func() {
 		closeErr = s.Close()
 		close(closed)
 	})
-	select {
-	case <-closed:
-		t.Error("Close did not wait for a transaction under way")
-	case <-time.After(20 * time.Millisecond):
+	waits := func(what string) {
+		t.Helper()
+		select {
+		case <-closed:
+			t.Errorf("Close did not wait for %s", what)
+		case <-time.After(20 * time.Millisecond):
+		}
 	}
+	waits("a transaction")
 	close(proceed)
+	waits("a read")
+	close(read)
 	all.Wait()
-	if updateErr != nil || closeErr != nil {
-		t.Errorf("update: %v, close: %v", updateErr, closeErr)
+	if updateErr != nil || readErr != nil || closeErr != nil {
+		t.Errorf("update: %v, read: %v, close: %v", updateErr, readErr, closeErr)
 	}
 	for name, call := range everyCall(s) {
 		if err := call(ctx); !errors.Is(err, apikey.ErrUndecided) {
