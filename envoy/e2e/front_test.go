@@ -37,7 +37,7 @@ type frontConfig struct {
 }
 
 // front starts an Envoy in front of an upstream, with the configuration that the program itself writes.
-func (s *server) front(t *testing.T, c frontConfig) *front {
+func (s *server) front(t testing.TB, c frontConfig) *front {
 	t.Helper()
 	if c.version == "" {
 		c.version = envoytest.DefaultVersion
@@ -101,7 +101,7 @@ func (s *server) front(t *testing.T, c frontConfig) *front {
 }
 
 // awaitHealthy returns when Envoy knows that keyward is there.
-func (f *front) awaitHealthy(t *testing.T) {
+func (f *front) awaitHealthy(t testing.TB) {
 	t.Helper()
 	waitFor(t, "Envoy to find keyward", func() bool {
 		stats, err := f.Stats(t.Context(), `^cluster\.keyward\.membership_healthy$`)
@@ -111,7 +111,7 @@ func (f *front) awaitHealthy(t *testing.T) {
 
 // A caller sends requests as they are written, on a connection that it keeps. For one goroutine.
 type caller struct {
-	t *testing.T
+	t testing.TB
 	f *front
 	// patient: 503 is no answer but a health check that came too late on a busy machine, and the request,
 	// which nobody judged, is sent again.
@@ -122,7 +122,7 @@ type caller struct {
 }
 
 // caller returns one that is patient.
-func (f *front) caller(t *testing.T) *caller {
+func (f *front) caller(t testing.TB) *caller {
 	c := &caller{t: t, f: f, patient: true}
 	t.Cleanup(c.hangUp)
 	return c
@@ -212,7 +212,7 @@ func requestText(method, target string, lines ...string) string {
 }
 
 // want ends the test unless the answer has this status.
-func (a answer) want(t *testing.T, status int, what ...any) answer {
+func (a answer) want(t testing.TB, status int, what ...any) answer {
 	t.Helper()
 	if a.status != status {
 		t.Fatalf("%s: got %d %v %q, want %d", fmt.Sprint(what...), a.status, a.header, a.body, status)

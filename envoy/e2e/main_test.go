@@ -58,7 +58,7 @@ func run(m *testing.M) int {
 const patience = 60 * time.Second
 
 // waitFor polls until ok, and ends the test when it has waited in vain.
-func waitFor(t *testing.T, what string, ok func() bool) {
+func waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if ok() {

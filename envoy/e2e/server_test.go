@@ -41,7 +41,7 @@ type config struct {
 }
 
 // serve starts a keyward that is stopped when the test has ended.
-func serve(t *testing.T, c config) *server {
+func serve(t testing.TB, c config) *server {
 	t.Helper()
 	s := &server{dir: t.TempDir(), config: c}
 	s.run(t, "pepper", "new", "--out", s.path("pepper"))
@@ -88,7 +88,7 @@ func (s *server) log() string {
 	return string(b)
 }
 
-func (s *server) choosePorts(t *testing.T) {
+func (s *server) choosePorts(t testing.TB) {
 	t.Helper()
 	s.check, s.manage, s.metrics = freeAddress(t), freeAddress(t), freeAddress(t)
 	if s.config.unix {
@@ -98,7 +98,7 @@ func (s *server) choosePorts(t *testing.T) {
 
 // freeAddress returns an address that nobody listens on. It is below the range that the system takes
 // ports of outgoing connections from, so that it is still free after a restart.
-func freeAddress(t *testing.T) string {
+func freeAddress(t testing.TB) string {
 	t.Helper()
 	for range 100 {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 12_000+rand.IntN(20_000)))
@@ -112,7 +112,7 @@ func freeAddress(t *testing.T) string {
 }
 
 // configure writes keyward.yaml; more is all of it that tests differ in.
-func (s *server) configure(t *testing.T, more string) {
+func (s *server) configure(t testing.TB, more string) {
 	t.Helper()
 	tls := s.config.tls
 	if tls == "" {
@@ -143,7 +143,7 @@ func (s *server) command(args ...string) *exec.Cmd {
 }
 
 // run calls the program and returns what it wrote to stdout.
-func (s *server) run(t *testing.T, args ...string) []byte {
+func (s *server) run(t testing.TB, args ...string) []byte {
 	t.Helper()
 	cmd := s.command(args...)
 	var stderr bytes.Buffer
@@ -181,7 +181,7 @@ func (s *server) start() error {
 }
 
 // restart starts a keyward that has ended, on the same files and ports.
-func (s *server) restart(t *testing.T) {
+func (s *server) restart(t testing.TB) {
 	t.Helper()
 	if err := s.start(); err != nil {
 		t.Fatalf("%v\n%s", err, s.log())
@@ -215,7 +215,7 @@ func startProcess(cmd *exec.Cmd) (*process, error) {
 }
 
 // signal goes to the process that was started, never to one that got its id later.
-func (p *process) signal(t *testing.T, s syscall.Signal) {
+func (p *process) signal(t testing.TB, s syscall.Signal) {
 	t.Helper()
 	if err := p.cmd.Process.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		t.Errorf("signal %v: %v", s, err)
@@ -223,7 +223,7 @@ func (p *process) signal(t *testing.T, s syscall.Signal) {
 }
 
 // wait returns how the process ended.
-func (p *process) wait(t *testing.T) error {
+func (p *process) wait(t testing.TB) error {
 	t.Helper()
 	select {
 	case <-p.done:
@@ -236,7 +236,7 @@ func (p *process) wait(t *testing.T) error {
 }
 
 // kill ends the process as a crash would.
-func (p *process) kill(t *testing.T) {
+func (p *process) kill(t testing.TB) {
 	t.Helper()
 	p.signal(t, syscall.SIGKILL)
 	_ = p.wait(t)
@@ -244,7 +244,7 @@ func (p *process) kill(t *testing.T) {
 
 // stop ends the process as an operator in a hurry would: SIGTERM, and again for those who do not want to
 // wait for the drain.
-func (p *process) stop(t *testing.T) {
+func (p *process) stop(t testing.TB) {
 	t.Helper()
 	p.signal(t, syscall.SIGTERM)
 	p.signal(t, syscall.SIGCONT) // one that is frozen would not hear it
@@ -257,14 +257,14 @@ func (p *process) stop(t *testing.T) {
 }
 
 // instance makes an instance of the test's own and returns its id.
-func (s *server) instance(t *testing.T, policy admin.PolicyInput) string {
+func (s *server) instance(t testing.TB, policy admin.PolicyInput) string {
 	t.Helper()
 	id := fmt.Sprintf("i-%x", rand.Uint64())
 	s.put(t, id, policy)
 	return id
 }
 
-func (s *server) put(t *testing.T, id string, policy admin.PolicyInput) {
+func (s *server) put(t testing.TB, id string, policy admin.PolicyInput) {
 	t.Helper()
 	if _, err := s.client.PutInstance(t.Context(), id, policy); err != nil {
 		t.Fatal(err)
@@ -278,7 +278,7 @@ type key struct {
 }
 
 // key makes a key. Unless it says otherwise it has no limit.
-func (s *server) key(t *testing.T, instance string, in admin.KeyInput) key {
+func (s *server) key(t testing.TB, instance string, in admin.KeyInput) key {
 	t.Helper()
 	if in.Name == "" {
 		in.Name = "a key of " + t.Name()
@@ -295,7 +295,7 @@ func (s *server) key(t *testing.T, instance string, in admin.KeyInput) key {
 }
 
 // revoke returns when the server has said that the key is over.
-func (s *server) revoke(t *testing.T, k key) {
+func (s *server) revoke(t testing.TB, k key) {
 	t.Helper()
 	done, err := s.client.RevokeKey(t.Context(), k.InstanceID, k.ID, "end to end")
 	if err != nil {
@@ -340,7 +340,7 @@ func (s *server) keepMetrics() {
 }
 
 // checkLogs looks through what the server and its Envoys left behind.
-func (s *server) checkLogs(t *testing.T) {
+func (s *server) checkLogs(t testing.TB) {
 	t.Helper()
 	log := s.log()
 	for _, bad := range []string{"WARNING: DATA RACE", "panic in a Check", "panic:", "fatal error:"} {

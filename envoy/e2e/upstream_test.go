@@ -54,7 +54,7 @@ func (u *upstream) of(name string) []*seen {
 }
 
 // serveUpstream serves until the test ends. Over HTTP/2 it also serves gRPC's health service.
-func serveUpstream(t *testing.T, http2 bool) *upstream {
+func serveUpstream(t testing.TB, http2 bool) *upstream {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -70,7 +70,7 @@ func serveUpstream(t *testing.T, http2 bool) *upstream {
 }
 
 // serveHTTP1 reads requests itself: net/http would spell names its own way.
-func (u *upstream) serveHTTP1(t *testing.T, l net.Listener) {
+func (u *upstream) serveHTTP1(t testing.TB, l net.Listener) {
 	var running sync.WaitGroup
 	ctx, cancel := context.WithCancel(context.Background())
 	running.Go(func() {
@@ -190,7 +190,7 @@ func (s *seen) dawdle(ctx context.Context) {
 	}
 }
 
-func (u *upstream) serveHTTP2(t *testing.T, l net.Listener) {
+func (u *upstream) serveHTTP2(t testing.TB, l net.Listener) {
 	services := grpc.NewServer()
 	healthpb.RegisterHealthServer(services, health.NewServer())
 	server := &http.Server{Protocols: new(http.Protocols), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

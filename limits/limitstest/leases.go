@@ -49,7 +49,7 @@ type LeaseSubject struct {
 func RunLeasesInBubble(t *testing.T, open func(t *testing.T) LeaseSubject) {
 	for _, c := range leaseCases {
 		t.Run(c.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { c.run(t, newCrowd(t, open(t))) })
+			synctest.Test(t, func(t *testing.T) { newCrowd(t, open(t)).try(c.run) })
 		})
 	}
 }
@@ -103,10 +103,11 @@ var leaseCases = []struct {
 // A crowd is a subject with what the cases say over and over.
 type crowd struct {
 	LeaseSubject
-	t     failer
-	cells uint64
-	asked uint64
-	reads atomic.Uint64
+	t       failer
+	cells   uint64
+	asked   uint64
+	takes   atomic.Uint64
+	started []*waiting
 }
 
 func newCrowd(t failer, s LeaseSubject) *crowd {
@@ -117,6 +118,20 @@ func newCrowd(t failer, s LeaseSubject) *crowd {
 		s.Settle = synctest.Wait
 	}
 	return &crowd{LeaseSubject: s, t: t}
+}
+
+// try runs a case, and lets nobody wait on after it.
+func (s *crowd) try(run func(failer, *crowd)) {
+	defer s.disperse()
+	run(s.t, s)
+}
+
+func (s *crowd) disperse() {
+	for _, w := range s.started {
+		w.cancel()
+	}
+	s.started = nil
+	s.Settle()
 }
 
 // cell returns a cell that nobody has used.
@@ -163,7 +178,7 @@ func (s *crowd) slow(class limits.Class, burst int64) limits.RateDemand {
 
 // take decides a demand that has no reason to wait: by TryTake, and every second time by Take alone.
 func (s *crowd) take(d *limits.Demand) (limits.Decision, error) {
-	if s.reads.Add(1)%2 == 0 {
+	if s.takes.Add(1)%2 == 0 {
 		return s.Leaser.Take(context.Background(), d)
 	}
 	return attempt(context.Background(), s.Leaser, d)
@@ -274,6 +289,7 @@ func (s *crowd) start(d *limits.Demand) *waiting {
 func (s *crowd) startWith(ctx context.Context, d *limits.Demand) *waiting {
 	w := &waiting{s: s, done: make(chan struct{})}
 	ctx, w.cancel = context.WithCancel(ctx)
+	s.started = append(s.started, w)
 	go func() {
 		defer close(w.done)
 		w.got, w.err = attempt(ctx, s.Leaser, d)
@@ -930,14 +946,13 @@ func goneWaiterIsSkipped(t failer, s *crowd) {
 	s.end(running)
 	line[1].want(granted)
 	// One that is gone in the moment in which it gets its turn passes it on, or has its lease.
-	s.endAll(limits.Lease{Identity: limits.Identity{Port: 1}})
 	for range 50 {
 		c := s.cell(limits.ClassConcurrency)
 		running := s.grant(c, 1)
 		d := patient(time.Hour, s.lease(c), 1)
 		first, second := s.start(d), s.start(patient(time.Hour, s.lease(c), 1))
-		go first.cancel()
 		s.end(running)
+		first.cancel()
 		s.Settle()
 		if !first.answered() {
 			t.Fatalf("one that is gone waits on")
@@ -948,7 +963,6 @@ func goneWaiterIsSkipped(t failer, s *crowd) {
 		second.want(granted)
 		s.wantLive(c, 1)
 	}
-	s.end(running)
 	line[3].cancel()
 	line[3].wantUndecided()
 }
@@ -1138,7 +1152,7 @@ func queuesAreBounded(_ failer, s *crowd) {
 // Hundreds at once, who stay a while, give up, end twice, end without a word or panic: never do more
 // run than may, and in the end nothing is left.
 func throng(t failer, s *crowd) {
-	const people, rounds, limit = 300, 8, 7
+	const people, rounds, limit = 300, 8, 7 // more than may wait
 	c := s.cell(limits.ClassConcurrency)
 	rate := limits.RateDemand{Cell: s.cell(limits.ClassBurst), Rate: limits.Rate{Interval: time.Microsecond, Burst: 20}}
 	leases := make([]limits.Lease, people*rounds)
@@ -1157,6 +1171,7 @@ func throng(t failer, s *crowd) {
 				return dice % n
 			}
 			for round := range rounds {
+				time.Sleep(time.Duration(roll(20_000)) * time.Microsecond)
 				lease := leases[person*rounds+round]
 				d := patient(time.Duration(roll(20))*time.Millisecond, lease, limit, rate)
 				ctx, cancel := context.WithCancel(context.Background())

@@ -270,22 +270,26 @@ func TestTakeAndUndoIsRightWhenAlone(t *testing.T) {
 }
 
 // firstFailure runs a case with a limiter that makes a mistake, and returns the first failure; "": none.
-func firstFailure(t *testing.T, mistake, name string) (failed string) {
-	synctest.Test(t, func(t *testing.T) {
-		for _, c := range cases {
-			if c.name != name {
-				continue
-			}
-			r := &recorder{failer: t}
-			var done sync.WaitGroup
-			done.Go(func() { // FailNow ends the goroutine
-				c.run(r, newTable(Subject{Limiter: newSimple(mistake), Advance: time.Sleep}))
+func firstFailure(t *testing.T, mistake, name string) string {
+	for _, c := range cases {
+		if c.name == name {
+			return failureOf(t, func(t failer) {
+				c.run(t, newTable(Subject{Limiter: newSimple(mistake), Advance: time.Sleep}))
 			})
-			done.Wait()
-			failed = r.first
-			return
 		}
-		t.Fatalf("no case %s", name)
+	}
+	t.Fatalf("no case %s", name)
+	return ""
+}
+
+// failureOf runs something that may fail in a bubble, and returns its first failure; "": none.
+func failureOf(t *testing.T, run func(t failer)) (failed string) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &recorder{failer: t}
+		var done sync.WaitGroup
+		done.Go(func() { run(r) }) // FailNow ends the goroutine
+		done.Wait()
+		failed = r.first
 	})
 	return failed
 }

@@ -37,6 +37,7 @@ type identities struct {
 	expired memory // leases that nobody ended
 
 	forgotten uint64 // entries that a bound has cost
+	_         [32]byte
 }
 
 // A place is where a lease or a cell is: in which shard of cells, and at which position of its table. It

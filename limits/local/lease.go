@@ -340,7 +340,7 @@ func (l *Limiter) endIdentity(e *limits.Ending) (now int64) {
 
 	known := false
 	for _, p := range found {
-		known = l.endPlace(ids, hash, &all.Identity, p, e.Cause) || known
+		known = l.endPlace(ids, hash, all.Identity, p, e.Cause) || known
 	}
 	if !known {
 		s := &l.shards[hash%shardCount]
@@ -352,20 +352,25 @@ func (l *Limiter) endIdentity(e *limits.Ending) (now int64) {
 }
 
 // endPlace ends the lease at a place if it is one of an identity.
-func (l *Limiter) endPlace(ids *identities, hash uint64, identity *limits.Identity, p place, cause limits.Cause) bool {
+func (l *Limiter) endPlace(ids *identities, hash uint64, identity limits.Identity, p place, cause limits.Cause) bool {
 	s := &l.shards[p.shard]
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l.expire(s, l.now())
-	// Since the place was noted its lease may have ended, and another may have come.
-	if e := &s.leases.table[p.at]; !e.live || e.Identity != *identity {
-		return false
-	}
 	ids.mu.Lock()
-	ids.remove(hash, p)
+	e := &s.leases.table[p.at]
+	// Since the place was noted its lease may have ended, and another may have come.
+	found := e.live && e.Identity == identity
+	if found {
+		ids.remove(hash, p)
+	} else {
+		ids.expired.forgetAll(hash, identity) // or it has just expired
+	}
 	ids.mu.Unlock()
-	l.drop(s, p.at, cause)
-	return true
+	if found {
+		l.drop(s, p.at, cause)
+	}
+	return found
 }
 
 // rememberEarly keeps an end for as long as a renewal that comes after it could be taken for that of a

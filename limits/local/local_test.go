@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"reflect"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -46,24 +47,30 @@ func mustTake(t *testing.T, l *Limiter, d *limits.Demand) limits.Decision {
 	return decision
 }
 
-// counted reads the limiter's metrics.
-func counted(t *testing.T, reg *prometheus.Registry) (cells, swept float64) {
+// gathered reads the limiter's metrics, by name and label; of a histogram, its count.
+func gathered(t *testing.T, reg *prometheus.Registry) map[string]float64 {
 	t.Helper()
 	families, err := reg.Gather()
 	if err != nil {
 		t.Fatal(err)
 	}
+	values := make(map[string]float64)
 	for _, f := range families {
-		switch f.GetName() {
-		case "keyward_limits_cells":
-			cells = f.GetMetric()[0].GetGauge().GetValue()
-		case "keyward_limits_swept_cells_total":
-			swept = f.GetMetric()[0].GetCounter().GetValue()
-		default:
-			t.Errorf("unexpected metric %s", f.GetName())
+		for _, m := range f.GetMetric() {
+			name := strings.TrimPrefix(f.GetName(), "keyward_limits_")
+			for _, l := range m.GetLabel() {
+				name += " " + l.GetValue()
+			}
+			values[name] = m.GetGauge().GetValue() + m.GetCounter().GetValue() + float64(m.GetHistogram().GetSampleCount())
 		}
 	}
-	return cells, swept
+	return values
+}
+
+func counted(t *testing.T, reg *prometheus.Registry) (cells, swept float64) {
+	t.Helper()
+	values := gathered(t, reg)
+	return values["cells"], values["swept_cells_total"]
 }
 
 // held counts the cells in the table, and checks that index and slots agree.
@@ -254,13 +261,21 @@ func TestTableHoldsNoPointers(t *testing.T) {
 	if index.Name != "index" {
 		t.Fatalf("the second field of a shard is %s, not its index", index.Name)
 	}
-	for _, typ := range []reflect.Type{reflect.TypeFor[slot](), index.Type.Key(), index.Type.Elem()} {
+	for _, typ := range []reflect.Type{
+		reflect.TypeFor[slot](), index.Type.Key(), index.Type.Elem(),
+		reflect.TypeFor[lease](), reflect.TypeFor[identityEntry](), reflect.TypeFor[memoryEntry](),
+	} {
 		if hasPointer(typ) {
 			t.Errorf("%s holds a pointer", typ)
 		}
 	}
-	if size := unsafe.Sizeof(shard{}); size != 64 {
-		t.Errorf("a shard has %d bytes, want a cache line of 64, or neighbours slow each other down", size)
+	for name, size := range map[string]uintptr{"cells": unsafe.Sizeof(shard{}), "identities": unsafe.Sizeof(identities{})} {
+		if size%64 != 0 {
+			t.Errorf("a shard of %s has %d bytes, want whole cache lines of 64, or neighbours slow each other down", name, size)
+		}
+	}
+	if size := unsafe.Sizeof(slot{}); size != 32 {
+		t.Errorf("a slot has %d bytes, want no more than the 32 of a cell and a time", size)
 	}
 }
 

@@ -67,8 +67,8 @@ func patience(ctx context.Context, d *limits.LeaseDemand) time.Duration {
 }
 
 // roomFor reports whether the limit of running requests lets a demand pass. w is as in judge: the limit
-// of a demand that comes is the newest there is, that of one that has waited may be an old one; and the
-// queue is no obstacle to whoever had a turn.
+// of a demand that comes is the newest there is, that of one that has waited may be an old one. Where
+// somebody waits there is no room but for whoever had a turn: all other was given away.
 func (l *Limiter) roomFor(s *shard, t *taking, w *waiter) bool {
 	c := &t.cells[t.cell]
 	if c.slot == missing {
@@ -83,7 +83,7 @@ func (l *Limiter) roomFor(s *shard, t *taking, w *waiter) bool {
 		q.limit = t.lease.Limit
 		l.giveTurns(s, c.slot)
 	}
-	return q.hasRoom(slot) && (q.first == nil || w != nil && w.turn)
+	return q.hasRoom(slot)
 }
 
 func (q *queue) hasRoom(slot *slot) bool { return int64(slot.live)+int64(q.turns) < q.limit }
