@@ -25,12 +25,20 @@ type Lease struct {
 	HTTP     uint64 // Envoy's id of the request
 }
 
-// A LeaseDemand asks for a lease, together with the rates of the same [Demand]: all or nothing.
+// A LeaseDemand asks for a lease, together with the rates of the same [Demand]: all or nothing. A refusal
+// by its limit has a RetryAfter of a second, a hint. A lease that lives already is granted again as
+// [Decision].Repeated, whatever the limits.
+//
+// Take has apikey.ErrUndecided where nobody is left to use the answer: for a request whose end came up
+// to a second before (see [Ending].AllOfIdentity), and if ctx is done while it waits.
 type LeaseDemand struct {
 	Lease Lease
-	// Limit is how many leases of the cell may live at once; 0: the demand has no lease.
+	// Limit is how many leases of the cell may live at once; 0: the demand has no lease. That of the
+	// newest demand is in force for all who wait.
 	Limit int64
-	// Wait is the longest time to wait for one to end where only this limit refuses.
+	// Wait is the longest time to wait for one to end where only this limit refuses: first come first
+	// served, until 20 ms before the deadline of ctx, and not at all where 64 wait for the cell or 4,096
+	// for all. Who waits holds nothing, and is judged anew when it is its turn.
 	Wait time.Duration
 	// Connection is the one by which the request was asked about; 0: unknown. Leases outlive it only if
 	// they are renewed: see Limiter.Disconnected.
@@ -41,13 +49,14 @@ type LeaseDemand struct {
 
 // An Ending says that a request ended.
 type Ending struct {
-	// Lease is what ended. With AllOfIdentity only its Identity counts: every lease of it ended.
+	// Lease is what ended. With AllOfIdentity only its Identity counts: every lease of it ended, in
+	// whatever cells, and for a second none is granted to it. An identity that names nothing ends nothing.
 	Lease         Lease
 	AllOfIdentity bool
 	Cause         Cause
 }
 
-// A Cause is how a lease ended.
+// A Cause is how a lease ended. It is counted, and changes nothing.
 type Cause uint8
 
 // The causes.
@@ -83,9 +92,9 @@ func (c Cause) String() string {
 type Running struct {
 	Lease      Lease
 	Note       uint64
-	Connection uint64
-	Adopted    bool // granted by another process, or before this one forgot it
-	Granted    time.Time
+	Connection uint64    // by which it was asked for last; 0: unknown, or it ended since
+	Adopted    bool      // granted by another process, or before this one let it expire; its note is lost
+	Granted    time.Time // of an adopted one: when its request began
 	Until      time.Time // it lives until then unless it is renewed
 }
 

@@ -56,7 +56,7 @@ func testEndings(t *testing.T, x *stage) {
 		end   func(t *testing.T, x *stage, k key)
 	}{
 		{name: "Normal", end: func(t *testing.T, x *stage, k key) {
-			b := x.hold(t, k, "/?hold=1s")
+			b := x.hold(t, k, "/?hold=3s")
 			x.wantFull(t, k)
 			if a, err := b.wait(); err != nil || a.status != http.StatusOK || a.body != "done" {
 				t.Fatalf("got %d %q, %v", a.status, a.body, err)
@@ -184,7 +184,7 @@ func testEndings(t *testing.T, x *stage) {
 			t.Logf("%d aborts, %d came to the upstream; no lease %v later", requests, x.work.of(k).hits, time.Since(ended).Round(time.Millisecond))
 		}},
 		{name: "InternalRedirect", limit: 2, end: func(t *testing.T, x *stage, k key) {
-			b := x.hold(t, k, "/redirected?hold=1s", keptHeader+": "+k.secret)
+			b := x.hold(t, k, "/redirected?hold=3s", keptHeader+": "+k.secret)
 			if a, err := b.wait(); err != nil || a.status != http.StatusOK || a.body != "done" {
 				t.Fatalf("got %d %q, %v", a.status, a.body, err)
 			}
@@ -226,7 +226,7 @@ func TestLeasesOnAUnixSocket(t *testing.T) {
 		listener["address"] = map[string]any{"pipe": map[string]any{"path": filepath.Join(dir, "envoy.sock")}}
 	}})
 	k := x.leaseKey(t, 2)
-	b1, b2 := x.hold(t, k, "/?hold=1s"), x.hold(t, k, "/?hold=10m")
+	b1, b2 := x.hold(t, k, "/?hold=3s"), x.hold(t, k, "/?hold=10m")
 	x.wantFull(t, k)
 	b2.abort()
 	if a, err := b1.wait(); err != nil || a.status != http.StatusOK {

@@ -63,7 +63,7 @@ func testNeverAboveTheLimit(t *testing.T, x *stage) {
 		sending.Go(func() {
 			for i := range each {
 				name := fmt.Sprintf("%d-%d", client, i)
-				b, err := x.dial(fmt.Sprintf("/?hold=%dms", rand.IntN(20)), withKey(k.secret), caseHeader+": "+name)
+				b, err := x.dial(fmt.Sprintf("/?hold=%dms", 5+rand.IntN(20)), withKey(k.secret), caseHeader+": "+name)
 				if err != nil {
 					t.Error(err)
 					return
@@ -154,7 +154,7 @@ func TestWaitIsAQueue(t *testing.T) {
 	s := serveLeases(t, "feedback: als, wait: 30s")
 	x := s.stage(t, frontConfig{})
 	k := x.leaseKey(t, 1)
-	const hold = 1500 * time.Millisecond
+	const hold = 3 * time.Second
 	first := x.hold(t, k, "/?hold="+hold.String())
 	var queue []*begun
 	for range 3 {

@@ -82,7 +82,7 @@ func TestLeasesOfANode(t *testing.T) {
 				t.Parallel()
 				x := s.stage(t, frontConfig{})
 				k := x.leaseKey(t, 2)
-				running := []*begun{x.hold(t, k, "/?hold=2s"), x.hold(t, k, "/?hold=2s")}
+				running := []*begun{x.hold(t, k, "/?hold=8s"), x.hold(t, k, "/?hold=8s")}
 				if err := x.Drain(t.Context()); err != nil {
 					t.Fatal(err)
 				}

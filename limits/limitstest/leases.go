@@ -869,6 +869,15 @@ func waitForExpiry(_ failer, s *crowd) {
 	second.wantWaiting()
 	s.Advance(1)
 	second.want(after(3*s.TTL-aWhile-1, granted))
+
+	// What is over in the moment in which the wait ends is over.
+	for range 20 {
+		c := s.cell(limits.ClassConcurrency)
+		s.grant(c, 1)
+		w := s.start(patient(s.TTL, s.lease(c), 1))
+		s.Advance(s.TTL)
+		w.want(after(s.TTL, granted))
+	}
 }
 
 func waitForOrphans(_ failer, s *crowd) {

@@ -493,6 +493,52 @@ func TestNoGrantSlipsPastTheEndOfItsIdentity(t *testing.T) {
 	}
 }
 
+// Between the moment in which a lease's place is noted and that in which it is ended, another lease may
+// have come there.
+func TestPlaceIsOfOneIdentity(t *testing.T) {
+	l := New(Config{}, nil)
+	e, other := leaseOf(1, 1), leaseOf(1, 2)
+	mustTake(t, l, asking(e, 1))
+	noted := place{l.shardOf(&e.Cell), l.shards[l.shardOf(&e.Cell)].leases.orders[kept].oldest}
+	mustEnd(t, l, endings(limits.CauseLog, e)...)
+	mustTake(t, l, asking(other, 1))
+	hash := l.hashOf(&e)
+	if l.endPlace(l.identitiesOf(hash), hash, e.Identity, noted, limits.CauseIdentity) || whole(t, l) != 1 {
+		t.Error("the end of an identity ended another's lease")
+	}
+	hash = l.hashOf(&other)
+	if !l.endPlace(l.identitiesOf(hash), hash, other.Identity, noted, limits.CauseIdentity) || whole(t, l) != 0 {
+		t.Error("the lease was not in the other's place: the test tests nothing")
+	}
+}
+
+// An identity that names nothing is not worth remembering.
+func TestNoIdentityIsNotRemembered(t *testing.T) {
+	l := New(Config{}, nil)
+	for i := range int64(1000) {
+		mustEnd(t, l, limits.Ending{Lease: limits.Lease{Identity: limits.Identity{Start: i}}, AllOfIdentity: true})
+	}
+	for i := range l.identities {
+		if ids := &l.identities[i]; ids.gone.held+ids.early.held > 0 {
+			t.Fatal("it is remembered")
+		}
+	}
+}
+
+// A waiter may leave for another reason in the moment in which it gets its turn. Whoever uses it next
+// must not wake by that.
+func TestWaitersAreUsedAgain(t *testing.T) {
+	l := New(Config{}, nil)
+	w := newWaiter().(*waiter)
+	w.timer.Reset(time.Hour)
+	w.turn = true
+	w.ready <- struct{}{}
+	l.recycle(w)
+	if len(w.ready) > 0 || w.turn || w.timer.Stop() {
+		t.Errorf("it is not as new: %d, %t", len(w.ready), w.turn)
+	}
+}
+
 // Everything at once, on few cells, and the tables are whole after.
 func TestStorm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -61,7 +61,7 @@ const (
 // Locks: first the shards of all cells involved, ascending; then one shard of identities. Whoever holds
 // that takes no other lock.
 //
-// Memory: a cell is made when it is first spent and costs about 90 bytes, a lease about 180. Cells that
+// Memory: a cell is made when it is first spent and costs about 90 bytes, a lease about 200. Cells that
 // have no leases and whose bucket is full again say nothing and are swept, a few at a time, by the
 // requests that come; room once used is kept for the next. A cell that still matters is never evicted:
 // only authenticated callers have cells, so their number is bounded by that of keys.
