@@ -343,6 +343,7 @@ func (c *Config) checkConfig() check.Config {
 	return check.Config{
 		Identity:      check.Identity(c.IdentityHeaders),
 		Realm:         c.Credentials.Realm,
+		Format:        apikey.Format{First: c.Credentials.Prefix},
 		ErrorResponse: c.Errors == "error_response",
 		LogPerSecond:  *c.Log.DecisionsPerSecond,
 		Timeout:       c.Concurrency.wait() + time.Second, // a wait that was asked for is not cut short
