@@ -219,6 +219,8 @@ func TestDecisions(t *testing.T) {
 			"dot segment under a public rule": {path: "/public/../admin", want: authz.ReasonInvalidPath},
 			"path parameter":                  {path: "/public/..;/admin", want: authz.ReasonInvalidPath},
 			"escaped slash":                   {path: "/public%2fadmin", headers: key(good), want: authz.ReasonInvalidPath},
+			"blank beside dots":               {path: "/public/..%20/admin", want: authz.ReasonInvalidPath},
+			"blank before a segment":          {path: "/public/%20../admin", want: authz.ReasonInvalidPath},
 			"double escape":                   {path: "/%252e", headers: key(good), want: authz.ReasonInvalidPath},
 			"no path at all":                  {method: "CONNECT", path: "-", headers: key(good), want: authz.ReasonInvalidPath},
 			"the query is not judged":         {path: "/?next=//../;%2f", headers: key(good), want: authz.ReasonKey},

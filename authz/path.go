@@ -32,7 +32,7 @@ func judgePath(scratch []byte, target string) (path, query string, _ []byte, ok 
 			}
 		case pathEscape:
 			c, ok := unescape(path[i:])
-			if !ok || isBadEscaped(c) || isOverlong(path[:i], c) {
+			if !ok || isBadEscaped(c) || isOverlong(path[:i], c) || c == ' ' && isEdge(path, i) {
 				return "", "", scratch, false
 			}
 			escaped = true
@@ -104,6 +104,12 @@ func isBadEscaped(c byte) bool {
 		return true
 	}
 	return c < ' ' || isDigit(c) || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z'
+}
+
+// isEdge reports whether the escape at i begins or ends a segment. A server that trims blanks would see
+// another segment there, ".." among them.
+func isEdge(path string, i int) bool {
+	return path[i-1] == '/' || i+3 == len(path) || path[i+3] == '/'
 }
 
 // isOverlong reports whether c, together with the escape that before ends with, begins a UTF-8 spelling

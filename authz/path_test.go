@@ -75,7 +75,7 @@ func TestGoodPathIsDecodedOnce(t *testing.T) {
 		{"/a%20b/%3A%3a%40%3F%3f%23%7B%7d?c%20d", "/a b/::@??#{}", "c%20d"},
 		{"/a+b", "/a+b", ""},
 		{"/c0%80/%C3c0%ae", "/c0\x80/\xc3c0\xae", ""}, // not overlong: C0 is text here
-		{"/%20/", "/ ", ""},
+		{"/a%20%20b/c%20d", "/a  b/c d", ""},
 	} {
 		path, query, _, ok := judgePath(nil, c.target)
 		if got := (struct{ target, path, query string }{c.target, path, query}); !ok || got != c {
@@ -110,12 +110,12 @@ func TestEveryByteOfAPath(t *testing.T) {
 func TestScratchIsAppendedTo(t *testing.T) {
 	scratch := append(make([]byte, 0, 64), "kept"...)
 	plain, _, scratch, _ := judgePath(scratch, "/plain")
-	first, _, scratch, _ := judgePath(scratch, "/%20a")
+	first, _, scratch, _ := judgePath(scratch, "/1%20a")
 	host, scratch := cleanHost(scratch, "HOST")
-	second, _, scratch, _ := judgePath(scratch, "/%20b")
-	_, _, scratch, _ = judgePath(scratch, "/%20%2f") // refused half-way
+	second, _, scratch, _ := judgePath(scratch, "/1%20b")
+	_, _, scratch, _ = judgePath(scratch, "/1%20%2f") // refused half-way
 	got := []string{plain, first, host, second, string(scratch)}
-	if diff := cmp.Diff([]string{"/plain", "/ a", "host", "/ b", "kept/ ahost/ b"}, got); diff != "" {
+	if diff := cmp.Diff([]string{"/plain", "/1 a", "host", "/1 b", "kept/1 ahost/1 b"}, got); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -128,13 +128,13 @@ func TestVeryLongPaths(t *testing.T) {
 	}{
 		{"plain", "/" + strings.Repeat("a", size), true},
 		{"segments", strings.Repeat("/a", size/2), true},
-		{"escapes", "/" + strings.Repeat("%20", size/3), true},
+		{"escapes", "/" + strings.Repeat("%3A", size/3), true},
 		{"dots", "/" + strings.Repeat(".", size), true},
 		{"query", "/?" + strings.Repeat("%", size), true},
 		{"slashes", strings.Repeat("/", size), false},
 		{"dot segments", strings.Repeat("/..", size/3), false},
 		{"bad end", "/" + strings.Repeat("a", size) + "%2f", false},
-		{"cut end", "/" + strings.Repeat("%20", size/3) + "%2", false},
+		{"cut end", "/" + strings.Repeat("%3A", size/3) + "%2", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			path, query, _, ok := judgePath(nil, c.target)

@@ -237,7 +237,15 @@ func (c *Config) validate() error {
 		fault("envoy.minVersion", "must be a version such as \"1.37\"")
 	}
 	identity := check.Identity(c.IdentityHeaders).Names()
+	for _, name := range identity {
+		if generate.Reserved(name) || name == "authorization" {
+			fault("identityHeaders", "has a name with a meaning of its own, such as host: it cannot be taken away from clients")
+		}
+	}
 	for _, h := range c.Credentials.Headers {
+		if generate.Reserved(h) {
+			fault("credentials.headers", "has a name with a meaning of its own, such as cookie or host: it cannot be taken away from clients")
+		}
 		if h == "" || strings.Trim(h, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || h == "authorization" {
 			fault("credentials.headers", "must be names of lower-case letters, digits and -, other than authorization")
 		} else if slices.Contains(identity, h) {
@@ -247,9 +255,6 @@ func (c *Config) validate() error {
 	if bad, ok := errors.AsType[*apikey.InvalidError](apikey.Format{First: c.Credentials.Prefix}.Validate()); ok {
 		fault("credentials.prefix", bad.Reason)
 	}
-	var g generate.Config
-	c.envoy(&g)
-	faults = append(faults, g.ValidateHeaders())
 	// authz stops at its first fault, so it is asked about one thing at a time.
 	cfg, err := c.authorizer()
 	faults = append(faults, err,
@@ -338,6 +343,7 @@ func (c *Config) checkConfig() check.Config {
 	return check.Config{
 		Identity:      check.Identity(c.IdentityHeaders),
 		Realm:         c.Credentials.Realm,
+		Format:        apikey.Format{First: c.Credentials.Prefix},
 		ErrorResponse: c.Errors == "error_response",
 		LogPerSecond:  *c.Log.DecisionsPerSecond,
 		Timeout:       c.Concurrency.wait() + time.Second, // a wait that was asked for is not cut short

@@ -85,36 +85,26 @@ func TestConfigFiles(t *testing.T) {
 	}
 }
 
-func TestEmptyConfigIsTheDefaults(t *testing.T) {
+func TestNoFileIsTheDefaultsAndAnEmptyOneIsAFault(t *testing.T) {
 	settings := []string{"store.sqlite.path=k.db", "pepper.file=p"}
 	want := defaultConfig()
 	want.Store.SQLite.Path, want.Pepper.File = "k.db", "p"
+	wait := apikey.Duration(5 * time.Millisecond)
+	want.Concurrency.Wait = &wait
+	if cfg, err := loadConfig("", nil, nil, settings); err != nil {
+		t.Error(err)
+	} else if diff := cmp.Diff(&want, cfg); diff != "" {
+		t.Errorf("no file: %s", diff)
+	}
+	if cfg, faults := load(t, "{}", nil, settings); faults != nil {
+		t.Error(faults)
+	} else if diff := cmp.Diff(&want, cfg); diff != "" {
+		t.Errorf("{}: %s", diff)
+	}
 	for name, text := range map[string]string{"no byte": "", "a comment": "# nothing\n", "an empty document": "---\n", "null": "~\n"} {
-		cfg, faults := load(t, text, nil, settings)
-		if faults != nil {
-			t.Errorf("%s: %q", name, faults)
-		} else if diff := cmp.Diff(&want, cfg); diff != "" {
-			t.Errorf("%s: %s", name, diff)
+		if cfg, faults := load(t, text, nil, settings); faults == nil {
+			t.Errorf("%s: accepted as %+v", name, cfg)
 		}
-	}
-}
-
-func TestFieldsWithoutValueKeepTheirDefault(t *testing.T) {
-	cfg, err := loadConfig("testdata/config/good_fields_without_value.yaml", nil, nil, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := defaultConfig()
-	want.Store.SQLite.Path, want.Pepper.File = "keyward.db", "pepper"
-	if diff := cmp.Diff(&want, cfg); diff != "" {
-		t.Error(diff)
-	}
-	// And what uses them does not fall over.
-	if got := cfg.cacheConfig().Grace; got != 30*time.Second {
-		t.Errorf("grace %v", got)
-	}
-	if got := cfg.checkConfig().LogPerSecond; got != 10 {
-		t.Errorf("%d lines per second", got)
 	}
 }
 
@@ -350,6 +340,14 @@ func TestValidation(t *testing.T) {
 		{"credentials.headers", func(c *Config) { c.Credentials.Headers = []string{canary + " "} }},
 		{"credentials.headers", func(c *Config) { c.Credentials.Headers = []string{"authorization"} }},
 		{"credentials.headers", func(c *Config) { c.Credentials.Headers = []string{"x-keyward-user"} }},
+		{"credentials.headers", func(c *Config) { c.Credentials.Headers = []string{"cookie"} }},
+		{"identityHeaders", func(c *Config) { c.IdentityHeaders.User = "host" }},
+		{"concurrency.wait", func(c *Config) { d := apikey.Duration(-1); c.Concurrency.Wait = &d }},
+		{"concurrency.renewEvery", func(c *Config) { c.Concurrency.RenewEvery = 0 }},
+		{"concurrency.ttl", func(c *Config) { c.Concurrency.Feedback = "none" }},
+		{"concurrency.ttl", func(c *Config) { c.Concurrency.TTL = apikey.Duration(time.Second) }},
+		{"concurrency.ttl", func(c *Config) { c.Concurrency.TTL = -1 }},
+		{"concurrency.feedback", func(c *Config) { c.Concurrency.Feedback = canary }},
 		{"credentials.prefix", func(c *Config) { c.Credentials.Prefix = "Not_" + canary }},
 		{"credentials.realm", func(c *Config) { c.Credentials.Realm = `"` + canary }},
 		{"client.address", func(c *Config) { c.Client.Address = canary }},

@@ -85,6 +85,8 @@ func loadConfig(file string, stdin io.Reader, environ, settings []string) (*Conf
 	if err := errors.Join(faults...); err != nil {
 		return nil, usageError{fmt.Errorf("configuration:\n%w", err)}
 	}
+	wait := apikey.Duration(cfg.Concurrency.wait()) // the default, which goes with the feedback
+	cfg.Concurrency.Wait = &wait
 	return &cfg, nil
 }
 

@@ -136,11 +136,18 @@ func (a *app) pepperRetire() *cobra.Command {
 	}
 }
 
+// A takenError is a file that must be new and is not.
+type takenError struct{ path string }
+
+func (e takenError) Error() string { return e.path + " is there already and is not overwritten" }
+
+func (e takenError) Is(target error) bool { return target == fs.ErrExist }
+
 // writeNewPrivate writes a file of mode 0600 that must not exist yet, and returns when it is on disk.
 func writeNewPrivate(path string, text []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
-		return usageError{fmt.Errorf("%s is there already and is not overwritten: %w", path, fs.ErrExist)}
+		return usageError{takenError{path}}
 	}
 	if err != nil {
 		return err

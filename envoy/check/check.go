@@ -42,6 +42,8 @@ type Config struct {
 	Timeout time.Duration
 	// Leases make the ids by which Envoy's access log names what it was granted. Needed.
 	Leases *authz.LeaseIDs
+	// Format is how secrets look: what looks like one in a path is not logged.
+	Format apikey.Format
 	// LogPerSecond is how many decisions are logged at most; the rest are counted. 0: none.
 	LogPerSecond int
 }
@@ -78,7 +80,7 @@ func New(a *authz.Authorizer, cfg Config, reg prometheus.Registerer, log *slog.L
 		answers:    answers,
 		timeout:    cfg.Timeout,
 		requests:   sync.Pool{New: func() any { return new(authz.Request) }},
-		log:        newDecisionLog(log, cfg.LogPerSecond),
+		log:        newDecisionLog(log, cfg.LogPerSecond, cfg.Format),
 		metrics:    newMetrics(reg),
 	}, nil
 }

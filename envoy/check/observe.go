@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"keyward/authz"
+	"keyward/authz/apikey"
 )
 
 // metrics counts decisions. Never a label per key.
@@ -64,6 +65,7 @@ func (m *metrics) failed(took time.Duration) {
 
 // decisionLog writes a sample of decisions: the first so many of each second.
 type decisionLog struct {
+	format     apikey.Format
 	log        *slog.Logger
 	perSecond  int64
 	second     atomic.Int64 // Unix time of the second that written and skipped belong to
@@ -86,8 +88,8 @@ func (l *decisionLog) noFeedback(connection uint64) {
 		"connection", connection)
 }
 
-func newDecisionLog(log *slog.Logger, perSecond int) *decisionLog {
-	return &decisionLog{log: log, perSecond: int64(perSecond)}
+func newDecisionLog(log *slog.Logger, perSecond int, format apikey.Format) *decisionLog {
+	return &decisionLog{log: log, perSecond: int64(perSecond), format: format}
 }
 
 // sampled reports whether one more line may be written now, and how many were left out before it.
@@ -111,16 +113,16 @@ func (l *decisionLog) decided(r *authz.Request, d *authz.Decision, took time.Dur
 	if !ok {
 		return
 	}
-	l.log.Info("decision", append(describe(r, d), slog.Int64("tookMicros", took.Microseconds()), slog.Int64("skipped", skipped))...)
+	l.log.Info("decision", append(l.describe(r, d), slog.Int64("tookMicros", took.Microseconds()), slog.Int64("skipped", skipped))...)
 }
 
 func (l *decisionLog) failed(r *authz.Request, d *authz.Decision, err error) {
 	if !isUndecided(err) {
-		l.log.Error("decision failed", append(describe(r, d), slog.Any("error", err))...)
+		l.log.Error("decision failed", append(l.describe(r, d), slog.Any("error", err))...)
 		return
 	}
 	if skipped, ok := l.sampled(); ok {
-		l.log.Warn("could not decide", append(describe(r, d), slog.Any("error", err), slog.Int64("skipped", skipped))...)
+		l.log.Warn("could not decide", append(l.describe(r, d), slog.Any("error", err), slog.Int64("skipped", skipped))...)
 	}
 }
 
@@ -129,15 +131,23 @@ func (l *decisionLog) panicked(p any) {
 	l.log.Error("panic in a Check: please report it", "what", what, "stack", stack)
 }
 
-// describe tells a decision without anything that could be a secret: no query, no header.
-func describe(r *authz.Request, d *authz.Decision) []any {
+// describe tells a decision without anything that could be a secret: no query, no header, and a path only
+// up to what looks like one of ours.
+func (l *decisionLog) describe(r *authz.Request, d *authz.Decision) []any {
 	path, _, _ := strings.Cut(r.Path, "?")
+	path = cut(path, 256)
+	for i := range path {
+		if _, ours := l.format.Owns(path[i:]); ours {
+			path = path[:i] + "[secret]"
+			break
+		}
+	}
 	attrs := []any{
 		slog.String("decisionId", d.ID.String()),
 		slog.String("outcome", d.Outcome().String()),
 		slog.String("reason", d.Reason.String()),
 		slog.String("method", cut(r.Method, 32)),
-		slog.String("path", cut(path, 256)),
+		slog.String("path", path),
 		slog.String("peer", r.Peer),
 	}
 	if d.Key != nil {

@@ -238,16 +238,6 @@ func (c Config) validateKeyward(listen netip.AddrPort, bad func(field, format st
 	}
 }
 
-// ValidateHeaders reports header names that Envoy, or an upstream, could not keep apart from others, as
-// Envoy and EnvoyFragment do.
-func (c Config) ValidateHeaders() error {
-	var errs []error
-	c.withDefaults().validateHeaders(func(field, format string, args ...any) {
-		errs = append(errs, fmt.Errorf("%s: %s", field, fmt.Sprintf(format, args...)))
-	})
-	return errors.Join(errs...)
-}
-
 func (c Config) validateHeaders(bad func(field, format string, args ...any)) {
 	check := func(field string, names []string, unfit func(name string) bool) {
 		for _, name := range names {
@@ -261,8 +251,8 @@ func (c Config) validateHeaders(bad func(field, format string, args ...any)) {
 			}
 		}
 	}
-	check("credentialHeaders", c.CredentialHeaders, reserved)
-	check("identityHeaders", c.IdentityHeaders, func(name string) bool { return reserved(name) || name == "authorization" })
+	check("credentialHeaders", c.CredentialHeaders, Reserved)
+	check("identityHeaders", c.IdentityHeaders, func(name string) bool { return Reserved(name) || name == "authorization" })
 	check("checkHeaders", c.CheckHeaders, func(string) bool { return false })
 	if n := namespaces(slices.Concat(c.CredentialHeaders, c.IdentityHeaders)); cost(n) > maxCost {
 		bad("identityHeaders", "these and credentialHeaders begin in %d ways, too many for Envoy: let them begin alike, as x-keyward-user and x-keyward-agent do", len(n))

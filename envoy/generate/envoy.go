@@ -247,8 +247,13 @@ func removeIdentity(c Config) *headermutationv3.HeaderMutation {
 			}},
 		}})
 	}
+	// Keys are never taken from trailers, so they must not go on in them either.
+	trailers := slices.Clone(remove)
+	for _, name := range c.CredentialHeaders {
+		trailers = append(trailers, &mutationv3.HeaderMutation{Action: &mutationv3.HeaderMutation_Remove{Remove: name}})
+	}
 	return &headermutationv3.HeaderMutation{Mutations: &headermutationv3.Mutations{
-		RequestMutations: remove, RequestTrailersMutations: remove,
+		RequestMutations: remove, RequestTrailersMutations: trailers,
 	}}
 }
 

@@ -10,8 +10,8 @@ import (
 // only separator whose look-alikes anyOf knows.
 var headerName = regexp.MustCompile(`^[a-z0-9]+(-[a-z0-9]+)*$`)
 
-// reserved reports whether HTTP or Envoy needs what a client sends under this name.
-func reserved(name string) bool {
+// Reserved reports whether HTTP or Envoy needs what a client sends under this name.
+func Reserved(name string) bool {
 	for _, prefix := range []string{"x-envoy-", "x-forwarded-", "content-", "accept", "sec-", "access-control-", "proxy-", "if-", "grpc-"} {
 		if strings.HasPrefix(name, prefix) {
 			return true
