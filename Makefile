@@ -12,7 +12,7 @@ PYTHON  ?= python3
 # More of "make test": TESTFLAGS="-run TestThis -v".
 TESTFLAGS ?=
 
-.PHONY: all help build dev test lint fmt envoy envoys clean
+.PHONY: all help build dev test bench lint fmt envoy envoys clean
 
 all: build lint test
 
@@ -28,7 +28,13 @@ dev: build ## Envoy, a demo service and keyward in one terminal, with a first ke
 
 test: envoys ## get what the tests need, then run all of them with the race detector
 	go test -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
+	@# Without it: what the detector's own cost would hide, allocations and load.
+	go test -timeout 10m -run TestLeasesUnderLoad $(TESTFLAGS) ./envoy/e2e
 	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/check)
+
+bench: have-envoy ## measure: rules, state, access logs, and max-concurrent through Envoy
+	go test -run '^$$' -bench . ./authz/... ./cache ./limits/... ./envoy/accesslog
+	go test -run '^$$' -bench . -benchtime 1x ./envoy/e2e
 
 lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION) ## vet, formatting, golangci-lint, tidy go.mod
 	go vet ./...
