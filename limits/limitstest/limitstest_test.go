@@ -261,7 +261,8 @@ func TestMistakesAreCaught(t *testing.T) {
 // Taking and undoing is right for one request at a time, so that only requests side by side tell.
 func TestTakeAndUndoIsRightWhenAlone(t *testing.T) {
 	for _, c := range cases {
-		if c.name != "RefusedDemandIsInNobodysWay" {
+		// These two ask side by side; of 400 at one instant it may let 99 pass a burst of 100.
+		if c.name != "RefusedDemandIsInNobodysWay" && c.name != "ExactlyBurstAtOneInstant" {
 			if failed := firstFailure(t, takeAndUndo, c.name); failed != "" {
 				t.Errorf("%s: %s", c.name, failed)
 			}
