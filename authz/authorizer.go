@@ -87,7 +87,7 @@ func New(cfg Config, keys Keys, limiter limits.Leaser, peppers apikey.Peppers, u
 func (a *Authorizer) Configure(cfg Config) error {
 	cfg.Rules = slices.Clone(cfg.Rules)
 	for i := range cfg.Rules {
-		cfg.Rules[i].note = a.notes.number(cfg.Rules[i].String())
+		cfg.Rules[i].note = a.notes.number(cfg.Rules[i].Host + cfg.Rules[i].Path)
 	}
 	r, err := prepare(cfg)
 	if err != nil {

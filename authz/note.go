@@ -5,7 +5,7 @@ import (
 	"sync"
 )
 
-// notes numbers the patterns of rules, so that a lease can say which one its request matched without
+// notes numbers hosts and paths of rules, so that a lease can say which one its request matched without
 // holding a string. A number is never given twice, so leases outlive a reload.
 type notes struct {
 	mu       sync.Mutex

@@ -15,7 +15,7 @@ type InFlight struct {
 	LeaseID     string    `json:"leaseId"`
 	KeyID       apikey.ID `json:"keyId"`
 	Method      string    `json:"method,omitempty" doc:"Absent for a method of no standard."`
-	Path        string    `json:"path,omitempty" doc:"Pattern of the route it matched; absent where none did."`
+	Path        string    `json:"path,omitempty" doc:"Host and path pattern of the route it matched; absent where none did."`
 	Node        string    `json:"node,omitempty" doc:"The Envoy it runs at; absent while that has not said its name."`
 	Connection  uint64    `json:"connection,omitempty" doc:"By which Envoy asked, as a number of the replica's own."`
 	Replica     string    `json:"replica"`

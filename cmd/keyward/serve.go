@@ -222,7 +222,9 @@ type inFlight struct{ s *service }
 func (f inFlight) Running(key apikey.ID) []admin.RunningRequest {
 	nodes := map[uint64]string{}
 	for _, n := range f.s.accessLogs.Nodes() {
-		nodes[n.Connection] = n.ID
+		if n.ID != accesslog.Unknown {
+			nodes[n.Connection] = n.ID
+		}
 	}
 	var all []admin.RunningRequest
 	for _, r := range f.s.limiter.Running(func(c limits.Cell) bool { return key.IsZero() || c == authz.LeaseCell(key) }) {

@@ -15,7 +15,8 @@ const (
 	maxNodes = 4096
 	// maxName bounds what is kept of a name, in bytes.
 	maxName = 256
-	unknown = "unknown"
+	// Unknown is the name of a node that does not say its own.
+	Unknown = "unknown"
 )
 
 // A Node is an Envoy as it was heard on one connection.
@@ -71,7 +72,7 @@ func (n *nodes) of(ctx context.Context) *sender {
 		if len(n.known) >= maxNodes {
 			n.makeRoomLocked()
 		}
-		one = &sender{connection: connection, connected: time.Now(), id: unknown, cluster: unknown}
+		one = &sender{connection: connection, connected: time.Now(), id: Unknown, cluster: Unknown}
 		one.last.Store(one.connected.UnixNano())
 		n.known[connection] = one
 	}

@@ -442,10 +442,10 @@ func marshal(t testing.TB, m proto.Message) []byte {
 // TestNamesAreCopied: what outlives a message must be a copy.
 func TestNamesAreCopied(t *testing.T) {
 	b := []byte("node")
-	s := &sender{id: unknown, cluster: unknown}
+	s := &sender{id: Unknown, cluster: Unknown}
 	s.name(text(b), "")
 	binary.BigEndian.PutUint32(b, 0)
-	if got := s.node(); got.ID != "node" || got.Cluster != unknown {
+	if got := s.node(); got.ID != "node" || got.Cluster != Unknown {
 		t.Errorf("got %+v", got)
 	}
 }
