@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -64,10 +65,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 
-	// The first signal ends politely, the second at once.
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := untilSignal(ctx)
 	defer stop()
-	context.AfterFunc(ctx, stop)
 
 	err := root.ExecuteContext(ctx)
 	if err == nil {
@@ -80,6 +79,36 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		}
 	}
 	return exitCode(err)
+}
+
+// untilSignal ends a context at the first signal to stop; the second ends the process at once, as if
+// nobody listened. Both are kept from the beginning: however soon the second comes, it is not lost.
+func untilSignal(ctx context.Context) (_ context.Context, stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	done := make(chan struct{})
+	var listening sync.WaitGroup
+	listening.Go(func() {
+		select {
+		case <-signals:
+			cancel()
+		case <-done:
+			return
+		}
+		select {
+		case again := <-signals:
+			signal.Reset(os.Interrupt, syscall.SIGTERM)
+			_ = syscall.Kill(os.Getpid(), again.(syscall.Signal))
+		case <-done:
+		}
+	})
+	return ctx, func() {
+		signal.Stop(signals)
+		close(done)
+		listening.Wait()
+		cancel()
+	}
 }
 
 func (a *app) root() *cobra.Command {
