@@ -494,12 +494,16 @@ func cutWord(s string) (word, rest string) {
 	return s, ""
 }
 
-// TakeBack ends the lease of a decision that nobody will act on. What it spent otherwise stays spent.
+// TakeBack ends the lease of a decision that nobody will act on, if that decision granted it: a Check that
+// was asked twice has one lease. What it spent otherwise stays spent.
 func (a *Authorizer) TakeBack(ctx context.Context, d *Decision) {
 	if !d.Leased {
 		return
 	}
 	d.Leased = false
+	if d.repeated {
+		return // whoever was granted it first may run
+	}
 	// The lease is given back because ctx may be done; giving back must not depend on it. A limiter that
 	// cannot be reached lets the lease run out.
 	_ = a.limiter.End(context.WithoutCancel(ctx), []limits.Ending{{Lease: d.Lease, Cause: limits.CauseContext}})
@@ -540,7 +544,7 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 		}
 	}
 	if answer.Allowed {
-		d.Leased, d.Lease = demand.Lease.Limit > 0, demand.Lease.Lease
+		d.Leased, d.Lease, d.repeated = demand.Lease.Limit > 0, demand.Lease.Lease, answer.Repeated
 		return answer.Waited > 0, nil
 	}
 	d.Reason, d.Limit, d.RetryAfter = limitReasons[answer.Class], answer.Class, answer.RetryAfter

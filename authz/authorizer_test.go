@@ -570,6 +570,12 @@ func TestLeaseOfAnAnswerThatIsNotGivenIsTakenBack(t *testing.T) {
 	if len(w.ended) != 1 || w.ended[0].Lease != w.demands[0].Lease.Lease || w.ended[0].Cause != limits.CauseContext {
 		t.Errorf("ended %+v, want the lease of %+v", w.ended, w.demands)
 	}
+
+	// Asked again, the first answer's request may run.
+	w.ended, w.answer.Repeated = nil, true
+	if err := a.Decide(t.Context(), &r, &d); err == nil || d.Leased || len(w.ended) != 0 {
+		t.Errorf("a repeated Check: got %+v, %v, ended %+v", d, err, w.ended)
+	}
 }
 
 func TestDescriptionsOutliveAReload(t *testing.T) {

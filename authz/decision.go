@@ -157,6 +157,8 @@ type Decision struct {
 	// Leased says that the request, allowed, holds Lease until somebody says that it ended.
 	Leased bool
 	Lease  limits.Lease
+	// repeated says that the lease lived already: another answer granted it, and may be in use.
+	repeated bool
 
 	// CredentialHeaders and CredentialQuery ("" for none) say from where secrets are taken, and so what has
 	// to be removed before the request goes on; Authorization only with InAuthorization.
