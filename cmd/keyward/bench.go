@@ -290,6 +290,11 @@ func (b *bench) makeKeys(ctx context.Context, client *manage.Client, instance, w
 
 // remove ends the instance of this run, also if the run was interrupted.
 func (b *bench) remove(ctx context.Context, client *manage.Client, id string) error {
+	byHand := "keyward instances delete " + id + " --revoke-keys --yes"
+	if ctx.Err() != nil {
+		// A second signal ends the program at once: then this was its last word.
+		fmt.Fprintf(b.stderr, "Interrupted: removing the instance. If that is cut short: %s\n", byHand)
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), benchRemoval)
 	defer cancel()
 	_, err := client.DeleteInstance(ctx, id, true)
@@ -297,7 +302,7 @@ func (b *bench) remove(ctx context.Context, client *manage.Client, id string) er
 		return nil // it was never made
 	}
 	if err != nil {
-		return fmt.Errorf("the instance %s may be left: %w; remove it by: keyward instances delete %s --revoke-keys --yes", id, err, id)
+		return fmt.Errorf("the instance %s may be left: %w; remove it by: %s", id, err, byHand)
 	}
 	return nil
 }

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"keyward/authz/apikey"
+	"keyward/envoy/traffic"
+)
+
+// patience is a timeout that a busy machine does not reach.
+const patience = 10 * time.Second
+
+var zeroTime time.Time
+
+// measureFlood asks with valid keys at a fixed rate, alone and beside as many made-up keys as get
+// through, and returns what the valid ones felt.
+func measureFlood(ctx context.Context, o options, dir string, pinned bool) (string, error) {
+	const rate = 2000
+	k, err := startKeyward(ctx, filepath.Join(dir, "flood"), "keyward", keywardConfig{binary: filepath.Join(o.bin, "keyward"), pinned: pinned})
+	if err != nil {
+		return "", err
+	}
+	defer k.stop()
+	keys, err := k.makeKeys(ctx, "bench", min(o.keys, 1000), apikey.Unlimited, zeroTime)
+	if err != nil {
+		return "", err
+	}
+	made := madeUp(o.flood)
+	valid := traffic.Config{
+		Address: k.address, Connections: 2, Streams: 64, Rate: rate, Warmup: o.warmup, Duration: o.measure, Timeout: patience, Zipf: 1.1,
+		Classes: []traffic.Class{{Name: "valid", Share: 1, Secrets: secretsOf(keys), Want: k.want}},
+	}
+	flood := traffic.Config{
+		Address: k.address, Connections: 2, Streams: 8, Warmup: o.warmup, Duration: o.measure, Timeout: patience,
+		// 503 is shed: over the budget for reads of the store.
+		Classes: []traffic.Class{{Name: "made up", Share: 1, Secrets: made, Want: []int{http.StatusUnauthorized, http.StatusServiceUnavailable}}},
+	}
+	var quiet50, quiet99, loud50, loud99, refused []float64
+	for round := range o.rounds {
+		say("flood: round %d of %d", round+1, o.rounds)
+		r, err := traffic.Run(ctx, valid)
+		if err == nil {
+			err = right(r)
+		}
+		if err != nil {
+			return "", fmt.Errorf("before the flood: %w", err)
+		}
+		quiet50, quiet99 = append(quiet50, r.Latency.P50), append(quiet99, r.Latency.P99)
+		var group errgroup.Group
+		var beside *traffic.Result
+		group.Go(func() (err error) {
+			flood.Seed++
+			beside, err = traffic.Run(ctx, flood)
+			return err
+		})
+		r, err = traffic.Run(ctx, valid)
+		if waited := group.Wait(); err == nil {
+			err = waited
+		}
+		if err == nil {
+			err = right(r)
+		}
+		if err == nil {
+			err = right(beside)
+		}
+		if err != nil {
+			return "", fmt.Errorf("in the flood: %w", err)
+		}
+		loud50, loud99 = append(loud50, r.Latency.P50), append(loud99, r.Latency.P99)
+		refused = append(refused, beside.PerSec)
+	}
+	return fmt.Sprintf("\n**Flood: valid keys at %d/s, beside a closed loop (2 × 8) of %d distinct made-up keys**\n\n"+
+		"| | p50 µs | p99 µs | made-up keys/s |\n|---|---|---|---|\n| alone | %.0f | %.0f | – |\n| in the flood | %.0f | %.0f | %.0f |\n",
+		rate, o.flood, median(quiet50), median(quiet99), median(loud50), median(loud99), median(refused)), nil
+}

@@ -1,0 +1,164 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"math"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"keyward/authz/admin"
+	"keyward/authz/apikey"
+	"keyward/envoy/traffic"
+)
+
+// oracleKeys are the keys of each class of refused ones.
+const oracleKeys = 100
+
+// suspicious is the t from which the field (dudect) calls two timings different.
+const suspicious = 4.5
+
+// moments are mean and variance of a sample.
+type moments struct{ n, mean, variance float64 }
+
+func momentsOf(v []float64) moments {
+	m := moments{n: float64(len(v))}
+	for _, x := range v {
+		m.mean += x / m.n
+	}
+	for _, x := range v {
+		m.variance += (x - m.mean) * (x - m.mean) / (m.n - 1)
+	}
+	return m
+}
+
+// welch is Student's t for samples of unequal variance.
+func welch(a, b moments) float64 {
+	return (a.mean - b.mean) / math.Sqrt(a.variance/a.n+b.variance/b.n)
+}
+
+// crop takes away what lies above the 95th percentile of all samples together: interrupts and garbage
+// collections, which hide what is looked for.
+func crop(classes [][]float64) [][]float64 {
+	all := slices.Sorted(slices.Values(slices.Concat(classes...)))
+	limit := all[len(all)*95/100]
+	out := make([][]float64, len(classes))
+	for i, class := range classes {
+		out[i] = slices.DeleteFunc(slices.Clone(class), func(x float64) bool { return x > limit })
+	}
+	return out
+}
+
+// measureOracle compares how long keyward takes to refuse keys that never were, and keys that were and are
+// not good any more: over the wire, one request at a time, the classes mixed at random.
+func measureOracle(ctx context.Context, o options, dir string, pinned bool) (string, error) {
+	k, err := startKeyward(ctx, filepath.Join(dir, "oracle"), "keyward", keywardConfig{binary: filepath.Join(o.bin, "keyward"), pinned: pinned})
+	if err != nil {
+		return "", err
+	}
+	defer k.stop()
+	say("no oracle: making keys that are not good any more")
+	classes, err := refusedKeys(ctx, k)
+	if err != nil {
+		return "", err
+	}
+	samples := make([][]float64, len(classes))
+	// A request takes some 50 µs at this depth. The run goes on until there are enough.
+	duration := time.Second
+	for len(slices.MinFunc(samples, func(a, b []float64) int { return cmp.Compare(len(a), len(b)) })) < o.samples {
+		r, err := traffic.Run(ctx, traffic.Config{
+			Address: k.address, Warmup: o.warmup, Duration: duration, Timeout: patience, Classes: classes, Seed: uint64(len(samples[0])),
+			// One connection: this is called by one goroutine.
+			Observe: func(class int, took time.Duration) {
+				if len(samples[class]) < o.samples {
+					samples[class] = append(samples[class], float64(took))
+				}
+			},
+		})
+		if err == nil {
+			err = right(r)
+		}
+		if err != nil {
+			return "", fmt.Errorf("refused keys: %w", err)
+		}
+		say("no oracle: %d of %d samples of each class", len(samples[0]), o.samples)
+		duration = min(time.Duration(float64(o.samples-len(samples[0]))*float64(len(classes))/r.PerSec*float64(time.Second))+time.Second, time.Minute)
+	}
+	return oracleTable(classes, samples), nil
+}
+
+func oracleTable(classes []traffic.Class, samples [][]float64) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "\n**No oracle: time from Check to refusal, over the wire, %d samples of each class, mixed at random**\n\n", len(samples[0]))
+	b.WriteString("| class | mean µs | against unknown: difference ns | Welch's t | without the slowest 5 %: difference ns | t |\n|---|---|---|---|---|---|\n")
+	cropped := crop(samples)
+	worst := 0.0
+	for i, class := range classes {
+		all, core := momentsOf(samples[i]), momentsOf(cropped[i])
+		if i == 0 {
+			fmt.Fprintf(&b, "| %s | %.2f | – | – | – | – |\n", class.Name, all.mean/1e3)
+			continue
+		}
+		base, baseCore := momentsOf(samples[0]), momentsOf(cropped[0])
+		t, tCore := welch(all, base), welch(core, baseCore)
+		worst = max(worst, math.Abs(t), math.Abs(tCore))
+		fmt.Fprintf(&b, "| %s | %.2f | %+.0f | %+.1f | %+.0f | %+.1f |\n", class.Name, all.mean/1e3, all.mean-base.mean, t, core.mean-baseCore.mean, tCore)
+	}
+	if worst < suspicious {
+		fmt.Fprintf(&b, "\nThe largest |t| is %.1f, below %.1f: these samples do not tell a refused key that exists from one that never did.\n", worst, suspicious)
+	} else {
+		fmt.Fprintf(&b, "\nThe largest |t| is %.1f, above %.1f: with as many requests, one at a time and from the same machine, the classes can be told apart by the differences above. "+
+			"They are what it takes to judge whether that matters: a caller far away sees them under noise of microseconds, and needs the square of (noise ÷ difference) requests for each answer.\n", worst, suspicious)
+	}
+	return b.String()
+}
+
+// refusedKeys makes the classes. The first never existed.
+func refusedKeys(ctx context.Context, k *keyward) ([]traffic.Class, error) {
+	end := time.Now().Add(3 * time.Second)
+	expired, err := k.makeKeys(ctx, "expired", oracleKeys, apikey.Unlimited, end)
+	if err != nil {
+		return nil, err
+	}
+	revoked, err := k.makeKeys(ctx, "revoked", oracleKeys, apikey.Unlimited, zeroTime)
+	if err != nil {
+		return nil, err
+	}
+	group, revoking := errgroup.WithContext(ctx)
+	group.SetLimit(16)
+	for _, key := range revoked {
+		group.Go(func() error {
+			_, err := k.client.RevokeKey(revoking, "revoked", key.id, "")
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	disabled, err := k.makeKeys(ctx, "disabled", oracleKeys, apikey.Unlimited, zeroTime)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := k.client.PutInstance(ctx, "disabled", admin.PolicyInput{Disabled: true}); err != nil {
+		return nil, err
+	}
+	select {
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-time.After(time.Until(end) + time.Second):
+	}
+	var classes []traffic.Class
+	for _, c := range []struct {
+		name string
+		*traffic.Secrets
+	}{{"unknown", madeUp(oracleKeys)}, {"revoked", secretsOf(revoked)}, {"expired", secretsOf(expired)}, {"disabled (its instance)", secretsOf(disabled)}} {
+		classes = append(classes, traffic.Class{Name: c.name, Share: 1, Secrets: c.Secrets, Want: []int{http.StatusUnauthorized}})
+	}
+	return classes, nil
+}
