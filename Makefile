@@ -11,13 +11,19 @@ TOOLS   := $(CURDIR)/.tools
 PYTHON  ?= python3
 # More of "make test": TESTFLAGS="-run TestThis -v".
 TESTFLAGS ?=
+# Lengths of "make bench" and "make bench-envoy". A first look: ROUNDS=1 MEASURE=300ms KEYS=500 SAMPLES=2000 FLOOD=10000.
+ROUNDS  ?= 5
+MEASURE ?= 1500ms
+KEYS    ?= 10000
+SAMPLES ?= 1000000
+FLOOD   ?= 1000000
 
-.PHONY: all help build dev test bench lint fmt envoy envoys clean
+.PHONY: all help build dev test bench bench-envoy bench-go lint fmt envoy envoys clean
 
 all: build lint test
 
 help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build bin/keyward
 	CGO_ENABLED=0 go build -trimpath -o bin/keyward ./cmd/keyward
@@ -32,14 +38,28 @@ test: envoys ## get what the tests need, then run all of them with the race dete
 	go test -timeout 10m -run TestLeasesUnderLoad $(TESTFLAGS) ./envoy/e2e
 	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/check)
 
-bench: have-envoy ## measure: rules, state, access logs, and max-concurrent through Envoy
+bench: benchmarks ## compare Checks with a constant answer, over the wire; writes docs/performance.md
+	bin/benchmarks checks -rounds $(ROUNDS) -measure $(MEASURE) -keys $(KEYS) -samples $(SAMPLES) -flood $(FLOOD)
+
+bench-envoy: benchmarks have-envoy ## what an authorizer costs behind a real Envoy; writes docs/performance.md
+	bin/benchmarks envoy -rounds $(ROUNDS) -measure $(MEASURE) -keys $(KEYS)
+
+bench-go: have-envoy ## Go benchmarks: rules, state, access logs, and max-concurrent through Envoy
 	go test -run '^$$' -bench . ./authz/... ./cache ./limits/... ./envoy/accesslog
 	go test -run '^$$' -bench . -benchtime 1x ./envoy/e2e
+
+# What is compared: keyward, the same with the standard codec, and the comparison itself.
+.PHONY: benchmarks
+benchmarks: build
+	CGO_ENABLED=0 go build -trimpath -tags keyward_standard_codec -o bin/keyward-standard ./cmd/keyward
+	go -C envoy/benchmarks build -trimpath -o ../../bin/benchmarks .
 
 lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION) ## vet, formatting, golangci-lint, tidy go.mod
 	go vet ./...
 	$< run ./...
+	cd envoy/benchmarks && $< run ./...
 	go mod tidy -diff
+	go -C envoy/benchmarks mod tidy -diff
 
 fmt: ## format all Go code
 	gofmt -w $$(git ls-files '*.go')

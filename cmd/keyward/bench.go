@@ -166,8 +166,8 @@ func (b *bench) run(ctx context.Context) (err error) {
 	if b.load.CPU, err = b.cpu(ctx); err != nil {
 		return err
 	}
-	progress, clear := b.progress()
-	defer clear()
+	progress, erase := b.progress()
+	defer erase()
 	b.load.Progress = func(p traffic.Progress) {
 		progress("%s of %s, %d answers, %d errors", p.Elapsed.Round(time.Second), p.Total, p.Answers, p.Errors)
 	}
@@ -176,13 +176,13 @@ func (b *bench) run(ctx context.Context) (err error) {
 		b.load.Classes = append(b.load.Classes, traffic.Class{Name: "unknown", Share: b.unknown, Secrets: madeUp(b.prefix, max(b.keys, 100_000)), Want: []int{http.StatusUnauthorized}})
 	}
 	if b.secrets != "" {
-		return b.withSecrets(ctx, clear)
+		return b.withSecrets(ctx, erase)
 	}
-	return b.withInstance(ctx, progress, clear)
+	return b.withInstance(ctx, progress, erase)
 }
 
 // withSecrets uses keys that exist.
-func (b *bench) withSecrets(ctx context.Context, clear func()) error {
+func (b *bench) withSecrets(ctx context.Context, erase func()) error {
 	in, err := os.Open(b.secrets)
 	if err != nil {
 		return usageError{err}
@@ -194,7 +194,7 @@ func (b *bench) withSecrets(ctx context.Context, clear func()) error {
 	}
 	// That a key's own limit refuses is no wrong answer.
 	b.addValid(secrets, http.StatusOK, http.StatusTooManyRequests)
-	return b.measure(ctx, clear)
+	return b.measure(ctx, erase)
 }
 
 func (b *bench) addValid(secrets *traffic.Secrets, want ...int) {
@@ -204,7 +204,7 @@ func (b *bench) addValid(secrets *traffic.Secrets, want ...int) {
 }
 
 // withInstance makes an instance with its keys, measures, and removes it, however that ends.
-func (b *bench) withInstance(ctx context.Context, progress func(string, ...any), clear func()) (err error) {
+func (b *bench) withInstance(ctx context.Context, progress func(string, ...any), erase func()) (err error) {
 	client, reach, err := b.onlineClient()
 	if err != nil {
 		return err
@@ -217,7 +217,7 @@ func (b *bench) withInstance(ctx context.Context, progress func(string, ...any),
 	policy := admin.PolicyInput{Defaults: admin.DefaultsInput{Instance: limits}}
 	// Before it is made: an interrupted call may have made it all the same.
 	defer func() {
-		clear()
+		erase()
 		err = errors.Join(err, b.remove(ctx, client, id))
 	}()
 	if _, err := client.PutInstance(ctx, id, policy); err != nil {
@@ -242,7 +242,7 @@ func (b *bench) withInstance(ctx context.Context, progress func(string, ...any),
 		// The first request of each is allowed.
 		b.load.Classes = append(b.load.Classes, traffic.Class{Name: "limited", Share: b.limited, Secrets: limited, Want: []int{http.StatusTooManyRequests, http.StatusOK}})
 	}
-	return b.measure(ctx, clear)
+	return b.measure(ctx, erase)
 }
 
 // makeKeys makes keys of an instance and returns their secrets.
@@ -317,9 +317,9 @@ func madeUp(prefix string, n int) *traffic.Secrets {
 }
 
 // measure runs the load and prints what came of it.
-func (b *bench) measure(ctx context.Context, clear func()) error {
+func (b *bench) measure(ctx context.Context, erase func()) error {
 	result, err := traffic.Run(ctx, b.load)
-	clear()
+	erase()
 	if ctx.Err() != nil {
 		return errInterrupted
 	}
@@ -396,15 +396,15 @@ func (b *bench) print(r *traffic.Result) error {
 	})
 }
 
-// progress returns what shows a line that the next one replaces, on a terminal only, and what clears it.
-func (b *bench) progress() (show func(format string, args ...any), clear func()) {
+// progress returns what shows a line that the next one replaces, on a terminal only, and what erases it.
+func (b *bench) progress() (show func(format string, args ...any), erase func()) {
 	out, ok := b.stderr.(*os.File)
 	if !ok || !term.IsTerminal(int(out.Fd())) {
 		return func(string, ...any) {}, func() {}
 	}
-	const erase = "\r\x1b[K"
-	return func(format string, args ...any) { fmt.Fprintf(out, erase+format, args...) },
-		func() { fmt.Fprint(out, erase) }
+	const line = "\r\x1b[K"
+	return func(format string, args ...any) { fmt.Fprintf(out, line+format, args...) },
+		func() { fmt.Fprint(out, line) }
 }
 
 // cpu returns what reads the server's processor time from its metrics; nil if that is not wanted, or

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 
-	"keyward/authz/apikey"
 	"keyward/envoy/traffic"
 )
 
@@ -142,7 +141,7 @@ func startServers(ctx context.Context, o options, dir string, pinned bool) (all 
 	if err != nil {
 		return nil, stop, err
 	}
-	keys, err := k.makeKeys(ctx, "bench", o.keys, apikey.Unlimited, zeroTime)
+	keys, err := k.makeKeys(ctx, "bench", o.keys, zeroTime)
 	k.stop()
 	if err != nil {
 		return nil, stop, err

@@ -9,7 +9,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"keyward/authz/apikey"
 	"keyward/envoy/traffic"
 )
 
@@ -27,7 +26,7 @@ func measureFlood(ctx context.Context, o options, dir string, pinned bool) (stri
 		return "", err
 	}
 	defer k.stop()
-	keys, err := k.makeKeys(ctx, "bench", min(o.keys, 1000), apikey.Unlimited, zeroTime)
+	keys, err := k.makeKeys(ctx, "bench", min(o.keys, 1000), zeroTime)
 	if err != nil {
 		return "", err
 	}

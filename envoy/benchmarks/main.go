@@ -31,7 +31,7 @@ func main() {
 	}
 }
 
-// Options are what both comparisons know.
+// options are what both comparisons know.
 type options struct {
 	rounds  int
 	measure time.Duration // of each visit
@@ -92,14 +92,17 @@ const (
 // a core for themselves.
 func pin() (bool, error) {
 	const marker = "KEYWARD_BENCHMARKS_PINNED"
-	taskset, err := exec.LookPath("taskset")
 	if os.Getenv(marker) != "" {
 		// The pacer sleeps in the kernel: with one processor it would hold up the answers.
 		runtime.GOMAXPROCS(2)
 		return true, nil
 	}
-	if err != nil || runtime.NumCPU() < 2 {
+	taskset, err := exec.LookPath("taskset")
+	if errors.Is(err, exec.ErrNotFound) || runtime.NumCPU() < 2 {
 		return false, nil
+	}
+	if err != nil {
+		return false, err
 	}
 	self, err := os.Executable()
 	if err != nil {
@@ -113,5 +116,5 @@ func say(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "%s "+format+"\n", append([]any{time.Now().Format("15:04:05")}, args...)...)
 }
 
-// sentence is a command as it was given.
+// commandLine is the command as it was given.
 func commandLine() string { return strings.Join(os.Args, " ") }

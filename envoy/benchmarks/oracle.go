@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"keyward/authz/admin"
-	"keyward/authz/apikey"
 	"keyward/envoy/traffic"
 )
 
@@ -122,11 +121,11 @@ func oracleTable(classes []traffic.Class, samples [][]float64) string {
 // refusedKeys makes the classes. The first never existed.
 func refusedKeys(ctx context.Context, k *keyward) ([]traffic.Class, error) {
 	end := time.Now().Add(3 * time.Second)
-	expired, err := k.makeKeys(ctx, "expired", oracleKeys, apikey.Unlimited, end)
+	expired, err := k.makeKeys(ctx, "expired", oracleKeys, end)
 	if err != nil {
 		return nil, err
 	}
-	revoked, err := k.makeKeys(ctx, "revoked", oracleKeys, apikey.Unlimited, zeroTime)
+	revoked, err := k.makeKeys(ctx, "revoked", oracleKeys, zeroTime)
 	if err != nil {
 		return nil, err
 	}
@@ -141,7 +140,7 @@ func refusedKeys(ctx context.Context, k *keyward) ([]traffic.Class, error) {
 	if err := group.Wait(); err != nil {
 		return nil, err
 	}
-	disabled, err := k.makeKeys(ctx, "disabled", oracleKeys, apikey.Unlimited, zeroTime)
+	disabled, err := k.makeKeys(ctx, "disabled", oracleKeys, zeroTime)
 	if err != nil {
 		return nil, err
 	}

@@ -236,10 +236,9 @@ type madeKey struct {
 	secret string
 }
 
-// makeKeys makes an instance without limits but max-concurrent, with keys.
-func (k *keyward) makeKeys(ctx context.Context, instance string, n, running int, expires time.Time) ([]madeKey, error) {
-	policy := admin.PolicyInput{Defaults: admin.DefaultsInput{Instance: unlimited(running)}}
-	if _, err := k.client.PutInstance(ctx, instance, policy); err != nil {
+// makeKeys makes an instance without limits, with keys; expires may be zero.
+func (k *keyward) makeKeys(ctx context.Context, instance string, n int, expires time.Time) ([]madeKey, error) {
+	if err := k.limitConcurrency(ctx, instance, apikey.Unlimited); err != nil {
 		return nil, err
 	}
 	keys := make([]madeKey, n)
@@ -257,6 +256,12 @@ func (k *keyward) makeKeys(ctx context.Context, instance string, n, running int,
 		})
 	}
 	return keys, group.Wait()
+}
+
+// limitConcurrency makes an instance, or changes it: no limits but a max-concurrent of each key, which may be none.
+func (k *keyward) limitConcurrency(ctx context.Context, instance string, running int) error {
+	_, err := k.client.PutInstance(ctx, instance, admin.PolicyInput{Defaults: admin.DefaultsInput{Instance: unlimited(running)}})
+	return err
 }
 
 func secretsOf(keys []madeKey) *traffic.Secrets {

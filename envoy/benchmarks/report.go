@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -87,14 +88,19 @@ func conditions(ctx context.Context, o options, pinned, envoy bool) string {
 			}
 		}
 	}
-	line("Versions", "%s; keyward %s", versions, strings.Join(strings.Fields(output(ctx, o.bin+"/keyward", "version")), " "))
+	line("Versions", "%s; keyward %s", versions, keywardVersion(ctx, o))
 	if envoy {
 		path, err := envoytest.Find("")
 		if err == nil {
-			line("Envoy", "%s", strings.TrimSpace(output(ctx, path, "--version")))
+			_, version, _ := strings.Cut(strings.TrimSpace(output(ctx, path, "--version")), "version: ")
+			line("Envoy", "%s, --concurrency 1", version)
 		}
 	}
-	line("Rounds", "%d, each visit %s after %s of warm-up; %d keys, used by Zipf's law with s = 1.1", o.rounds, o.measure, o.warmup, o.keys)
+	use := "used by Zipf's law with s = 1.1"
+	if envoy {
+		use = "used in turn"
+	}
+	line("Rounds", "%d, each visit %s after %s of warm-up; %d keys, %s", o.rounds, o.measure, o.warmup, o.keys, use)
 	switch {
 	case envoy:
 		line("Cores", "shared by all processes")
@@ -104,6 +110,14 @@ func conditions(ctx context.Context, o options, pinned, envoy bool) string {
 		line("Cores", "not pinned: no taskset, or fewer than two cores. Servers and client disturb each other")
 	}
 	return b.String()
+}
+
+func keywardVersion(ctx context.Context, o options) string {
+	var v struct{ Version, Revision string }
+	if json.Unmarshal([]byte(output(ctx, o.bin+"/keyward", "version", "-o", "json")), &v) != nil {
+		return "unknown"
+	}
+	return strings.TrimSpace(v.Version + " " + v.Revision)
 }
 
 // cores are those of the machine: this process may be pinned to one.

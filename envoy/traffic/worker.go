@@ -217,7 +217,7 @@ func (w *worker) due(at int64) {
 	w.pending = append(w.pending, at)
 	if w.link != nil {
 		w.fillLocked(w.run.now())
-		w.link.flushLocked()
+		_ = w.link.flushLocked() // whoever reads sees it too
 	}
 }
 
