@@ -151,8 +151,8 @@ type Decision struct {
 	// Key is the caller's key as soon as it is known, for denials too; nil otherwise. On an allowed
 	// request it is the identity to hand on; nil then means a caller without identity.
 	Key *apikey.Key
-	// Scopes are the rights in force: the key's, capped by the policy. Set when allowed with a key.
-	Scopes apikey.Scopes
+	// allowed are the rights that the policy leaves to keys.
+	allowed apikey.Scopes
 
 	// Leased says that the request, allowed, holds Lease until somebody says that it ended.
 	Leased bool
@@ -179,3 +179,13 @@ type Decision struct {
 
 // Outcome is what the caller learns.
 func (d *Decision) Outcome() Outcome { return d.Reason.Outcome() }
+
+// AppendScopes appends the rights in force of a request that is allowed with a key: the key's, capped by
+// the policy, separated by spaces; "*" for all.
+func (d *Decision) AppendScopes(dst []byte) []byte {
+	if d.allowed == nil {
+		return d.Key.Scopes.Append(dst)
+	}
+	var room [apikey.MaxScopes]apikey.Scope
+	return d.Key.Scopes.Intersect(room[:0], d.allowed).Append(dst)
+}

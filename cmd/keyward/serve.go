@@ -37,6 +37,7 @@ import (
 	"keyward/envoy/accesslog"
 	"keyward/envoy/check"
 	"keyward/envoy/generate"
+	"keyward/envoy/wire"
 	"keyward/limits"
 	"keyward/limits/local"
 )
@@ -435,7 +436,7 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Second, Timeout: time.Second}),
 		grpc.MaxConcurrentStreams(10_000),
 		grpc.MaxRecvMsgSize(maxLogMessage),
-		grpc.ForceServerCodecV2(newRawCodec()),
+		grpc.ForceServerCodecV2(wire.NewCodec()),
 		grpc.MaxHeaderListSize(64 << 10),
 		grpc.ConnectionTimeout(10 * time.Second),
 	}

@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"keyward/envoy/wire"
 )
 
 // Where our decision leaves what it tells the log.
@@ -24,63 +26,63 @@ func readALS(message []byte, named func(origin), take func(entry)) {
 	var from origin
 	identified := false
 	logs := message
-	f := walk(message)
-	for f.next() {
+	f := wire.Walk(message)
+	for f.Next() {
 		switch {
-		case f.isBytes(1): // identifier
-			if !readIdentifier(f.bytes, &from) {
-				f.broken = true
+		case f.IsBytes(1): // identifier
+			if !readIdentifier(f.Bytes, &from) {
+				f.Broken = true
 			}
 			identified = true
-		case f.isBytes(3): // tcp_logs: an alternative to the http_logs before it
-			logs = f.rest
+		case f.IsBytes(3): // tcp_logs: an alternative to the http_logs before it
+			logs = f.Rest
 		}
 	}
-	if f.broken {
+	if f.Broken {
 		take(entry{broken: true})
 		return
 	}
 	if identified {
 		named(from)
 	}
-	for f := walk(logs); f.next(); {
-		if !f.isBytes(2) { // http_logs
+	for f := wire.Walk(logs); f.Next(); {
+		if !f.IsBytes(2) { // http_logs
 			continue
 		}
-		entries := walk(f.bytes)
-		for entries.next() {
-			if entries.isBytes(1) {
-				take(readHTTPEntry(entries.bytes))
+		entries := wire.Walk(f.Bytes)
+		for entries.Next() {
+			if entries.IsBytes(1) {
+				take(readHTTPEntry(entries.Bytes))
 			}
 		}
-		if entries.broken {
+		if entries.Broken {
 			take(entry{broken: true})
 		}
 	}
 }
 
 func readIdentifier(b []byte, to *origin) bool {
-	f := walk(b)
-	for f.next() {
+	f := wire.Walk(b)
+	for f.Next() {
 		switch {
-		case f.isBytes(1): // node
-			node := walk(f.bytes)
-			for node.next() {
+		case f.IsBytes(1): // node
+			node := wire.Walk(f.Bytes)
+			for node.Next() {
 				switch {
-				case node.isBytes(1):
-					to.node = text(node.bytes)
-				case node.isBytes(2):
-					to.cluster = text(node.bytes)
+				case node.IsBytes(1):
+					to.node = wire.Text(node.Bytes)
+				case node.IsBytes(2):
+					to.cluster = wire.Text(node.Bytes)
 				}
 			}
-			if node.broken {
+			if node.Broken {
 				return false
 			}
-		case f.isBytes(2):
-			to.log = text(f.bytes)
+		case f.IsBytes(2):
+			to.log = wire.Text(f.Bytes)
 		}
 	}
-	return !f.broken
+	return !f.Broken
 }
 
 // common is what matters of an envoy.data.accesslog.v3.AccessLogCommon, as it is collected.
@@ -102,13 +104,13 @@ type moment struct {
 // readHTTPEntry reads an envoy.data.accesslog.v3.HTTPAccessLogEntry.
 func readHTTPEntry(b []byte) entry {
 	var c common
-	f := walk(b)
-	for f.next() {
-		if f.isBytes(1) && !c.read(f.bytes) { // common_properties
+	f := wire.Walk(b)
+	for f.Next() {
+		if f.IsBytes(1) && !c.read(f.Bytes) { // common_properties
 			return entry{broken: true}
 		}
 	}
-	if f.broken {
+	if f.Broken {
 		return entry{broken: true}
 	}
 	e := entry{lease: c.lease, start: time.Unix(c.start.seconds, int64(c.start.nanos))}
@@ -130,142 +132,142 @@ func readHTTPEntry(b []byte) entry {
 }
 
 func (c *common) read(b []byte) bool {
-	f := walk(b)
-	for f.next() {
+	f := wire.Walk(b)
+	for f.Next() {
 		ok := true
 		switch {
-		case f.isBytes(5):
-			ok = c.start.read(f.bytes)
-		case f.isBytes(17):
-			ok = c.readMetadata(f.bytes)
-		case f.isBytes(20): // downstream_direct_remote_address
-			ok = c.readAddress(f.bytes)
-		case f.isBytes(23):
+		case f.IsBytes(5):
+			ok = c.start.read(f.Bytes)
+		case f.IsBytes(17):
+			ok = c.readMetadata(f.Bytes)
+		case f.IsBytes(20): // downstream_direct_remote_address
+			ok = c.readAddress(f.Bytes)
+		case f.IsBytes(23):
 			c.timed = true
-			ok = c.duration.read(f.bytes)
-		case f.isVarint(33):
-			c.logType = int32(f.varint)
+			ok = c.duration.read(f.Bytes)
+		case f.IsVarint(33):
+			c.logType = int32(f.Varint)
 		}
 		if !ok {
 			return false
 		}
 	}
-	return !f.broken
+	return !f.Broken
 }
 
 func (m *moment) read(b []byte) bool {
-	f := walk(b)
-	for f.next() {
+	f := wire.Walk(b)
+	for f.Next() {
 		switch {
-		case f.isVarint(1):
-			m.seconds = int64(f.varint)
-		case f.isVarint(2):
-			m.nanos = int32(f.varint)
+		case f.IsVarint(1):
+			m.seconds = int64(f.Varint)
+		case f.IsVarint(2):
+			m.nanos = int32(f.Varint)
 		}
 	}
-	return !f.broken
+	return !f.Broken
 }
 
 // readAddress reads an envoy.config.core.v3.Address.
 func (c *common) readAddress(b []byte) bool {
-	f := walk(b)
-	for f.next() {
+	f := wire.Walk(b)
+	for f.Next() {
 		switch {
-		case f.isBytes(1): // socket_address
-			if !c.readSocketAddress(f.bytes) {
+		case f.IsBytes(1): // socket_address
+			if !c.readSocketAddress(f.Bytes) {
 				return false
 			}
-		case f.isBytes(2), f.isBytes(3): // pipe, envoy_internal_address
+		case f.IsBytes(2), f.IsBytes(3): // pipe, envoy_internal_address
 			c.address, c.port = "", 0
 		}
 	}
-	return !f.broken
+	return !f.Broken
 }
 
 func (c *common) readSocketAddress(b []byte) bool {
-	f := walk(b)
-	for f.next() {
+	f := wire.Walk(b)
+	for f.Next() {
 		switch {
-		case f.isBytes(2):
-			c.address = text(f.bytes)
-		case f.isVarint(3):
-			c.port = uint32(f.varint)
-		case f.isBytes(4): // named_port
+		case f.IsBytes(2):
+			c.address = wire.Text(f.Bytes)
+		case f.IsVarint(3):
+			c.port = uint32(f.Varint)
+		case f.IsBytes(4): // named_port
 			c.port = 0
 		}
 	}
-	return !f.broken
+	return !f.Broken
 }
 
 // readMetadata reads an envoy.config.core.v3.Metadata: maps of structs of maps of values. An entry of a
 // map replaces an earlier one with its key.
 func (c *common) readMetadata(b []byte) bool {
-	f := walk(b)
-	for f.next() {
-		if !f.isBytes(1) { // filter_metadata
+	f := wire.Walk(b)
+	for f.Next() {
+		if !f.IsBytes(1) { // filter_metadata
 			continue
 		}
-		found, ok := hasKey(f.bytes, metadataNamespace)
+		found, ok := hasKey(f.Bytes, metadataNamespace)
 		if !ok {
 			return false
 		}
 		if found {
 			c.lease = ""
-			for values := walk(f.bytes); values.next(); {
-				if values.isBytes(2) && !c.readStruct(values.bytes) {
+			for values := wire.Walk(f.Bytes); values.Next(); {
+				if values.IsBytes(2) && !c.readStruct(values.Bytes) {
 					return false
 				}
 			}
 		}
 	}
-	return !f.broken
+	return !f.Broken
 }
 
 // readStruct reads a google.protobuf.Struct.
 func (c *common) readStruct(b []byte) bool {
-	f := walk(b)
-	for f.next() {
-		if !f.isBytes(1) { // fields
+	f := wire.Walk(b)
+	for f.Next() {
+		if !f.IsBytes(1) { // fields
 			continue
 		}
-		found, ok := hasKey(f.bytes, metadataLease)
+		found, ok := hasKey(f.Bytes, metadataLease)
 		if !ok {
 			return false
 		}
 		if found {
 			c.lease = ""
-			for values := walk(f.bytes); values.next(); {
-				if values.isBytes(2) && !c.readValue(values.bytes) {
+			for values := wire.Walk(f.Bytes); values.Next(); {
+				if values.IsBytes(2) && !c.readValue(values.Bytes) {
 					return false
 				}
 			}
 		}
 	}
-	return !f.broken
+	return !f.Broken
 }
 
 // readValue reads a google.protobuf.Value, of which only text is a lease.
 func (c *common) readValue(b []byte) bool {
-	f := walk(b)
-	for f.next() {
+	f := wire.Walk(b)
+	for f.Next() {
 		switch {
-		case f.isBytes(3):
-			c.lease = text(f.bytes)
-		case f.isVarint(1), f.is(2, protowire.Fixed64Type), f.isVarint(4), f.isBytes(5), f.isBytes(6):
+		case f.IsBytes(3):
+			c.lease = wire.Text(f.Bytes)
+		case f.IsVarint(1), f.Is(2, protowire.Fixed64Type), f.IsVarint(4), f.IsBytes(5), f.IsBytes(6):
 			c.lease = ""
 		}
 	}
-	return !f.broken
+	return !f.Broken
 }
 
 // hasKey reports whether an entry of a map has this key, which may come after the value. ok is false if
 // the entry is not in wire format.
 func hasKey(entry []byte, key string) (has, ok bool) {
-	f := walk(entry)
-	for f.next() {
-		if f.isBytes(1) {
-			has = string(f.bytes) == key
+	f := wire.Walk(entry)
+	for f.Next() {
+		if f.IsBytes(1) {
+			has = string(f.Bytes) == key
 		}
 	}
-	return has, !f.broken
+	return has, !f.Broken
 }

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"keyward/envoy/wire"
 )
 
 // The attributes of a log record, as the configuration that keyward generates has Envoy write them.
@@ -29,40 +31,40 @@ const (
 
 // readOTLP reads an opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest.
 func readOTLP(message []byte, named func(origin), take func(entry)) {
-	f := walk(message)
-	for f.next() {
-		if f.isBytes(1) && !readResourceLogs(f.bytes, named, take) { // resource_logs
+	f := wire.Walk(message)
+	for f.Next() {
+		if f.IsBytes(1) && !readResourceLogs(f.Bytes, named, take) { // resource_logs
 			take(entry{broken: true})
 		}
 	}
-	if f.broken {
+	if f.Broken {
 		take(entry{broken: true})
 	}
 }
 
 func readResourceLogs(b []byte, named func(origin), take func(entry)) bool {
 	var from origin
-	f := walk(b)
-	for f.next() { // the resource first, wherever it stands
-		if f.isBytes(1) && !readResource(f.bytes, &from) {
+	f := wire.Walk(b)
+	for f.Next() { // the resource first, wherever it stands
+		if f.IsBytes(1) && !readResource(f.Bytes, &from) {
 			return false
 		}
 	}
-	if f.broken {
+	if f.Broken {
 		return false
 	}
 	named(from)
-	for f := walk(b); f.next(); {
-		if !f.isBytes(2) { // scope_logs
+	for f := wire.Walk(b); f.Next(); {
+		if !f.IsBytes(2) { // scope_logs
 			continue
 		}
-		records := walk(f.bytes)
-		for records.next() {
-			if records.isBytes(2) { // log_records
-				take(readRecord(records.bytes))
+		records := wire.Walk(f.Bytes)
+		for records.Next() {
+			if records.IsBytes(2) { // log_records
+				take(readRecord(records.Bytes))
 			}
 		}
-		if records.broken {
+		if records.Broken {
 			return false
 		}
 	}
@@ -70,12 +72,12 @@ func readResourceLogs(b []byte, named func(origin), take func(entry)) bool {
 }
 
 func readResource(b []byte, to *origin) bool {
-	f := walk(b)
-	for f.next() {
-		if !f.isBytes(1) { // attributes
+	f := wire.Walk(b)
+	for f.Next() {
+		if !f.IsBytes(1) { // attributes
 			continue
 		}
-		key, value, ok := readKeyValue(f.bytes)
+		key, value, ok := readKeyValue(f.Bytes)
 		if !ok {
 			return false
 		}
@@ -88,19 +90,19 @@ func readResource(b []byte, to *origin) bool {
 			to.log = value
 		}
 	}
-	return !f.broken
+	return !f.Broken
 }
 
 // readRecord reads an opentelemetry.proto.logs.v1.LogRecord.
 func readRecord(b []byte) entry {
 	var e entry
 	var peer, start, took, logType string
-	f := walk(b)
-	for f.next() {
-		if !f.isBytes(6) { // attributes
+	f := wire.Walk(b)
+	for f.Next() {
+		if !f.IsBytes(6) { // attributes
 			continue
 		}
-		key, value, ok := readKeyValue(f.bytes)
+		key, value, ok := readKeyValue(f.Bytes)
 		if !ok {
 			return entry{broken: true}
 		}
@@ -120,7 +122,7 @@ func readRecord(b []byte) entry {
 			logType = value
 		}
 	}
-	if f.broken {
+	if f.Broken {
 		return entry{broken: true}
 	}
 	switch logType {
@@ -153,25 +155,25 @@ func wholeNumber(s string) (int64, bool) {
 
 // readKeyValue reads an opentelemetry.proto.common.v1.KeyValue. A value that is not text is "".
 func readKeyValue(b []byte) (key, value string, ok bool) {
-	f := walk(b)
-	for f.next() {
+	f := wire.Walk(b)
+	for f.Next() {
 		switch {
-		case f.isBytes(1):
-			key = text(f.bytes)
-		case f.isBytes(2): // an AnyValue: a choice
-			v := walk(f.bytes)
-			for v.next() {
+		case f.IsBytes(1):
+			key = wire.Text(f.Bytes)
+		case f.IsBytes(2): // an AnyValue: a choice
+			v := wire.Walk(f.Bytes)
+			for v.Next() {
 				switch {
-				case v.isBytes(1):
-					value = text(v.bytes)
-				case v.isVarint(2), v.isVarint(3), v.is(4, protowire.Fixed64Type), v.isBytes(5), v.isBytes(6), v.isBytes(7):
+				case v.IsBytes(1):
+					value = wire.Text(v.Bytes)
+				case v.IsVarint(2), v.IsVarint(3), v.Is(4, protowire.Fixed64Type), v.IsBytes(5), v.IsBytes(6), v.IsBytes(7):
 					value = ""
 				}
 			}
-			if v.broken {
+			if v.Broken {
 				return "", "", false
 			}
 		}
 	}
-	return key, value, !f.broken
+	return key, value, !f.Broken
 }
