@@ -18,6 +18,22 @@ import (
 // grpcPrefix comes before a message: not compressed, and its length in four bytes.
 const grpcPrefix = 5
 
+// A Request makes Checks in wire format, the same that [Run] sends: for who calls a Check server in its own
+// process. Not safe for concurrent use.
+type Request struct{ template *template }
+
+// NewRequest returns a Request for secrets of one length.
+func NewRequest(method, host, path string, secretLen int) (*Request, error) {
+	t, err := newTemplate(method, host, path, secretLen)
+	return &Request{t}, err
+}
+
+// Make returns the Check with this secret, valid until the next. number differs between all calls.
+func (r *Request) Make(secret string, number uint64, now time.Time) []byte {
+	r.template.patch([]byte(secret), number, now)
+	return r.template.message[grpcPrefix:]
+}
+
 // A template is a Check as Envoy sends it for the request of a browser, 1.4 KB, with the places of what
 // differs from call to call. Every value that is patched has a fixed length.
 type template struct {
@@ -55,7 +71,7 @@ func newTemplate(method, host, path string, secretLen int) (*template, error) {
 		{"accept-language", "en-US,en;q=0.9,de;q=0.8"},
 		{"accept-encoding", "gzip, deflate, br, zstd"},
 		{"content-type", "application/json"},
-		{"origin", "https://app.example"},
+		{"cookie", "session=" + strings.Repeat("0123456789abcdef", 14) + "; theme=dark; consent=necessary.analytics"},
 		{"referer", "https://app.example/orders/overview"},
 		{"sec-ch-ua", `"Chromium";v="141", "Not?A_Brand";v="8"`},
 		{"sec-ch-ua-mobile", "?0"},
@@ -63,7 +79,7 @@ func newTemplate(method, host, path string, secretLen int) (*template, error) {
 		{"sec-fetch-dest", "empty"},
 		{"sec-fetch-mode", "cors"},
 		{"sec-fetch-site", "same-origin"},
-		{"x-forwarded-for", "192.0.2.17"},
+		{"x-forwarded-for", clientIP},
 		{"x-forwarded-proto", "https"},
 		{"x-request-id", requestID},
 		{"x-api-key", secret},
@@ -76,8 +92,8 @@ func newTemplate(method, host, path string, secretLen int) (*template, error) {
 		}}}
 	}
 	check := &authv3.CheckRequest{Attributes: &authv3.AttributeContext{
-		Source:      &authv3.AttributeContext_Peer{Address: address("192.0.2.17", clientPort)},
-		Destination: &authv3.AttributeContext_Peer{Address: address("10.20.30.40", 8443)},
+		Source:      &authv3.AttributeContext_Peer{Address: address(clientIP, clientPort)},
+		Destination: &authv3.AttributeContext_Peer{Address: address("10.20.30.40", 8443), Principal: "ingress.app.example"},
 		Request: &authv3.AttributeContext_Request{
 			Time: moment,
 			Http: &authv3.AttributeContext_HttpRequest{
@@ -85,7 +101,10 @@ func newTemplate(method, host, path string, secretLen int) (*template, error) {
 				HeaderMap: headers,
 			},
 		},
-		MetadataContext:      &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{}},
+		ContextExtensions: map[string]string{"virtual_host": "app"},
+		MetadataContext: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
+			"envoy.filters.http.header_to_metadata": {Fields: map[string]*structpb.Value{"tier": structpb.NewStringValue("gold")}},
+		}},
 		RouteMetadataContext: &corev3.Metadata{},
 	}}
 	body, err := proto.MarshalOptions{Deterministic: true}.Marshal(check)

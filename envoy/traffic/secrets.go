@@ -67,7 +67,7 @@ const longestSecret = 8 << 10 // bytes
 func ReadSecrets(in io.Reader) (*Secrets, error) {
 	s := &Secrets{}
 	lines := bufio.NewScanner(in)
-	lines.Buffer(make([]byte, 0, 64<<10), longestSecret)
+	lines.Buffer(make([]byte, 0, longestSecret), longestSecret)
 	n := 0
 	for lines.Scan() {
 		n++
