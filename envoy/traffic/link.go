@@ -36,10 +36,11 @@ type link struct {
 	framer *http2.Framer
 	out    bytes.Buffer // frames that were not sent yet
 
-	encoder      *hpack.Encoder
-	block        bytes.Buffer
-	first, later []byte // header blocks; the first one fills the server's table, later ones refer to it
-	authority    string
+	encoder   *hpack.Encoder
+	block     bytes.Buffer
+	blocks    int    // encoded so far: the first one fills the server's table, later ones refer to it
+	later     []byte // the block of all later requests, once it stays the same
+	authority string
 
 	decoder *hpack.Decoder
 	status  string // grpc-status of the block that is being read
@@ -215,41 +216,43 @@ func (l *link) settings(f *http2.SettingsFrame) error {
 			l.peerLimit = s.Val
 		case http2.SettingHeaderTableSize:
 			l.encoder.SetMaxDynamicTableSize(min(s.Val, 4096))
+			l.blocks, l.later = 0, nil
 		}
 		return s.Valid()
 	})
-	l.encodeHeaders()
 	l.must(l.framer.WriteSettingsAck())
 	return err
 }
 
-// encodeHeaders makes the header blocks of the first request and of all later ones. Their headers are
-// what Envoy sends.
-func (l *link) encodeHeaders() {
+// headers returns the next request's header block: what Envoy sends. Each block is sent, in this order.
+func (l *link) headers() []byte {
+	if l.later != nil {
+		return l.later
+	}
 	scheme := "http"
 	if l.worker.run.TLS != nil {
 		scheme = "https"
 	}
 	timeout := strconv.FormatInt(l.worker.run.Timeout.Milliseconds(), 10)
-	encode := func() []byte {
-		l.block.Reset()
-		for _, h := range []hpack.HeaderField{
-			{Name: ":method", Value: "POST"},
-			{Name: ":path", Value: "/envoy.service.auth.v3.Authorization/Check"},
-			{Name: ":authority", Value: l.authority},
-			{Name: ":scheme", Value: scheme},
-			{Name: "te", Value: "trailers"},
-			{Name: "grpc-timeout", Value: timeout + "m"},
-			{Name: "content-type", Value: "application/grpc"},
-			{Name: "x-envoy-internal", Value: "true"},
-			{Name: "x-forwarded-for", Value: "10.20.30.40"},
-			{Name: "x-envoy-expected-rq-timeout-ms", Value: timeout},
-		} {
-			l.must(l.encoder.WriteField(h))
-		}
-		return bytes.Clone(l.block.Bytes())
+	l.block.Reset()
+	for _, h := range []hpack.HeaderField{
+		{Name: ":method", Value: "POST"},
+		{Name: ":path", Value: "/envoy.service.auth.v3.Authorization/Check"},
+		{Name: ":authority", Value: l.authority},
+		{Name: ":scheme", Value: scheme},
+		{Name: "te", Value: "trailers"},
+		{Name: "grpc-timeout", Value: timeout + "m"},
+		{Name: "content-type", Value: "application/grpc"},
+		{Name: "x-envoy-internal", Value: "true"},
+		{Name: "x-forwarded-for", Value: "10.20.30.40"},
+		{Name: "x-envoy-expected-rq-timeout-ms", Value: timeout},
+	} {
+		l.must(l.encoder.WriteField(h))
 	}
-	l.first, l.later = encode(), encode()
+	if l.blocks++; l.blocks > 1 {
+		l.later = bytes.Clone(l.block.Bytes())
+	}
+	return l.block.Bytes()
 }
 
 // mayStart reports whether there is room for another request.
@@ -262,11 +265,7 @@ func (l *link) mayStart() bool {
 func (l *link) ask(message []byte, c call) {
 	id := l.nextID
 	l.nextID += 2
-	block := l.later
-	if l.first != nil {
-		block, l.first = l.first, nil
-	}
-	l.must(l.framer.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block, EndHeaders: true}))
+	l.must(l.framer.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: l.headers(), EndHeaders: true}))
 	l.must(l.framer.WriteData(id, true, message))
 	l.window -= int64(len(message))
 	var own *call

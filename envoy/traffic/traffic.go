@@ -208,9 +208,9 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	for _, w := range workers {
 		group.Go(func() { w.serve(running) })
 	}
-	var aside sync.WaitGroup
+	var pacing, aside sync.WaitGroup
 	if c.Rate > 0 {
-		aside.Go(func() { r.pace(running, workers) })
+		pacing.Go(func() { r.pace(running, workers) })
 	}
 	if c.Progress != nil {
 		aside.Go(func() { r.report(running) })
@@ -223,6 +223,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	if err != nil {
 		stop()
 	}
+	pacing.Wait() // on a busy machine it is late: what was due in time counts all the same
 	for _, w := range workers {
 		w.finish()
 	}
