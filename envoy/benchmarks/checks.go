@@ -76,11 +76,16 @@ func compareChecks(ctx context.Context, o options) error {
 			say("round %d of %d: %s", round+1, o.rounds, v.name)
 			for i := range servers {
 				s := servers[(i+round)%len(servers)]
-				r, err := pay(ctx, o, v, s, unknown, uint64(round))
+				err := again(ctx, s.name+" at "+v.name, func() error {
+					r, err := pay(ctx, o, v, s, unknown, uint64(round))
+					if err == nil {
+						measured[v.name][s.name].add(r)
+					}
+					return err
+				})
 				if err != nil {
-					return fmt.Errorf("%s at %s: %w", s.name, v.name, err)
+					return err
 				}
-				measured[v.name][s.name].add(r)
 			}
 		}
 	}

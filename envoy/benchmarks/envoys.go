@@ -80,8 +80,10 @@ func compareEnvoys(ctx context.Context, o options) (err error) {
 			say("round %d of %d: %d connections", round+1, o.rounds, n)
 			for i := range ways {
 				w := ways[(i+round)%len(ways)]
-				if err := w.visit(ctx, o, n, secrets, measured[n][w.name]); err != nil {
-					return fmt.Errorf("%s, %d connections: %w", w.name, n, err)
+				if err := again(ctx, fmt.Sprintf("%s, %d connections", w.name, n), func() error {
+					return w.visit(ctx, o, n, secrets, measured[n][w.name])
+				}); err != nil {
+					return err
 				}
 			}
 		}

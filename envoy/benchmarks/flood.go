@@ -43,36 +43,40 @@ func measureFlood(ctx context.Context, o options, dir string, pinned bool) (stri
 	var quiet50, quiet99, loud50, loud99, refused []float64
 	for round := range o.rounds {
 		say("flood: round %d of %d", round+1, o.rounds)
-		r, err := traffic.Run(ctx, valid)
-		if err == nil {
-			err = right(r)
-		}
-		if err != nil {
-			return "", fmt.Errorf("before the flood: %w", err)
-		}
-		quiet50, quiet99 = append(quiet50, r.Latency.P50), append(quiet99, r.Latency.P99)
-		var group errgroup.Group
-		var beside *traffic.Result
-		group.Go(func() (err error) {
-			flood.Seed++
-			beside, err = traffic.Run(ctx, flood)
-			return err
+		flood.Seed = uint64(round)
+		err := again(ctx, "flood", func() error {
+			quiet, err := traffic.Run(ctx, valid)
+			if err == nil {
+				err = right(quiet)
+			}
+			if err != nil {
+				return err
+			}
+			var group errgroup.Group
+			var loud, beside *traffic.Result
+			group.Go(func() (err error) {
+				if beside, err = traffic.Run(ctx, flood); err == nil {
+					err = right(beside)
+				}
+				return err
+			})
+			group.Go(func() (err error) {
+				if loud, err = traffic.Run(ctx, valid); err == nil {
+					err = right(loud)
+				}
+				return err
+			})
+			if err := group.Wait(); err != nil {
+				return err
+			}
+			quiet50, quiet99 = append(quiet50, quiet.Latency.P50), append(quiet99, quiet.Latency.P99)
+			loud50, loud99 = append(loud50, loud.Latency.P50), append(loud99, loud.Latency.P99)
+			refused = append(refused, beside.PerSec)
+			return nil
 		})
-		r, err = traffic.Run(ctx, valid)
-		if waited := group.Wait(); err == nil {
-			err = waited
-		}
-		if err == nil {
-			err = right(r)
-		}
-		if err == nil {
-			err = right(beside)
-		}
 		if err != nil {
-			return "", fmt.Errorf("in the flood: %w", err)
+			return "", err
 		}
-		loud50, loud99 = append(loud50, r.Latency.P50), append(loud99, r.Latency.P99)
-		refused = append(refused, beside.PerSec)
 	}
 	return fmt.Sprintf("\n**Flood: valid keys at %d/s, beside a closed loop (2 × 8) of %d distinct made-up keys**\n\n"+
 		"| | p50 µs | p99 µs | made-up keys/s |\n|---|---|---|---|\n| alone | %.0f | %.0f | – |\n| in the flood | %.0f | %.0f | %.0f |\n",

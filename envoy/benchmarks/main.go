@@ -111,6 +111,21 @@ func pin() (bool, error) {
 	return false, syscall.Exec(taskset, append([]string{taskset, "-c", clientCore, self}, os.Args[1:]...), append(os.Environ(), marker+"=1"))
 }
 
+// again tries up to three times: a machine that stands still for a moment fails a visit, a server that
+// answers wrongly fails every one.
+func again(ctx context.Context, what string, visit func() error) error {
+	for try := 1; ; try++ {
+		err := visit()
+		if err == nil {
+			return nil
+		}
+		if try == 3 || ctx.Err() != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		say("%s: %v: again", what, err)
+	}
+}
+
 // say tells whoever waits what goes on.
 func say(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "%s "+format+"\n", append([]any{time.Now().Format("15:04:05")}, args...)...)

@@ -77,26 +77,36 @@ func measureOracle(ctx context.Context, o options, dir string, pinned bool) (str
 		classes[i] = traffic.Class{Name: c.name, Share: 1, Secrets: secrets, Want: []int{http.StatusUnauthorized}}
 	}
 	samples := make([][]float64, len(classes))
-	// A request takes some 50 µs at this depth. The run goes on until there are enough.
-	duration := time.Second
-	for len(slices.MinFunc(samples, func(a, b []float64) int { return cmp.Compare(len(a), len(b)) })) < o.samples {
-		r, err := traffic.Run(ctx, traffic.Config{
-			Address: k.address, Warmup: o.warmup, Duration: duration, Timeout: patience, Classes: classes, Seed: uint64(len(samples[0])),
-			// One connection: this is called by one goroutine.
-			Observe: func(class int, took time.Duration) {
-				if len(samples[class]) < o.samples {
-					samples[class] = append(samples[class], float64(took))
-				}
-			},
+	fewest := func() int {
+		return len(slices.MinFunc(samples, func(a, b []float64) int { return cmp.Compare(len(a), len(b)) }))
+	}
+	for perSec, seed := 1000.0, uint64(0); fewest() < o.samples; {
+		missing := time.Duration(float64((o.samples-fewest())*len(classes)) / perSec * float64(time.Second))
+		err := again(ctx, "refused keys", func() error {
+			seed++
+			took := make([][]float64, len(classes))
+			r, err := traffic.Run(ctx, traffic.Config{
+				Address: k.address, Warmup: o.warmup, Duration: min(missing+100*time.Millisecond, 30*time.Second), Timeout: patience, Classes: classes, Seed: seed,
+				// One connection: this is called by one goroutine.
+				Observe: func(class int, t time.Duration) { took[class] = append(took[class], float64(t)) },
+			})
+			if err == nil {
+				err = right(r)
+			}
+			if err != nil {
+				return err
+			}
+			for i := range samples {
+				samples[i] = append(samples[i], took[i]...)
+				samples[i] = samples[i][:min(len(samples[i]), o.samples)]
+			}
+			perSec = max(r.PerSec, 1)
+			return nil
 		})
-		if err == nil {
-			err = right(r)
-		}
 		if err != nil {
-			return "", fmt.Errorf("refused keys: %w", err)
+			return "", err
 		}
-		say("no oracle: %d of %d samples of each class", len(samples[0]), o.samples)
-		duration = min(time.Duration(float64(o.samples-len(samples[0]))*float64(len(classes))/r.PerSec*float64(time.Second))+time.Second, time.Minute)
+		say("no oracle: %d of %d samples of each class", fewest(), o.samples)
 	}
 	report := oracleTable("over the wire, one request at a time", refused, samples)
 	k.stop()

@@ -221,6 +221,18 @@ func TestLateAnswersAreErrors(t *testing.T) {
 	}
 }
 
+// TestTimeoutOfAServerThatIgnoresIt: grpc-go's does not.
+func TestTimeoutOfAServerThatIgnoresIt(t *testing.T) {
+	class := Class{Name: "valid", Share: 1, Secrets: secretsOf("valid"), Want: []int{200}}
+	w := newWorker(&run{Config: Config{Timeout: time.Millisecond, Connections: 1, Classes: []Class{class}}, to: 1}, 0)
+	for _, took := range []time.Duration{time.Millisecond, time.Millisecond + 1} {
+		w.answeredLocked(&call{answer: answer{status: 200}}, "0", int64(took))
+	}
+	if diff := cmp.Diff(map[string]int64{"answered after the timeout": 1}, w.errors); diff != "" {
+		t.Error(diff)
+	}
+}
+
 // TestFixedRate: each request that is due is sent and counted once, and one that had to wait for a server
 // that stood still has waited since it was due.
 func TestFixedRate(t *testing.T) {
