@@ -263,7 +263,7 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 	}
 	d.Reason = ReasonKey
 	d.allowed = instance.Policy.AllowedScopes
-	a.uses.Used(d.Key, time.Now())
+	a.uses.Used(d.Key, q.at)
 	return nil
 }
 
@@ -274,6 +274,7 @@ type question struct {
 	secret   string
 	client   netip.Addr
 	mayBlock bool
+	at       time.Time // when the key's life was judged
 }
 
 // known answers who is calling, and whether they may here: life, place and right.
@@ -294,7 +295,7 @@ func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *ques
 			return nil, fmt.Errorf("instance of key %s is not known yet: %w", k.ID, apikey.ErrUndecided)
 		}
 		var asked bool
-		if d.Reason, asked, err = a.life(ctx, k, instance, q.mayBlock); err != nil || d.Reason != ReasonNone {
+		if d.Reason, asked, err = a.life(ctx, k, instance, q); err != nil || d.Reason != ReasonNone {
 			return nil, err
 		}
 		if asked {
@@ -379,8 +380,9 @@ func (a *Authorizer) find(ctx context.Context, r *Request, q *question) (*apikey
 
 // life says where in its life the key stands: ReasonNone if it may be used now. asked says that the store
 // had to be asked.
-func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.Instance, mayBlock bool) (reason Reason, asked bool, err error) {
+func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.Instance, q *question) (reason Reason, asked bool, err error) {
 	now := time.Now()
+	q.at = now
 	status := k.StatusAt(now)
 	switch {
 	case status == apikey.StatusRevoked:
@@ -399,7 +401,7 @@ func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.I
 	// served the key since.
 	case status == apikey.StatusActive || !k.IdleAt(now, a.uses.Last(k.ID)):
 		return ReasonNone, false, nil
-	case !mayBlock:
+	case !q.mayBlock:
 		return ReasonNone, false, errBlock
 	}
 	lastUsed, err := a.keys.LastUsed(ctx, k.ID)

@@ -447,11 +447,9 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 	s.accessLogs.Register(server)
 	config := s.cfg.checkConfig()
 	config.Leases = s.leases
-	checks, err := check.New(s.authorizer, config, s.registry, s.log)
-	if err != nil {
+	if err := registerChecks(server, s.authorizer, config, s.registry, s.log); err != nil {
 		return nil, err
 	}
-	checks.Register(server)
 	s.health = health.NewServer()
 	s.setHealth(false) // until the cache is ready
 	healthpb.RegisterHealthServer(server, s.health)

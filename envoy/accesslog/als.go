@@ -4,8 +4,6 @@ import (
 	"net/netip"
 	"time"
 
-	"google.golang.org/protobuf/encoding/protowire"
-
 	"keyward/envoy/wire"
 )
 
@@ -26,63 +24,63 @@ func readALS(message []byte, named func(origin), take func(entry)) {
 	var from origin
 	identified := false
 	logs := message
-	f := wire.Walk(message)
-	for f.Next() {
+	f := walk(message)
+	for f.next() {
 		switch {
-		case f.IsBytes(1): // identifier
-			if !readIdentifier(f.Bytes, &from) {
-				f.Broken = true
+		case f.isBytes(1): // identifier
+			if !readIdentifier(f.bytes, &from) {
+				f.broken = true
 			}
 			identified = true
-		case f.IsBytes(3): // tcp_logs: an alternative to the http_logs before it
-			logs = f.Rest
+		case f.isBytes(3): // tcp_logs: an alternative to the http_logs before it
+			logs = f.rest
 		}
 	}
-	if f.Broken {
+	if f.broken {
 		take(entry{broken: true})
 		return
 	}
 	if identified {
 		named(from)
 	}
-	for f := wire.Walk(logs); f.Next(); {
-		if !f.IsBytes(2) { // http_logs
+	for f := walk(logs); f.next(); {
+		if !f.isBytes(2) { // http_logs
 			continue
 		}
-		entries := wire.Walk(f.Bytes)
-		for entries.Next() {
-			if entries.IsBytes(1) {
-				take(readHTTPEntry(entries.Bytes))
+		entries := walk(f.bytes)
+		for entries.next() {
+			if entries.isBytes(1) {
+				take(readHTTPEntry(entries.bytes))
 			}
 		}
-		if entries.Broken {
+		if entries.broken {
 			take(entry{broken: true})
 		}
 	}
 }
 
 func readIdentifier(b []byte, to *origin) bool {
-	f := wire.Walk(b)
-	for f.Next() {
+	f := walk(b)
+	for f.next() {
 		switch {
-		case f.IsBytes(1): // node
-			node := wire.Walk(f.Bytes)
-			for node.Next() {
+		case f.isBytes(1): // node
+			node := walk(f.bytes)
+			for node.next() {
 				switch {
-				case node.IsBytes(1):
-					to.node = wire.Text(node.Bytes)
-				case node.IsBytes(2):
-					to.cluster = wire.Text(node.Bytes)
+				case node.isBytes(1):
+					to.node = wire.Text(node.bytes)
+				case node.isBytes(2):
+					to.cluster = wire.Text(node.bytes)
 				}
 			}
-			if node.Broken {
+			if node.broken {
 				return false
 			}
-		case f.IsBytes(2):
-			to.log = wire.Text(f.Bytes)
+		case f.isBytes(2):
+			to.log = wire.Text(f.bytes)
 		}
 	}
-	return !f.Broken
+	return !f.broken
 }
 
 // common is what matters of an envoy.data.accesslog.v3.AccessLogCommon, as it is collected.
@@ -104,13 +102,13 @@ type moment struct {
 // readHTTPEntry reads an envoy.data.accesslog.v3.HTTPAccessLogEntry.
 func readHTTPEntry(b []byte) entry {
 	var c common
-	f := wire.Walk(b)
-	for f.Next() {
-		if f.IsBytes(1) && !c.read(f.Bytes) { // common_properties
+	f := walk(b)
+	for f.next() {
+		if f.isBytes(1) && !c.read(f.bytes) { // common_properties
 			return entry{broken: true}
 		}
 	}
-	if f.Broken {
+	if f.broken {
 		return entry{broken: true}
 	}
 	e := entry{lease: c.lease, start: time.Unix(c.start.seconds, int64(c.start.nanos))}
@@ -132,142 +130,142 @@ func readHTTPEntry(b []byte) entry {
 }
 
 func (c *common) read(b []byte) bool {
-	f := wire.Walk(b)
-	for f.Next() {
+	f := walk(b)
+	for f.next() {
 		ok := true
 		switch {
-		case f.IsBytes(5):
-			ok = c.start.read(f.Bytes)
-		case f.IsBytes(17):
-			ok = c.readMetadata(f.Bytes)
-		case f.IsBytes(20): // downstream_direct_remote_address
-			ok = c.readAddress(f.Bytes)
-		case f.IsBytes(23):
+		case f.isBytes(5):
+			ok = c.start.read(f.bytes)
+		case f.isBytes(17):
+			ok = c.readMetadata(f.bytes)
+		case f.isBytes(20): // downstream_direct_remote_address
+			ok = c.readAddress(f.bytes)
+		case f.isBytes(23):
 			c.timed = true
-			ok = c.duration.read(f.Bytes)
-		case f.IsVarint(33):
-			c.logType = int32(f.Varint)
+			ok = c.duration.read(f.bytes)
+		case f.isVarint(33):
+			c.logType = int32(f.number())
 		}
 		if !ok {
 			return false
 		}
 	}
-	return !f.Broken
+	return !f.broken
 }
 
 func (m *moment) read(b []byte) bool {
-	f := wire.Walk(b)
-	for f.Next() {
+	f := walk(b)
+	for f.next() {
 		switch {
-		case f.IsVarint(1):
-			m.seconds = int64(f.Varint)
-		case f.IsVarint(2):
-			m.nanos = int32(f.Varint)
+		case f.isVarint(1):
+			m.seconds = int64(f.number())
+		case f.isVarint(2):
+			m.nanos = int32(f.number())
 		}
 	}
-	return !f.Broken
+	return !f.broken
 }
 
 // readAddress reads an envoy.config.core.v3.Address.
 func (c *common) readAddress(b []byte) bool {
-	f := wire.Walk(b)
-	for f.Next() {
+	f := walk(b)
+	for f.next() {
 		switch {
-		case f.IsBytes(1): // socket_address
-			if !c.readSocketAddress(f.Bytes) {
+		case f.isBytes(1): // socket_address
+			if !c.readSocketAddress(f.bytes) {
 				return false
 			}
-		case f.IsBytes(2), f.IsBytes(3): // pipe, envoy_internal_address
+		case f.isBytes(2), f.isBytes(3): // pipe, envoy_internal_address
 			c.address, c.port = "", 0
 		}
 	}
-	return !f.Broken
+	return !f.broken
 }
 
 func (c *common) readSocketAddress(b []byte) bool {
-	f := wire.Walk(b)
-	for f.Next() {
+	f := walk(b)
+	for f.next() {
 		switch {
-		case f.IsBytes(2):
-			c.address = wire.Text(f.Bytes)
-		case f.IsVarint(3):
-			c.port = uint32(f.Varint)
-		case f.IsBytes(4): // named_port
+		case f.isBytes(2):
+			c.address = wire.Text(f.bytes)
+		case f.isVarint(3):
+			c.port = uint32(f.number())
+		case f.isBytes(4): // named_port
 			c.port = 0
 		}
 	}
-	return !f.Broken
+	return !f.broken
 }
 
 // readMetadata reads an envoy.config.core.v3.Metadata: maps of structs of maps of values. An entry of a
 // map replaces an earlier one with its key.
 func (c *common) readMetadata(b []byte) bool {
-	f := wire.Walk(b)
-	for f.Next() {
-		if !f.IsBytes(1) { // filter_metadata
+	f := walk(b)
+	for f.next() {
+		if !f.isBytes(1) { // filter_metadata
 			continue
 		}
-		found, ok := hasKey(f.Bytes, metadataNamespace)
+		found, ok := hasKey(f.bytes, metadataNamespace)
 		if !ok {
 			return false
 		}
 		if found {
 			c.lease = ""
-			for values := wire.Walk(f.Bytes); values.Next(); {
-				if values.IsBytes(2) && !c.readStruct(values.Bytes) {
+			for values := walk(f.bytes); values.next(); {
+				if values.isBytes(2) && !c.readStruct(values.bytes) {
 					return false
 				}
 			}
 		}
 	}
-	return !f.Broken
+	return !f.broken
 }
 
 // readStruct reads a google.protobuf.Struct.
 func (c *common) readStruct(b []byte) bool {
-	f := wire.Walk(b)
-	for f.Next() {
-		if !f.IsBytes(1) { // fields
+	f := walk(b)
+	for f.next() {
+		if !f.isBytes(1) { // fields
 			continue
 		}
-		found, ok := hasKey(f.Bytes, metadataLease)
+		found, ok := hasKey(f.bytes, metadataLease)
 		if !ok {
 			return false
 		}
 		if found {
 			c.lease = ""
-			for values := wire.Walk(f.Bytes); values.Next(); {
-				if values.IsBytes(2) && !c.readValue(values.Bytes) {
+			for values := walk(f.bytes); values.next(); {
+				if values.isBytes(2) && !c.readValue(values.bytes) {
 					return false
 				}
 			}
 		}
 	}
-	return !f.Broken
+	return !f.broken
 }
 
 // readValue reads a google.protobuf.Value, of which only text is a lease.
 func (c *common) readValue(b []byte) bool {
-	f := wire.Walk(b)
-	for f.Next() {
+	f := walk(b)
+	for f.next() {
 		switch {
-		case f.IsBytes(3):
-			c.lease = wire.Text(f.Bytes)
-		case f.IsVarint(1), f.Is(2, protowire.Fixed64Type), f.IsVarint(4), f.IsBytes(5), f.IsBytes(6):
+		case f.isBytes(3):
+			c.lease = wire.Text(f.bytes)
+		case f.isVarint(1), f.tag == wire.Fixed64(2), f.isVarint(4), f.isBytes(5), f.isBytes(6):
 			c.lease = ""
 		}
 	}
-	return !f.Broken
+	return !f.broken
 }
 
 // hasKey reports whether an entry of a map has this key, which may come after the value. ok is false if
 // the entry is not in wire format.
 func hasKey(entry []byte, key string) (has, ok bool) {
-	f := wire.Walk(entry)
-	for f.Next() {
-		if f.IsBytes(1) {
-			has = string(f.Bytes) == key
+	f := walk(entry)
+	for f.next() {
+		if f.isBytes(1) {
+			has = string(f.bytes) == key
 		}
 	}
-	return has, !f.Broken
+	return has, !f.broken
 }

@@ -3,6 +3,10 @@ package accesslog
 import (
 	"net/netip"
 	"time"
+
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"keyward/envoy/wire"
 )
 
 // A parser reads one message: it calls named for each place that says who sends, before the entries from
@@ -35,3 +39,35 @@ type entry struct {
 	start  time.Time // zero or 1970: unknown
 	end    time.Time // zero: unknown
 }
+
+// fields walks over the fields of one message.
+type fields struct {
+	rest   []byte
+	tag    wire.Tag
+	bytes  []byte // the field's content
+	broken bool   // the rest is no message; nothing follows
+}
+
+func walk(message []byte) fields { return fields{rest: message} }
+
+// next goes to the next field, if there is one.
+func (f *fields) next() bool {
+	if len(f.rest) == 0 || f.broken {
+		return false
+	}
+	tag, content, rest, ok := wire.Cut(f.rest)
+	if !ok {
+		f.broken = true
+		return false
+	}
+	f.tag, f.bytes, f.rest = tag, content, rest
+	return true
+}
+
+// isBytes is for text and messages.
+func (f *fields) isBytes(number protowire.Number) bool { return f.tag == wire.Bytes(number) }
+
+// isVarint is for whole numbers, which number reads.
+func (f *fields) isVarint(number protowire.Number) bool { return f.tag == wire.Varint(number) }
+
+func (f *fields) number() uint64 { return wire.Number(f.bytes) }

@@ -5,8 +5,6 @@ import (
 	"strconv"
 	"time"
 
-	"google.golang.org/protobuf/encoding/protowire"
-
 	"keyward/envoy/wire"
 )
 
@@ -31,40 +29,40 @@ const (
 
 // readOTLP reads an opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest.
 func readOTLP(message []byte, named func(origin), take func(entry)) {
-	f := wire.Walk(message)
-	for f.Next() {
-		if f.IsBytes(1) && !readResourceLogs(f.Bytes, named, take) { // resource_logs
+	f := walk(message)
+	for f.next() {
+		if f.isBytes(1) && !readResourceLogs(f.bytes, named, take) { // resource_logs
 			take(entry{broken: true})
 		}
 	}
-	if f.Broken {
+	if f.broken {
 		take(entry{broken: true})
 	}
 }
 
 func readResourceLogs(b []byte, named func(origin), take func(entry)) bool {
 	var from origin
-	f := wire.Walk(b)
-	for f.Next() { // the resource first, wherever it stands
-		if f.IsBytes(1) && !readResource(f.Bytes, &from) {
+	f := walk(b)
+	for f.next() { // the resource first, wherever it stands
+		if f.isBytes(1) && !readResource(f.bytes, &from) {
 			return false
 		}
 	}
-	if f.Broken {
+	if f.broken {
 		return false
 	}
 	named(from)
-	for f := wire.Walk(b); f.Next(); {
-		if !f.IsBytes(2) { // scope_logs
+	for f := walk(b); f.next(); {
+		if !f.isBytes(2) { // scope_logs
 			continue
 		}
-		records := wire.Walk(f.Bytes)
-		for records.Next() {
-			if records.IsBytes(2) { // log_records
-				take(readRecord(records.Bytes))
+		records := walk(f.bytes)
+		for records.next() {
+			if records.isBytes(2) { // log_records
+				take(readRecord(records.bytes))
 			}
 		}
-		if records.Broken {
+		if records.broken {
 			return false
 		}
 	}
@@ -72,12 +70,12 @@ func readResourceLogs(b []byte, named func(origin), take func(entry)) bool {
 }
 
 func readResource(b []byte, to *origin) bool {
-	f := wire.Walk(b)
-	for f.Next() {
-		if !f.IsBytes(1) { // attributes
+	f := walk(b)
+	for f.next() {
+		if !f.isBytes(1) { // attributes
 			continue
 		}
-		key, value, ok := readKeyValue(f.Bytes)
+		key, value, ok := readKeyValue(f.bytes)
 		if !ok {
 			return false
 		}
@@ -90,19 +88,19 @@ func readResource(b []byte, to *origin) bool {
 			to.log = value
 		}
 	}
-	return !f.Broken
+	return !f.broken
 }
 
 // readRecord reads an opentelemetry.proto.logs.v1.LogRecord.
 func readRecord(b []byte) entry {
 	var e entry
 	var peer, start, took, logType string
-	f := wire.Walk(b)
-	for f.Next() {
-		if !f.IsBytes(6) { // attributes
+	f := walk(b)
+	for f.next() {
+		if !f.isBytes(6) { // attributes
 			continue
 		}
-		key, value, ok := readKeyValue(f.Bytes)
+		key, value, ok := readKeyValue(f.bytes)
 		if !ok {
 			return entry{broken: true}
 		}
@@ -122,7 +120,7 @@ func readRecord(b []byte) entry {
 			logType = value
 		}
 	}
-	if f.Broken {
+	if f.broken {
 		return entry{broken: true}
 	}
 	switch logType {
@@ -155,25 +153,25 @@ func wholeNumber(s string) (int64, bool) {
 
 // readKeyValue reads an opentelemetry.proto.common.v1.KeyValue. A value that is not text is "".
 func readKeyValue(b []byte) (key, value string, ok bool) {
-	f := wire.Walk(b)
-	for f.Next() {
+	f := walk(b)
+	for f.next() {
 		switch {
-		case f.IsBytes(1):
-			key = wire.Text(f.Bytes)
-		case f.IsBytes(2): // an AnyValue: a choice
-			v := wire.Walk(f.Bytes)
-			for v.Next() {
+		case f.isBytes(1):
+			key = wire.Text(f.bytes)
+		case f.isBytes(2): // an AnyValue: a choice
+			v := walk(f.bytes)
+			for v.next() {
 				switch {
-				case v.IsBytes(1):
-					value = wire.Text(v.Bytes)
-				case v.IsVarint(2), v.IsVarint(3), v.Is(4, protowire.Fixed64Type), v.IsBytes(5), v.IsBytes(6), v.IsBytes(7):
+				case v.isBytes(1):
+					value = wire.Text(v.bytes)
+				case v.isVarint(2), v.isVarint(3), v.tag == wire.Fixed64(4), v.isBytes(5), v.isBytes(6), v.isBytes(7):
 					value = ""
 				}
 			}
-			if v.Broken {
+			if v.broken {
 				return "", "", false
 			}
 		}
 	}
-	return key, value, !f.Broken
+	return key, value, !f.broken
 }

@@ -123,6 +123,11 @@ func checkOnce(t *testing.T, s *check.Server, ctx context.Context, in *authv3.Ch
 func dial(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (authv3.AuthorizationClient, *bytes.Buffer) {
 	t.Helper()
 	s, log, _ := newServer(t, f, rules, cfg)
+	return serve(t, s), log
+}
+
+func serve(t *testing.T, s *check.Server) authv3.AuthorizationClient {
+	t.Helper()
 	server := grpc.NewServer(grpc.ForceServerCodecV2(wire.NewCodec()))
 	s.Register(server)
 	l := bufconn.Listen(1 << 16)
@@ -140,7 +145,7 @@ func dial(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (authv3.
 			t.Error(err)
 		}
 	})
-	return authv3.NewAuthorizationClient(conn), log
+	return authv3.NewAuthorizationClient(conn)
 }
 
 func request(path string, headers map[string]string) *authv3.CheckRequest {

@@ -7,7 +7,6 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/encoding/protowire"
 
 	"keyward/authz"
 	"keyward/envoy/wire"
@@ -59,9 +58,13 @@ type reader struct {
 // its entries apart.
 type taken struct{ name, sent, value string }
 
+const contentType = "content-type"
+
+// Tags that skippable compares as bytes.
 const (
-	contentType = "content-type"
-	bytesType   = protowire.BytesType
+	mapTag   = 3<<3 | bytesOf
+	keyTag   = 1<<3 | bytesOf
+	valueTag = 2<<3 | bytesOf
 )
 
 // read fills the request from a message.
@@ -71,18 +74,17 @@ func (c *reader) read(message []byte) (about, error) {
 	for _, name := range c.headers {
 		c.sizes |= sizeBit(len(name))
 	}
-	f := walk(message)
-	for f.Next() {
-		if f.IsBytes(1) {
+	for len(message) > 0 {
+		tag, content, rest, ok := cutField(message)
+		if message = rest; ok && tag == wire.Bytes(1) {
 			c.attributes = true
-			if !c.readAttributes(f.Bytes) {
-				return about{}, errMalformed
-			}
+			ok = c.readAttributes(content)
+		}
+		if !ok {
+			return about{}, errMalformed
 		}
 	}
 	switch {
-	case f.Broken:
-		return about{}, errMalformed
 	case !c.attributes:
 		return about{}, errNoAttributes
 	case !c.http:
@@ -114,7 +116,11 @@ func (c *reader) reset() {
 // large.
 const keepTaken = 128
 
-func walk(message []byte) wire.Fields { return wire.Fields{Rest: message, NoGroups: true} }
+// cutField is wire.Cut without groups.
+func cutField(message []byte) (tag wire.Tag, content, rest []byte, ok bool) {
+	tag, content, rest, ok = wire.Cut(message)
+	return tag, content, rest, ok && !tag.IsGroup()
+}
 
 // text takes text, if it is such.
 func text(into *string, b []byte) bool {
@@ -124,139 +130,155 @@ func text(into *string, b []byte) bool {
 
 // readAttributes reads an AttributeContext.
 func (c *reader) readAttributes(b []byte) bool {
-	f := walk(b)
-	for f.Next() {
-		if f.Kind != bytesType {
-			continue
-		}
-		ok := true
-		switch f.Number {
-		case 1: // source
-			ok = c.readPeer(f.Bytes)
-		case 4: // request
-			ok = c.readRequest(f.Bytes)
-		case 10: // context_extensions
-			ok = c.readExtension(f.Bytes)
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(1): // source
+			ok = c.readPeer(content)
+		case wire.Bytes(4): // request
+			ok = c.readRequest(content)
+		case wire.Bytes(10): // context_extensions
+			ok = c.readExtension(content)
 		}
 		if !ok {
 			return false
 		}
 	}
-	return !f.Broken
+	return true
 }
 
-// readPeer reads an AttributeContext.Peer, and of its core.v3.Address, a choice, the socket's.
+// readPeer reads an AttributeContext.Peer.
 func (c *reader) readPeer(b []byte) bool {
-	f := walk(b)
-	for f.Next() {
-		if !f.IsBytes(1) { // address
-			continue
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		if b = rest; tag == wire.Bytes(1) { // address
+			ok = c.readAddress(content)
 		}
-		a := walk(f.Bytes)
-		for a.Next() {
-			switch {
-			case a.IsBytes(1): // socket_address
-				if !c.readSocketAddress(a.Bytes) {
-					return false
-				}
-			case a.IsBytes(2), a.IsBytes(3): // pipe, envoy_internal_address
-				c.address, c.port = "", 0
-			}
-		}
-		if a.Broken {
+		if !ok {
 			return false
 		}
 	}
-	return !f.Broken
+	return true
+}
+
+// readAddress reads a core.v3.Address, which is a choice.
+func (c *reader) readAddress(b []byte) bool {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(1): // socket_address
+			ok = c.readSocketAddress(content)
+		case wire.Bytes(2), wire.Bytes(3): // pipe, envoy_internal_address
+			c.address, c.port = "", 0
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
 }
 
 func (c *reader) readSocketAddress(b []byte) bool {
-	f := walk(b)
-	for f.Next() {
-		switch {
-		case f.IsBytes(2): // address
-			if !text(&c.address, f.Bytes) {
-				return false
-			}
-		case f.IsVarint(3): // port_value
-			c.port = uint32(f.Varint) //nolint:gosec // as generated code does
-		case f.IsBytes(4): // named_port, its alternative
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(2): // address
+			ok = text(&c.address, content)
+		case wire.Varint(3): // port_value
+			c.port = uint32(wire.Number(content)) //nolint:gosec // as generated code does
+		case wire.Bytes(4): // named_port, its alternative
 			c.port = 0
 		}
+		if !ok {
+			return false
+		}
 	}
-	return !f.Broken
+	return true
 }
 
 // readRequest reads an AttributeContext.Request.
 func (c *reader) readRequest(b []byte) bool {
-	f := walk(b)
-	for f.Next() {
-		switch {
-		case f.IsBytes(1): // time
-			if !c.readTime(f.Bytes) {
-				return false
-			}
-		case f.IsBytes(2): // http
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(1): // time
+			ok = c.readTime(content)
+		case wire.Bytes(2): // http
 			c.http = true
-			if !c.readHTTP(f.Bytes) {
-				return false
-			}
-		}
-	}
-	return !f.Broken
-}
-
-// readTime reads a google.protobuf.Timestamp.
-func (c *reader) readTime(b []byte) bool {
-	f := walk(b)
-	for f.Next() {
-		switch {
-		case f.IsVarint(1):
-			c.seconds = int64(f.Varint) //nolint:gosec // as generated code does
-		case f.IsVarint(2):
-			c.nanos = int32(f.Varint) //nolint:gosec // as generated code does
-		}
-	}
-	return !f.Broken
-}
-
-// readHTTP reads an AttributeContext.HttpRequest.
-func (c *reader) readHTTP(b []byte) bool {
-	f := walk(b)
-	for f.Next() {
-		if f.Kind != bytesType {
-			continue
-		}
-		ok := true
-		switch f.Number {
-		case 1:
-			ok = text(&c.id, f.Bytes)
-		case 2:
-			ok = text(&c.to.Method, f.Bytes)
-		case 3: // headers
-			ok = c.readMapped(f.Bytes)
-		case 4:
-			ok = text(&c.to.Path, f.Bytes)
-		case 5:
-			ok = text(&c.to.Host, f.Bytes)
-		case 13: // header_map
-			ok = c.readList(f.Bytes)
+			ok = c.readHTTP(content)
 		}
 		if !ok {
 			return false
 		}
 	}
-	return !f.Broken
+	return true
+}
+
+// readTime reads a google.protobuf.Timestamp.
+func (c *reader) readTime(b []byte) bool {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Varint(1):
+			c.seconds = int64(wire.Number(content)) //nolint:gosec // as generated code does
+		case wire.Varint(2):
+			c.nanos = int32(wire.Number(content)) //nolint:gosec // as generated code does
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// readHTTP reads an AttributeContext.HttpRequest.
+func (c *reader) readHTTP(b []byte) bool {
+	for len(b) > 0 {
+		if n := c.skippable(b); n > 0 {
+			b = b[n:]
+			continue
+		}
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(3): // headers
+			ok = c.readMapped(content)
+		case wire.Bytes(1):
+			ok = text(&c.id, content)
+		case wire.Bytes(2):
+			ok = text(&c.to.Method, content)
+		case wire.Bytes(4):
+			ok = text(&c.to.Path, content)
+		case wire.Bytes(5):
+			ok = text(&c.to.Host, content)
+		case wire.Bytes(13): // header_map
+			ok = c.readList(content)
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// skippable recognises, at the cost of a few bytes, a header that cannot be a wanted one: an entry of
+// the map that is a short key and a short value and nothing else. It returns the field's length; 0 for
+// everything that has to be looked at.
+func (c *reader) skippable(b []byte) int {
+	if len(b) < 6 || b[0] != mapTag || b[1] >= 0x80 || b[2] != keyTag || b[3] >= 0x80 || c.sizes&sizeBit(int(b[3])) != 0 {
+		return 0
+	}
+	end, value := 2+int(b[1]), 4+int(b[3])
+	if end > len(b) || value+2 > end || b[value] != valueTag || b[value+1] >= 0x80 || value+2+int(b[value+1]) != end {
+		return 0
+	}
+	return end
 }
 
 // readMapped reads an entry of the map of headers.
 func (c *reader) readMapped(b []byte) bool {
 	key, value, ok := readEntry(b)
-	if !ok {
-		return false
-	}
-	if c.sizes&sizeBit(len(key)) == 0 {
-		return true
+	if !ok || c.sizes&sizeBit(len(key)) == 0 {
+		return ok
 	}
 	if !c.typeListed && isNamed(key, contentType) && !text(&c.contentType, value) {
 		return false
@@ -280,33 +302,36 @@ func (c *reader) readMapped(b []byte) bool {
 
 // readList reads a core.v3.HeaderMap.
 func (c *reader) readList(b []byte) bool {
-	f := walk(b)
-	for f.Next() {
-		if f.IsBytes(1) && !c.readListed(f.Bytes) {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		if b = rest; tag == wire.Bytes(1) {
+			ok = c.readListed(content)
+		}
+		if !ok {
 			return false
 		}
 	}
-	return !f.Broken
+	return true
 }
 
 // readListed reads a core.v3.HeaderValue.
 func (c *reader) readListed(b []byte) bool {
 	var key, value, raw []byte
-	f := walk(b)
-	for f.Next() {
-		switch {
-		case f.IsBytes(1):
-			key = f.Bytes
-		case f.IsBytes(2):
-			value = f.Bytes
-		case f.IsBytes(3):
-			raw = f.Bytes
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		if !ok {
+			return false
+		}
+		switch b = rest; tag {
+		case wire.Bytes(1):
+			key = content
+		case wire.Bytes(2):
+			value = content
+		case wire.Bytes(3):
+			raw = content
 		}
 	}
-	switch {
-	case f.Broken:
-		return false
-	case c.sizes&sizeBit(len(key)) == 0:
+	if c.sizes&sizeBit(len(key)) == 0 {
 		return true
 	}
 	h := taken{name: c.wanted(key), sent: wire.Text(key)}
@@ -384,16 +409,19 @@ func (c *reader) readExtension(b []byte) bool {
 
 // readEntry reads an entry of a map from text to text.
 func readEntry(b []byte) (key, value []byte, ok bool) {
-	f := walk(b)
-	for f.Next() {
-		switch {
-		case f.IsBytes(1):
-			key = f.Bytes
-		case f.IsBytes(2):
-			value = f.Bytes
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		if !ok {
+			return nil, nil, false
+		}
+		switch b = rest; tag {
+		case wire.Bytes(1):
+			key = content
+		case wire.Bytes(2):
+			value = content
 		}
 	}
-	return key, value, !f.Broken
+	return key, value, true
 }
 
 // isGRPC recognises application/grpc and application/grpc+proto, not application/grpc-web, which Envoy

@@ -13,6 +13,7 @@ import (
 
 	"keyward/authz"
 	"keyward/authz/apikey"
+	"keyward/envoy/wire"
 	"keyward/limits"
 )
 
@@ -319,23 +320,34 @@ func appendFacts(dst []byte, d *authz.Decision) []byte {
 // complete lets only whole answers out: an allow that says so, or a refusal that says so. To Envoy, a
 // response without a status is an "allowed".
 func complete(answer []byte) bool {
-	var code, parts int
-	f := walk(answer)
-	for n := 0; f.Next(); n++ {
-		switch {
-		case n == 0 && f.IsBytes(1):
-			if s := walk(f.Bytes); s.Next() && s.IsVarint(1) {
-				code = int(s.Varint) //nolint:gosec // our own
-			}
-			parts++
-		case n == 1 && f.IsBytes(3) && code == 0, n == 1 && (f.IsBytes(2) || f.IsBytes(5)) && code != 0:
-			parts++
-		case n == 2 && f.IsBytes(4):
-		default:
-			return false
-		}
+	tag, status, answer, ok := cutMessage(answer)
+	if !ok || tag != responseStatus {
+		return false
 	}
-	return parts == 2 && !f.Broken
+	refused := false
+	if len(status) > 0 {
+		tag, code, _, ok := wire.Cut(status)
+		refused = ok && tag == statusCode && wire.Number(code) != 0
+	}
+	tag, _, answer, ok = cutMessage(answer)
+	switch {
+	case !ok:
+		return false
+	case refused && tag != responseDenied && tag != responseError, !refused && tag != responseOK:
+		return false
+	case len(answer) == 0:
+		return true
+	}
+	tag, _, answer, ok = cutMessage(answer)
+	return ok && tag == responseMetadata && len(answer) == 0
+}
+
+// cutMessage is wire.Cut of a message that may be empty.
+func cutMessage(b []byte) (tag wire.Tag, content, rest []byte, ok bool) {
+	if len(b) == 0 {
+		return 0, nil, nil, false
+	}
+	return wire.Cut(b)
 }
 
 // isVisible reports whether s is ASCII from space to tilde, neither beginning nor ending with a space.

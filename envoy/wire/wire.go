@@ -5,8 +5,8 @@
 // Trade-off: whoever reads a message states its field numbers, and its rules (the last of a repeated
 // scalar counts, repeated messages merge), again. So each reader is tested against generated code.
 //
-// A server that is to hand messages over like that has [Codec] as its codec; what is not a [Message]
-// goes through the standard one.
+// A server that is to hand messages over like that has [NewCodec]'s codec; what is not a [Message] goes
+// through the standard one.
 package wire
 
 import (
@@ -15,81 +15,78 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Fields walks over the fields of one message in wire format:
+// A Tag is a field's number and wire type, as messages have them. A field of another type than its
+// message says is unknown to the message, and skipped.
+type Tag uint32
+
+// The wire types.
+const (
+	varint  = Tag(protowire.VarintType)
+	fixed64 = Tag(protowire.Fixed64Type)
+	bytes   = Tag(protowire.BytesType)
+	group   = Tag(protowire.StartGroupType)
+)
+
+// Bytes returns the tag of a field that is text or a message.
+func Bytes(number protowire.Number) Tag { return Tag(number<<3) | bytes }
+
+// Varint returns the tag of a field that is a whole number.
+func Varint(number protowire.Number) Tag { return Tag(number<<3) | varint }
+
+// Fixed64 returns the tag of a field of eight bytes.
+func Fixed64(number protowire.Number) Tag { return Tag(number<<3) | fixed64 }
+
+// IsGroup reports whether the field is a group, which proto3 does not have.
+func (t Tag) IsGroup() bool { return t&7 == group }
+
+// Cut cuts the first field off a message that is not empty; what comes after it is the rest. The content
+// is what text or a message holds, and of any other field its bytes as they stand. ok is false if no
+// field stands there.
 //
-//	f := wire.Walk(message)
-//	for f.Next() {
-//		switch {
-//		case f.IsBytes(1):
-//			use(f.Bytes)
+//	for len(message) > 0 {
+//		tag, content, rest, ok := wire.Cut(message)
+//		if !ok {
+//			return errBroken
+//		}
+//		message = rest
+//		switch tag {
+//		case wire.Bytes(1): // name
+//			name = wire.Text(content)
 //		}
 //	}
-//	if f.Broken { … }
-type Fields struct {
-	// Rest is what comes after the current field.
-	Rest   []byte
-	Number protowire.Number
-	Kind   protowire.Type
-	Bytes  []byte // of a field of BytesType: text, a message
-	Varint uint64 // of a field of VarintType: a whole number
-	Broken bool   // the rest is not in wire format; nothing follows
-	// NoGroups makes groups, which proto3 does not have, count as broken. Otherwise they are skipped.
-	NoGroups bool
-}
-
-// Walk begins before the first field of a message.
-func Walk(message []byte) Fields { return Fields{Rest: message} }
-
-// Next goes to the next field, if there is one.
-func (f *Fields) Next() bool {
-	if len(f.Rest) == 0 || f.Broken {
-		return false
-	}
+func Cut(message []byte) (tag Tag, content, rest []byte, ok bool) {
 	// Most fields have a tag and a length of one byte.
-	if b := f.Rest; len(b) >= 2 && b[0] < 0x80 && protowire.Type(b[0]&7) == protowire.BytesType && b[0]>>3 != 0 && b[1] < 0x80 {
-		if end := 2 + int(b[1]); end <= len(b) {
-			f.Number, f.Kind = protowire.Number(b[0]>>3), protowire.BytesType
-			f.Bytes, f.Rest = b[2:end:end], b[end:]
-			return true
+	if len(message) >= 2 && message[0] >= 1<<3 && message[0] < 0x80 && Tag(message[0])&7 == bytes && message[1] < 0x80 {
+		if end := 2 + int(message[1]); end <= len(message) {
+			return Tag(message[0]), message[2:end], message[end:], true
 		}
-		f.Broken = true
-		return false
+		return 0, nil, nil, false
 	}
-	return f.next()
+	return cutAny(message)
 }
 
-func (f *Fields) next() bool {
-	number, kind, n := protowire.ConsumeTag(f.Rest)
-	if n >= 0 && number <= protowire.MaxValidNumber {
-		value := f.Rest[n:]
-		switch kind {
-		case protowire.BytesType:
-			f.Bytes, n = protowire.ConsumeBytes(value)
-		case protowire.VarintType:
-			f.Varint, n = protowire.ConsumeVarint(value)
-		default:
-			n = protowire.ConsumeFieldValue(number, kind, value)
-		}
-		if n >= 0 && (kind != protowire.StartGroupType || !f.NoGroups) {
-			f.Number, f.Kind, f.Rest = number, kind, value[n:]
-			return true
-		}
+func cutAny(message []byte) (tag Tag, content, rest []byte, ok bool) {
+	number, kind, n := protowire.ConsumeTag(message)
+	if n < 0 || number > protowire.MaxValidNumber {
+		return 0, nil, nil, false
 	}
-	f.Broken = true
-	return false
+	tag, message = Tag(number<<3)|Tag(kind), message[n:]
+	if kind == protowire.BytesType {
+		content, n = protowire.ConsumeBytes(message)
+	} else if n = protowire.ConsumeFieldValue(number, kind, message); n >= 0 {
+		content = message[:n]
+	}
+	if n < 0 {
+		return 0, nil, nil, false
+	}
+	return tag, content, message[n:], true
 }
 
-// Is reports whether the field is this one. A field of another type than its message says is unknown to
-// the message, and skipped.
-func (f *Fields) Is(number protowire.Number, kind protowire.Type) bool {
-	return f.Number == number && f.Kind == kind
+// Number reads the content of a field that is a whole number.
+func Number(content []byte) uint64 {
+	n, _ := protowire.ConsumeVarint(content) // Cut saw to it that it is one
+	return n
 }
-
-// IsBytes is for text and messages.
-func (f *Fields) IsBytes(number protowire.Number) bool { return f.Is(number, protowire.BytesType) }
-
-// IsVarint is for whole numbers.
-func (f *Fields) IsVarint(number protowire.Number) bool { return f.Is(number, protowire.VarintType) }
 
 // Text makes a string of bytes without copying: it lives as long as the message that they are part of.
 func Text(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) } //nolint:gosec // spares a copy of every text in every message

@@ -13,31 +13,38 @@ import (
 	"keyward/envoy/wire"
 )
 
-func TestWalk(t *testing.T) {
+func TestCut(t *testing.T) {
+	long := strings.Repeat("l", 300)
 	message := protowire.AppendTag(nil, 1, protowire.BytesType)
 	message = protowire.AppendString(message, "short")
 	message = protowire.AppendTag(message, 2, protowire.VarintType)
 	message = protowire.AppendVarint(message, 1<<40)
 	message = protowire.AppendTag(message, 300, protowire.BytesType)
-	message = protowire.AppendString(message, strings.Repeat("l", 300))
+	message = protowire.AppendString(message, long)
 	message = protowire.AppendTag(message, 4, protowire.Fixed64Type)
 	message = protowire.AppendFixed64(message, 9)
 	message = protowire.AppendTag(message, 5, protowire.BytesType)
 	message = protowire.AppendString(message, "")
-	f := wire.Walk(message)
-	for i, ok := range []func() bool{
-		func() bool { return f.IsBytes(1) && !f.IsBytes(2) && !f.IsVarint(1) && wire.Text(f.Bytes) == "short" },
-		func() bool { return f.IsVarint(2) && f.Varint == 1<<40 },
-		func() bool { return f.IsBytes(300) && len(f.Bytes) == 300 },
-		func() bool { return f.Is(4, protowire.Fixed64Type) },
-		func() bool { return f.IsBytes(5) && len(f.Bytes) == 0 },
+	message = append(message, 6<<3|3, 6<<3|4) // an empty group
+	for i, want := range []struct {
+		tag     wire.Tag
+		content func([]byte) bool
+	}{
+		{wire.Bytes(1), func(b []byte) bool { return wire.Text(b) == "short" }},
+		{wire.Varint(2), func(b []byte) bool { return wire.Number(b) == 1<<40 }},
+		{wire.Bytes(300), func(b []byte) bool { return string(b) == long }},
+		{wire.Fixed64(4), func(b []byte) bool { return len(b) == 8 }},
+		{wire.Bytes(5), func(b []byte) bool { return len(b) == 0 && wire.Text(b) == "" }},
+		{6<<3 | 3, func([]byte) bool { return wire.Tag(6<<3 | 3).IsGroup() && !wire.Bytes(6).IsGroup() }},
 	} {
-		if !f.Next() || !ok() {
-			t.Errorf("field %d: %+v", i, f)
+		tag, content, rest, ok := wire.Cut(message)
+		if !ok || tag != want.tag || !want.content(content) {
+			t.Errorf("field %d: tag %d, content %x, %v", i, tag, content, ok)
 		}
+		message = rest
 	}
-	if f.Next() || f.Broken {
-		t.Errorf("after the last field: %+v", f)
+	if len(message) != 0 {
+		t.Errorf("%d bytes are left", len(message))
 	}
 }
 
@@ -45,6 +52,7 @@ func TestBrokenMessages(t *testing.T) {
 	for name, message := range map[string][]byte{
 		"cut tag":            {0x80},
 		"cut length":         {0x0a, 0x80},
+		"no length":          {0x0a},
 		"longer than all":    {0x0a, 2, 'a'},
 		"much longer":        {0x0a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01},
 		"cut number":         {0x08},
@@ -56,21 +64,9 @@ func TestBrokenMessages(t *testing.T) {
 		"tag above 32 bits":  {0xfa, 0xff, 0xff, 0xff, 0xff, 0x01, 0},
 		"number of 11 bytes": {0x08, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x00},
 	} {
-		f := wire.Walk(message)
-		if f.Next() || !f.Broken || f.Next() {
-			t.Errorf("%s: %+v, want broken", name, f)
+		if tag, _, _, ok := wire.Cut(message); ok {
+			t.Errorf("%s: tag %d, want broken", name, tag)
 		}
-	}
-	group := []byte{0x0b, 0x0c}
-	if f := wire.Walk(group); !f.Next() || !f.Is(1, protowire.StartGroupType) || f.Next() || f.Broken {
-		t.Errorf("a group: %+v, want it skipped", f)
-	}
-	if f := (wire.Fields{Rest: group, NoGroups: true}); f.Next() || !f.Broken {
-		t.Errorf("a group where there are to be none: %+v, want broken", f)
-	}
-	f := wire.Walk([]byte{0x0a, 1, 'a', 0x0b})
-	if !f.Next() || f.Broken || f.Next() || !f.Broken {
-		t.Errorf("broken after a good field: %+v", f)
 	}
 }
 
