@@ -45,7 +45,7 @@ bench-envoy: benchmarks have-envoy ## what an authorizer costs behind a real Env
 	bin/benchmarks envoy -rounds $(ROUNDS) -measure $(MEASURE) -keys $(KEYS)
 
 bench-go: have-envoy ## Go benchmarks: rules, state, access logs, and max-concurrent through Envoy
-	go test -run '^$$' -bench . ./authz/... ./cache ./limits/... ./envoy/accesslog
+	go test -run '^$$' -bench . ./authz/... ./cache ./limits/... ./envoy/accesslog ./envoy/check
 	go test -run '^$$' -bench . -benchtime 1x ./envoy/e2e
 
 # What is compared: keyward, the same with the standard codec, and the comparison itself.

@@ -79,7 +79,8 @@ func classify(message []byte) (a answer, fault string) {
 }
 
 // fields calls take for each field of a message: v is the content of a length-delimited one, x the number
-// of a varint. It reports whether the message is whole and take had no objection.
+// of a varint. It reports whether the message is whole and take had no objection. What judges keyward's
+// answers shares no parser with keyward.
 func fields(message []byte, take func(n protowire.Number, v []byte, x uint64) bool) bool {
 	for len(message) > 0 {
 		n, kind, size := protowire.ConsumeTag(message)
