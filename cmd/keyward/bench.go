@@ -218,7 +218,11 @@ func (b *bench) withInstance(ctx context.Context, progress func(string, ...any),
 	// Before it is made: an interrupted call may have made it all the same.
 	defer func() {
 		erase()
-		err = errors.Join(err, b.remove(ctx, client, id))
+		left := b.remove(ctx, client, id)
+		if errors.Is(err, errInterrupted) && left != nil {
+			err = nil // it is not said, and would keep the other from being said
+		}
+		err = errors.Join(err, left)
 	}()
 	if _, err := client.PutInstance(ctx, id, policy); err != nil {
 		return reach(ctx, err)

@@ -142,7 +142,7 @@ func short(address string, classes ...Class) Config {
 	return Config{Address: address, Connections: 2, Streams: 4, Duration: 200 * time.Millisecond, Timeout: patience, Classes: classes}
 }
 
-func run1(t *testing.T, c Config) *Result {
+func measure(t *testing.T, c Config) *Result {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -164,7 +164,7 @@ func TestRightAnswersAreNoErrors(t *testing.T) {
 	var progress atomic.Int64
 	c.Progress = func(p Progress) { progress.Store(p.Answers) }
 	c.Duration = 600 * time.Millisecond
-	r := run1(t, c)
+	r := measure(t, c)
 	if n := r.ErrorCount(); n != 0 {
 		t.Fatalf("got errors %v", r.Errors)
 	}
@@ -200,7 +200,7 @@ func TestWrongAnswersAreErrors(t *testing.T) {
 		"half":    halfAnswer,
 	} {
 		t.Run(secret, func(t *testing.T) {
-			r := run1(t, short(address, Class{Name: "valid", Share: 1, Secrets: secretsOf(secret), Want: []int{200}}))
+			r := measure(t, short(address, Class{Name: "valid", Share: 1, Secrets: secretsOf(secret), Want: []int{200}}))
 			if got := r.ErrorKinds(); len(got) != 1 || got[0] != want || r.Errors[want] == 0 {
 				t.Errorf("got %v, want %q alone", r.Errors, want)
 			}
@@ -215,7 +215,7 @@ func TestLateAnswersAreErrors(t *testing.T) {
 	}}
 	c := short(serve(t, a), Class{Share: 1, Secrets: secretsOf("valid")})
 	c.Timeout = time.Millisecond
-	r := run1(t, c)
+	r := measure(t, c)
 	if r.ErrorCount() == 0 || r.ErrorCount() != r.Errors["answered after the timeout"]+r.Errors["RPC error DeadlineExceeded"]+r.Errors["stream reset: CANCEL"] {
 		t.Errorf("got errors %v", r.Errors)
 	}
@@ -250,7 +250,7 @@ func TestFixedRate(t *testing.T) {
 	}}
 	c := short(serve(t, a), Class{Share: 1, Secrets: secretsOf("valid"), Want: []int{200}})
 	c.Rate, c.Connections, c.Streams, c.Duration = rate, 2, 1, time.Second
-	r := run1(t, c)
+	r := measure(t, c)
 	if r.ErrorCount() != 0 {
 		t.Fatalf("got errors %v", r.Errors)
 	}
@@ -279,7 +279,7 @@ func TestServersRules(t *testing.T) {
 		MaxConnectionAge: 200 * time.Millisecond, Time: time.Second, Timeout: time.Second,
 	})), Class{Share: 1, Secrets: secretsOf("valid"), Want: []int{200}})
 	c.Connections, c.Streams, c.Duration = 1, 100, time.Second
-	r := run1(t, c)
+	r := measure(t, c)
 	if r.ErrorCount() != 0 {
 		t.Errorf("got errors %v", r.Errors)
 	}
@@ -293,7 +293,7 @@ func TestWindow(t *testing.T) {
 	a := &authorizer{check: byName}
 	c := short(serve(t, a), Class{Share: 1, Secrets: secretsOf("valid"), Want: []int{200}})
 	c.Connections, c.Streams, c.Duration = 1, 100, time.Second
-	if r := run1(t, c); r.ErrorCount() != 0 || r.Answers[200] <= 100 { // 46 Checks fit into 64 KiB
+	if r := measure(t, c); r.ErrorCount() != 0 || r.Answers[200] <= 100 { // 46 Checks fit into 64 KiB
 		t.Errorf("got %d answers, errors %v", r.Answers[200], r.Errors)
 	}
 }
@@ -307,7 +307,7 @@ func TestLostConnectionsAreMadeAnew(t *testing.T) {
 	serving := serveOn(t, l, a)
 	c := short(l.Addr().String(), Class{Share: 1, Secrets: secretsOf("valid"), Want: []int{200}})
 	c.Duration = time.Second
-	before := atomic.Int64{}
+	var after atomic.Int64
 	time.AfterFunc(300*time.Millisecond, func() {
 		serving.Stop()
 		again, err := net.Listen("tcp", l.Addr().String())
@@ -316,13 +316,13 @@ func TestLostConnectionsAreMadeAnew(t *testing.T) {
 			return
 		}
 		b := &authorizer{check: func(ctx context.Context, secret string, in *authv3.CheckRequest) (*authv3.CheckResponse, error) {
-			before.Add(1)
+			after.Add(1)
 			return byName(ctx, secret, in)
 		}}
 		serveOn(t, again, b)
 	})
-	r := run1(t, c)
-	if before.Load() == 0 {
+	r := measure(t, c)
+	if after.Load() == 0 {
 		t.Error("the server that came back was not asked")
 	}
 	for kind := range r.Errors {
@@ -341,7 +341,7 @@ func TestLeasesAreEnded(t *testing.T) {
 		granted.Store(id, in)
 		return leased(allow(), id), nil
 	}
-	r := run1(t, short(serve(t, a), Class{Share: 1, Secrets: secretsOf("valid"), Want: []int{200}}))
+	r := measure(t, short(serve(t, a), Class{Share: 1, Secrets: secretsOf("valid"), Want: []int{200}}))
 	if r.ErrorCount() != 0 {
 		t.Fatalf("got errors %v", r.Errors)
 	}
@@ -384,7 +384,7 @@ func TestTLS(t *testing.T) {
 	address := serve(t, a, grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: certificates.TLS.Certificates})))
 	c := short(address, Class{Share: 1, Secrets: secretsOf("valid"), Want: []int{200}})
 	c.TLS = &tls.Config{RootCAs: pool, ServerName: "example.com"}
-	if r := run1(t, c); r.ErrorCount() != 0 || r.Requests == 0 {
+	if r := measure(t, c); r.ErrorCount() != 0 || r.Requests == 0 {
 		t.Errorf("got %d requests, errors %v", r.Requests, r.Errors)
 	}
 	if got := <-authority; got != "example.com" {
@@ -407,7 +407,7 @@ func TestUnixSocket(t *testing.T) {
 		return leased(allow(), "a lease"), nil
 	}
 	serveOn(t, l, a)
-	r := run1(t, short("unix://"+path, Class{Share: 1, Secrets: secretsOf("valid"), Want: []int{200}}))
+	r := measure(t, short("unix://"+path, Class{Share: 1, Secrets: secretsOf("valid"), Want: []int{200}}))
 	if r.ErrorCount() != 0 || r.Requests == 0 || r.Leases == 0 {
 		t.Errorf("got %d requests, %d leases, errors %v", r.Requests, r.Leases, r.Errors)
 	}
