@@ -76,6 +76,11 @@ type Reader interface {
 	// Digests calls yield with every digest that finds a key, in no order, until it returns false. The
 	// digests are at least as new as the returned revision.
 	Digests(ctx context.Context, yield func(apikey.Digest) bool) (apikey.Revision, error)
+	// RecentKeys calls yield with what FindKey would answer to every digest that finds a key that is not
+	// revoked, the keys that were used last first, until it returns false: the record, and a revision that
+	// it is at least as new as. It keeps no writer waiting, however long yield takes. yield must not call
+	// the store.
+	RecentKeys(ctx context.Context, yield func(k *apikey.Key, at apikey.Revision) bool) error
 	// Changes returns what changed after a revision, oldest first, and the newest revision. truncated
 	// means that the store no longer knows everything since then, or that it is older than the caller (a
 	// restored backup): the caller must forget all it knows. A key comes once per revision.
