@@ -60,8 +60,6 @@ const (
 
 	oneToken = `SELECT ` + tokenColumns + ` FROM token_digests d JOIN tokens t ON t.id = d.token_id WHERE d.digest = ?`
 
-	listPeppers = `SELECT p.version, p.check_value, ` + left + ` FROM peppers p ORDER BY p.version`
-
 	// left counts what only the version p.version finds and could still be used at ?1.
 	left = `(
 	SELECT count(*) FROM key_digests d
@@ -402,17 +400,30 @@ func (r *reader) tokens(rows iter.Seq2[*sql.Rows, error]) ([]*admin.Token, error
 // Peppers implements admin.Reader.
 func (r *reader) Peppers(ctx context.Context) ([]admin.PepperRecord, error) {
 	var list []admin.PepperRecord
-	for row, err := range r.rows(ctx, "list peppers", listPeppers, micros(time.Now()), never) {
+	for row, err := range r.rows(ctx, "list peppers", `SELECT version, check_value FROM peppers ORDER BY version`) {
 		if err != nil {
 			return nil, err
 		}
 		var p admin.PepperRecord
-		if err := r.scan("list peppers", row, &p.Version, exactly(p.Check[:]), &p.Left); err != nil {
+		if err := r.scan("list peppers", row, &p.Version, exactly(p.Check[:])); err != nil {
 			return nil, err
 		}
 		list = append(list, p)
 	}
 	return list, nil
+}
+
+// pepperLeft counts; none means that the version is not known.
+func (r *reader) pepperLeft(ctx context.Context, version uint32) (n sql.Null[int], err error) {
+	_, err = r.one(ctx, "count what a pepper finds", `SELECT `+left+` FROM peppers p WHERE p.version = ?3`,
+		[]any{micros(time.Now()), never, version}, &n)
+	return n, err
+}
+
+// PepperLeft implements admin.Reader.
+func (r *reader) PepperLeft(ctx context.Context, version uint32) (int, error) {
+	n, err := r.pepperLeft(ctx, version)
+	return n.V, err
 }
 
 // Events implements admin.Reader.
