@@ -317,6 +317,24 @@ func collect(at ports) (time.Duration, error) {
 	return time.Since(begin), errors.Join(err, resp.Body.Close())
 }
 
+// metricsOf reads the metrics that have no labels.
+func metricsOf(at ports) (map[string]float64, error) {
+	resp, err := http.Get("http://" + at.metrics + "/metrics")
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	values := map[string]float64{}
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
+		name, text, _ := strings.Cut(lines.Text(), " ")
+		if value, err := strconv.ParseFloat(text, 64); err == nil {
+			values[name] = value
+		}
+	}
+	return values, lines.Err()
+}
+
 func envNumber(b *testing.B, name string, otherwise int) int {
 	text := os.Getenv(name)
 	if text == "" {
@@ -366,8 +384,151 @@ func BenchmarkStateAtScale(b *testing.B) {
 		}
 		must(errors.Join(w.Flush(), file.Close()))
 	}
-	_, _, _ = rate, cached, length
 	info, err := os.Stat(database)
 	must(err)
 	say("store of %d keys, %d MB", keys, info.Size()>>20)
+
+	started := time.Now()
+	at := newPorts()
+	server, err := start(dir, at.env(), "serve", "--config", "keyward.yaml",
+		"--set", "cache.records="+strconv.Itoa(max(cached, 1)), "--set", "cache.warmUp=10m")
+	must(err)
+	b.Cleanup(server.kill)
+	for statusIs("http://"+at.metrics+"/readyz", http.StatusOK) != nil {
+		select {
+		case <-server.done:
+			b.Fatal(server.says())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	ready := time.Since(started)
+	pid := server.cmd.Process.Pid
+	startCPU, err := cpuOf(pid)
+	must(err)
+	metrics := func() map[string]float64 {
+		m, err := metricsOf(at)
+		must(err)
+		return m
+	}
+	m := metrics()
+	known, warm := m["keyward_cache_known_load_seconds"], m["keyward_cache_warm_up_seconds"]
+	if got := int(m["keyward_cache_warm_up_records"]); got != cached {
+		b.Fatalf("%d keys are in memory, want %d", got, cached)
+	}
+	say("ready after %v", ready)
+	_, err = collect(at)
+	must(err)
+	cycle, err := collect(at)
+	must(err)
+	m = metrics()
+	rss, heap, objects := m["process_resident_memory_bytes"], m["go_memstats_heap_alloc_bytes"], m["go_memstats_heap_objects"]
+
+	// The keys that the cache has loaded, which are those that were used last: see fillStore.
+	var held []int
+	for n := 0; n < keys && len(held) < cached; n += 1000 {
+		held = append(held, n)
+	}
+	for n := 0; n < keys && len(held) < cached; n++ {
+		if n%1000 != 0 {
+			held = append(held, n)
+		}
+	}
+	spread := func(n, among int) string { // evenly over the first so many
+		return scaleSecret(held[int((uint64(n)*0x9E3779B97F4A7C15)>>33)%among])
+	}
+	type measured struct {
+		p50, p99, p999, cpu time.Duration // the last a request
+	}
+	run := func(among int, collecting bool) measured {
+		b.Helper()
+		_, err := loadAt(at.check, rate, time.Second, func(n int) string { return spread(n, among) }) // connections, pools
+		must(err)
+		stop, stopped := make(chan struct{}), make(chan struct{})
+		var cycles [][2]time.Time
+		go func() {
+			defer close(stopped)
+			for collecting {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				begin := time.Now()
+				if _, err := collect(at); err != nil {
+					return // it shows in what was measured
+				}
+				cycles = append(cycles, [2]time.Time{begin, time.Now()})
+			}
+		}()
+		before, err := cpuOf(pid)
+		must(err)
+		all, err := loadAt(at.check, rate, length, func(n int) string { return spread(n, among) })
+		must(err)
+		after, err := cpuOf(pid)
+		must(err)
+		close(stop)
+		<-stopped
+		if collecting && len(cycles) == 0 {
+			b.Fatal("no cycle ended: SECONDS is too small")
+		}
+		return measured{percentile(all, .5), percentile(all, .99), percentile(all, .999), (after - before) / time.Duration(len(all))}
+	}
+	few := min(1000, cached)
+	var hot, wide, collected []measured
+	for round := range 3 { // interleaved: this machine has other work
+		hot, wide = append(hot, run(few, false)), append(wide, run(cached, false))
+		collected = append(collected, run(cached, true))
+		say("round %d: %d keys %v, %d keys %v, collecting %v", round+1, few, hot[round], cached, wide[round], collected[round])
+	}
+	median := func(of []measured, what func(measured) time.Duration) time.Duration {
+		all := make([]time.Duration, len(of))
+		for i, one := range of {
+			all[i] = what(one)
+		}
+		slices.Sort(all)
+		return all[len(all)/2]
+	}
+	row := func(what string, of []measured) string {
+		us := func(f func(measured) time.Duration) string {
+			return strconv.FormatInt(median(of, f).Microseconds(), 10)
+		}
+		return fmt.Sprintf("| %s | %s | %s | %s | %s |\n", what, us(func(m measured) time.Duration { return m.p50 }),
+			us(func(m measured) time.Duration { return m.p99 }), us(func(m measured) time.Duration { return m.p999 }),
+			us(func(m measured) time.Duration { return m.cpu }))
+	}
+	gogc := m["go_gc_gogc_percent"]
+	var table strings.Builder
+	fmt.Fprintf(&table, "`KEYS=%d make bench-scale`, %s, %s/%s, %d processors, GOGC %v, on %s. Median of 3 interleaved rounds of %v at %d requests/s.\n\n",
+		keys, runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), gogc, time.Now().UTC().Format(time.DateOnly), length, rate)
+	fmt.Fprintf(&table, "| keys in the store, in memory | %d, %d |\n| --- | --- |\n", keys, cached)
+	for _, line := range [][2]string{
+		{"database file", fmt.Sprintf("%d MB", info.Size()>>20)},
+		{"start until ready", fmt.Sprintf("%.1f s (%.1f s of processor time): known digests %.1f s, warm-up %.1f s", ready.Seconds(), startCPU.Seconds(), known, warm)},
+		{"resident memory", fmt.Sprintf("%.0f MB", rss/(1<<20))},
+		{"heap after a collection", fmt.Sprintf("%.0f MB in %.1f million objects", heap/(1<<20), objects/1e6)},
+		{"a garbage collection, without traffic", fmt.Sprintf("%.2f s", cycle.Seconds())},
+	} {
+		fmt.Fprintf(&table, "| %s | %s |\n", line[0], line[1])
+	}
+	fmt.Fprintf(&table, "\n| asked for | p50 µs | p99 µs | p99.9 µs | CPU µs a request |\n| --- | --- | --- | --- | --- |\n")
+	table.WriteString(row(fmt.Sprintf("%d keys", few), hot) + row(fmt.Sprintf("%d keys", cached), wide) +
+		row(fmt.Sprintf("%d keys, collecting garbage all the time", cached), collected))
+	fmt.Print(table.String())
+	if doc := os.Getenv("DOC"); doc != "" {
+		must(writeBetween(doc, "<!-- scale:begin -->\n", "<!-- scale:end -->\n", table.String()))
+	}
+}
+
+// writeBetween replaces what stands between two markers in a file.
+func writeBetween(file, begin, end, text string) error {
+	old, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	before, rest, ok := strings.Cut(string(old), begin)
+	_, after, found := strings.Cut(rest, end)
+	if !ok || !found {
+		return fmt.Errorf("%s has no %s", file, strings.TrimSpace(begin))
+	}
+	return os.WriteFile(file, []byte(before+begin+text+end+after), 0o600)
 }
