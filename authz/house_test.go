@@ -78,10 +78,10 @@ func (h *house) authorizer(t *testing.T, config authz.Config, keys authz.Keys, l
 	return a
 }
 
-// count reads a counter of the replica's cache.
-func (r *replica) count(t *testing.T, name string) float64 {
+// count reads a counter of a cache, the one with the first label of several.
+func count(t *testing.T, reg *prometheus.Registry, name string) float64 {
 	t.Helper()
-	families, err := r.reg.Gather()
+	families, err := reg.Gather()
 	if err != nil {
 		t.Fatal(err)
 	}

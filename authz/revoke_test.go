@@ -178,7 +178,7 @@ func takeAway(t *testing.T, store admin.Store, workers, trials int) {
 	}
 	all.Wait()
 	t.Logf("%d trials: %d allowed before, %d refused, %d undecided; %d reads began before and ended after; %v answers were too old to be kept",
-		trials, allowed.Load(), refused.Load(), undecided.Load(), overtaken.Load(), r.count(t, "stale_fills_total"))
+		trials, allowed.Load(), refused.Load(), undecided.Load(), overtaken.Load(), count(t, r.reg, "stale_fills_total"))
 	if n := int64(trials); late.Load() > 0 || allowed.Load() < n || refused.Load() < n || overtaken.Load() < n/8 || undecided.Load() > n {
 		t.Errorf("%d were allowed after the acknowledgement; or there was too little of something to prove anything", late.Load())
 	}
