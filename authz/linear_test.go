@@ -226,7 +226,7 @@ func TestChangesAndDecisionsAreLinearizable(t *testing.T) {
 			r := makeHistory(t, c.see)
 			got := porcupine.CheckOperationsTimeout(registers, r.history, time.Minute)
 			overlapping := r.overlapping()
-			t.Logf("%v: %d decisions on each other's heels, %d of them during a change of their key, %d changes",
+			t.Logf("%v: %d decisions, %d of them during a change of their key, %d changes",
 				got, len(r.history)-len(r.changes)*len(r.replicas), overlapping, len(r.changes))
 			if got != c.want {
 				t.Errorf("got %v, want %v", got, c.want)
