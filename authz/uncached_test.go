@@ -188,7 +188,7 @@ func newStage(t *testing.T, sum *tally) *stage {
 	if sum.reasons == nil {
 		sum.reasons = map[authz.Reason]int{}
 	}
-	// A poll an hour: what makes the cache new is the acknowledgement of a change alone, and days go by.
+	// A poll an hour: what makes the cache new is the acknowledgement of a change alone.
 	// Few records, so that keys come and go.
 	var err error
 	s.cache, err = cache.New(s.store, cache.Config{Records: 20, Unknown: 20, Poll: time.Hour, Lease: 3 * time.Hour}, s.reg, slog.New(slog.DiscardHandler))
@@ -272,10 +272,7 @@ func (s *stage) step(p step) (difference string) {
 			s.tell("uses are written")
 		default:
 			d := []time.Duration{time.Millisecond, time.Second, 20 * time.Second, time.Minute}[p.detail%4]
-			switch p.detail >> 2 % 64 { // ristretto has a ticker of seconds: days are dear
-			case 0:
-				d = 25 * time.Hour
-			case 1, 2, 3:
+			if p.detail>>2%64 == 0 { // ristretto has a ticker of seconds: more would be dear
 				d = time.Hour
 			}
 			time.Sleep(d)
@@ -358,6 +355,9 @@ func (s *stage) create(instance string, detail uint32) {
 	if detail>>9%5 == 0 { // made before the rotation of the pepper
 		secret := apikey.Format{}.New(apikey.KindInstance)
 		k := &apikey.Key{ID: apikey.ID{1, byte(len(s.keys) >> 16), byte(len(s.keys) >> 8), byte(len(s.keys))}, InstanceID: instance, Type: apikey.TypeInstance, CreatedAt: time.Now()}
+		if detail>>5%2 == 0 { // and idle in a minute, unless it is used
+			k.InactivityDays, k.CreatedAt = 1, k.CreatedAt.Add(time.Minute-24*time.Hour)
+		}
 		s.unknownBefore(instance, secret, detail)
 		s.update(fmt.Sprintf("create %v in %s under the previous pepper", k.ID, instance), func(ctx context.Context, tx admin.Tx) error {
 			return errors.Join(tx.InsertKey(ctx, k),
