@@ -232,7 +232,7 @@ func TestChangesAndDecisionsAreLinearizable(t *testing.T) {
 				t.Errorf("got %v, want %v", got, c.want)
 			}
 			// A void run: nothing could have gone wrong.
-			if least := sized(10_000); overlapping < least {
+			if least := sized(5000); overlapping < least {
 				t.Errorf("%d decisions overlapped with a change of their key, want %d at least", overlapping, least)
 			}
 		})
