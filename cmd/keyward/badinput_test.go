@@ -165,8 +165,8 @@ func (w *wired) key(t *testing.T, instance string, in admin.KeyInput) (*apikey.K
 // reads is how many keys were read from the store. Each is one call of it: nothing changes meanwhile.
 func (w *wired) reads(t *testing.T) int { return w.metric(t, "keyward_cache_loads_total") }
 
-// metric sums a metric up.
-func (w *wired) metric(t *testing.T, name string) (sum int) {
+// metric sums a metric up, or of it what has one of the labels.
+func (w *wired) metric(t *testing.T, name string, labels ...string) (sum int) {
 	t.Helper()
 	families, err := w.registry.Gather()
 	if err != nil {
@@ -179,6 +179,9 @@ func (w *wired) metric(t *testing.T, name string) (sum int) {
 		}
 		found = true
 		for _, m := range f.GetMetric() {
+			if len(labels) > 0 && !slices.Contains(labels, m.GetLabel()[0].GetValue()) {
+				continue
+			}
 			sum += int(m.GetCounter().GetValue() + m.GetGauge().GetValue())
 		}
 	}
@@ -870,24 +873,28 @@ func TestBadAccessLogs(t *testing.T) {
 	}
 	unknown := string(w.leases.Append(nil, limits.Lease{Cell: authz.LeaseCell(apikey.ID{1}), Identity: authz.NewIdentity("192.0.2.1", 40000, began), HTTP: 1}))
 	for _, tt := range []struct {
-		row   string
-		entry *datav3.HTTPAccessLogEntry
+		row     string
+		entry   *datav3.HTTPAccessLogEntry
+		counted string // as this kind of entry
 	}{
-		{"70 unknown key id", entry(unknown, began, nil)},
-		{"70 end of a slot of another pepper of this version", entry(elsewhere(1), began, nil)},
-		{"70 end of a slot of another pepper's version", entry(elsewhere(9), began, nil)},
-		{"70 the lease of another request", entry(lease, began.Add(time.Microsecond), nil)},
-		{"70 a lease cut short", entry(lease[:len(lease)-1], began, nil)},
-		{"70 a lease with more behind it", entry(lease+"A", began, nil)},
-		{"70 100 KiB of lease", entry(strings.Repeat("A", 100<<10), began, nil)},
-		{"70 no lease, another request", entry("", began.Add(time.Second), nil)},
-		{"70 no lease, no start", entry("", time.Unix(0, 0), nil)},
-		{"70 no properties", &datav3.HTTPAccessLogEntry{}},
-		{"70 a duration below 0, of another request", entry(lease, began.Add(time.Hour), durationpb.New(-time.Hour))},
+		{"70 unknown key id", entry(unknown, began, nil), "end"}, // which finds nothing to end
+		{"70 end of a slot of another pepper of this version", entry(elsewhere(1), began, nil), "forged"},
+		{"70 end of a slot of another pepper's version", entry(elsewhere(9), began, nil), "foreign"},
+		{"70 the lease of another request", entry(lease, began.Add(time.Microsecond), nil), "forged"},
+		{"70 a lease cut short", entry(lease[:len(lease)-1], began, nil), "malformed"},
+		{"70 a lease with more behind it", entry(lease+"A", began, nil), "malformed"},
+		{"70 100 KiB of lease", entry(strings.Repeat("A", 100<<10), began, nil), "malformed"},
+		{"70 no lease, another request", entry("", began.Add(time.Second), nil), "identity_end"},
+		{"70 no lease, no start", entry("", time.Unix(0, 0), nil), "ignored"},
+		{"70 no properties", &datav3.HTTPAccessLogEntry{}, "ignored"},
+		{"70 a duration below 0, of another request", entry(lease, began.Add(time.Hour), durationpb.New(-time.Hour)), "forged"},
 	} {
 		t.Run(tt.row, func(t *testing.T) {
-			before := w.reads(t)
+			before, counted := w.reads(t), w.metric(t, "keyward_access_log_entries_total", tt.counted)
 			tell(t, &alsv3.StreamAccessLogsMessage{}, tt.entry)
+			if n := w.metric(t, "keyward_access_log_entries_total", tt.counted) - counted; n != 1 {
+				t.Errorf("counted as %s %d times, want once", tt.counted, n)
+			}
 			if n := running(); n != 1 {
 				t.Errorf("%d requests run, want the one", n)
 			}
