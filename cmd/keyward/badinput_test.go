@@ -320,7 +320,7 @@ type badInput struct {
 }
 
 // judge sends each input and counts what it cost: garbage costs no read of the store, and neither does
-// what is in the cache or not in the set of known digests. cold are rows that may cost one.
+// what is in the cache or not in the set of known digests.
 func (w *wired) judge(t *testing.T, secrets []string, inputs []badInput) {
 	t.Helper()
 	for _, in := range inputs {
@@ -406,7 +406,7 @@ routes:
 
 	key := func(value string) *authv3.CheckRequest { return anAsk(header("x-api-key", value)) }
 	bearer := func(value string) *authv3.CheckRequest { return anAsk(header("authorization", value)) }
-	digest := w.authorizerDigest(good)
+	digest := w.digestOf(good)
 	var inputs []badInput
 	add := func(row string, request *authv3.CheckRequest, want string, note ...string) {
 		inputs = append(inputs, badInput{row, request, want, strings.Join(note, "")})
@@ -593,8 +593,8 @@ routes:
 	}
 }
 
-// authorizerDigest is what the store knows a secret by.
-func (w *wired) authorizerDigest(secret string) []byte {
+// digestOf is what the store knows a secret by.
+func (w *wired) digestOf(secret string) []byte {
 	d := w.pepper.Digest(secret)
 	return d[:]
 }
