@@ -44,6 +44,7 @@ bench: have-envoy ## measure: rules, state, access logs, and max-concurrent thro
 
 lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION) ## vet, formatting, golangci-lint, tidy go.mod
 	go vet ./...
+	go vet -tags keyward_standard_codec ./cmd/keyward
 	$< run ./...
 	go mod tidy -diff
 

@@ -168,7 +168,7 @@ func TestIntersectIsBoth(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		a, b := anyScopes(t, "a"), anyScopes(t, "b")
 		aBefore, bBefore := slices.Clone(a), slices.Clone(b)
-		both := a.Intersect(b)
+		both := a.Intersect(nil, b)
 		for _, want := range patterns {
 			if got := both.Cover(want); got != (a.Cover(want) && b.Cover(want)) {
 				t.Fatalf("%v and %v give %v, which covers %s: %t", a, b, both, want, got)
@@ -180,7 +180,7 @@ func TestIntersectIsBoth(t *testing.T) {
 		if !slices.IsSorted(both) || len(slices.Compact(slices.Clone(both))) != len(both) {
 			t.Fatalf("%v is not sorted and without doubles", both)
 		}
-		if diff := cmp.Diff(both, b.Intersect(a)); diff != "" {
+		if diff := cmp.Diff(both, b.Intersect(nil, a)); diff != "" {
 			t.Fatalf("the other way round it differs:\n%s", diff)
 		}
 		if !slices.Equal(a, aBefore) || !slices.Equal(b, bBefore) {

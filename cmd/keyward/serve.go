@@ -37,6 +37,7 @@ import (
 	"keyward/envoy/accesslog"
 	"keyward/envoy/check"
 	"keyward/envoy/generate"
+	"keyward/envoy/wire"
 	"keyward/limits"
 	"keyward/limits/local"
 )
@@ -435,7 +436,7 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Second, Timeout: time.Second}),
 		grpc.MaxConcurrentStreams(10_000),
 		grpc.MaxRecvMsgSize(maxLogMessage),
-		grpc.ForceServerCodecV2(newRawCodec()),
+		grpc.ForceServerCodecV2(wire.NewCodec()),
 		grpc.MaxHeaderListSize(64 << 10),
 		grpc.ConnectionTimeout(10 * time.Second),
 	}
@@ -446,11 +447,9 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 	s.accessLogs.Register(server)
 	config := s.cfg.checkConfig()
 	config.Leases = s.leases
-	checks, err := check.New(s.authorizer, config, s.registry, s.log)
-	if err != nil {
+	if err := registerChecks(server, s.authorizer, config, s.registry, s.log); err != nil {
 		return nil, err
 	}
-	checks.Register(server)
 	s.health = health.NewServer()
 	s.setHealth(false) // until the cache is ready
 	healthpb.RegisterHealthServer(server, s.health)
