@@ -254,7 +254,7 @@ func FuzzScopes(f *testing.F) {
 		if err != nil || !slices.Equal(again, a) {
 			t.Fatalf("%q was written and read as %q, %v", a, again, err)
 		}
-		both := a.Intersect(b)
+		both := a.Intersect(nil, b)
 		wanted := slices.Concat(a, b)
 		if s, err := apikey.ParseScope(want); err == nil {
 			wanted = append(wanted, s)

@@ -97,8 +97,8 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-// wire starts a keyward with more configuration than the smallest.
-func wire(t *testing.T, more string) *wired {
+// wireUp starts a keyward with more configuration than the smallest.
+func wireUp(t *testing.T, more string) *wired {
 	t.Helper()
 	dir := t.TempDir()
 	pepper := filepath.Join(dir, "pepper")
@@ -371,7 +371,7 @@ func flipped(s string, i int) string {
 }
 
 func TestBadCredentials(t *testing.T) {
-	w := wire(t, `
+	w := wireUp(t, `
 routes:
   - {path: /orders, scopes: "orders:read"}
   - {path: /everything, scopes: "orders:read:all"}
@@ -615,7 +615,7 @@ func field(number protowire.Number, parts ...[]byte) []byte {
 
 // TestBadCalls is about what is no HTTP request, or no call at all.
 func TestBadCalls(t *testing.T) {
-	w := wire(t, "")
+	w := wireUp(t, "")
 	w.instance(t, "demo", apikey.Policy{})
 	_, good := w.key(t, "demo", admin.KeyInput{})
 	whole, err := proto.Marshal(w.fresh(anAsk(header("x-api-key", good))))
@@ -821,7 +821,7 @@ func (w *wired) post(t *testing.T, method string, message []byte, compressed boo
 // TestBadAccessLogs: what is said of running requests moves the count of those only where it is right,
 // and never below none.
 func TestBadAccessLogs(t *testing.T) {
-	w := wire(t, "concurrency: {wait: 0s}\n")
+	w := wireUp(t, "concurrency: {wait: 0s}\n")
 	w.instance(t, "demo", apikey.Policy{})
 	none, two := apikey.Unlimited, 2
 	_, good := w.key(t, "demo", admin.KeyInput{Limits: admin.LimitsInput{Rate: &admin.RateInput{Requests: &none}, Burst: &none, MaxConcurrent: &two}})
