@@ -9,10 +9,13 @@ ENVOY_TEST_VERSIONS   := 1.36.4 1.38.3
 VERSION ?= $(ENVOY_VERSION)
 TOOLS   := $(CURDIR)/.tools
 PYTHON  ?= python3
+# How long each fuzz target is fed, and which: FUZZTIME=10m FUZZ=FuzzConfig.
+FUZZTIME ?= 10s
+FUZZ     ?= .
 # More of "make test": TESTFLAGS="-run TestThis -v".
 TESTFLAGS ?=
 
-.PHONY: all help build dev test bench lint fmt envoy envoys clean
+.PHONY: all help build dev test fuzz bench lint fmt envoy envoys clean
 
 all: build lint test
 
@@ -30,7 +33,10 @@ test: envoys ## get what the tests need, then run all of them with the race dete
 	go test -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
 	@# Without it: what the detector's own cost would hide, allocations and load.
 	go test -timeout 10m -run TestLeasesUnderLoad $(TESTFLAGS) ./envoy/e2e
-	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/check)
+	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/accesslog ./envoy/check)
+
+fuzz: ## feed every fuzz target for 10 s (FUZZTIME=10m for longer, FUZZ=FuzzConfig for one)
+	@.ci/fuzz '$(FUZZTIME)' '$(FUZZ)'
 
 bench: have-envoy ## measure: rules, state, access logs, and max-concurrent through Envoy
 	go test -run '^$$' -bench . ./authz/... ./cache ./limits/... ./envoy/accesslog
