@@ -21,11 +21,7 @@ KEYS    ?= 10000
 SAMPLES ?= 1000000
 FLOOD   ?= 1000000
 
-<<<<<<< HEAD
-.PHONY: all help build dev test fuzz bench lint fmt envoy envoys clean
-=======
-.PHONY: all help build dev test bench bench-envoy bench-go lint fmt envoy envoys clean
->>>>>>> bench
+.PHONY: all help build dev test fuzz bench bench-envoy bench-go lint fmt envoy envoys clean
 
 all: build lint test
 
