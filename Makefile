@@ -9,6 +9,9 @@ ENVOY_TEST_VERSIONS   := 1.36.4 1.38.3
 VERSION ?= $(ENVOY_VERSION)
 TOOLS   := $(CURDIR)/.tools
 PYTHON  ?= python3
+# How long each fuzz target is fed, and which: FUZZTIME=10m FUZZ=FuzzConfig.
+FUZZTIME ?= 10s
+FUZZ     ?= .
 # More of "make test": TESTFLAGS="-run TestThis -v".
 TESTFLAGS ?=
 # Lengths of "make bench" and "make bench-envoy". A first look: ROUNDS=1 MEASURE=300ms KEYS=500 SAMPLES=2000 FLOOD=10000.
@@ -18,7 +21,7 @@ KEYS    ?= 10000
 SAMPLES ?= 1000000
 FLOOD   ?= 1000000
 
-.PHONY: all help build dev test bench bench-envoy bench-go lint fmt envoy envoys clean
+.PHONY: all help build dev test fuzz bench bench-envoy bench-go lint fmt envoy envoys clean
 
 all: build lint test
 
@@ -36,7 +39,10 @@ test: envoys ## get what the tests need, then run all of them with the race dete
 	go test -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
 	@# Without it: what the detector's own cost would hide, allocations and load.
 	go test -timeout 10m -run TestLeasesUnderLoad $(TESTFLAGS) ./envoy/e2e
-	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/check)
+	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/accesslog ./envoy/check)
+
+fuzz: ## feed every fuzz target for 10 s (FUZZTIME=10m for longer, FUZZ=FuzzConfig for one)
+	@.ci/fuzz '$(FUZZTIME)' '$(FUZZ)'
 
 bench: benchmarks ## compare Checks with a constant answer, over the wire; writes docs/performance.md
 	bin/benchmarks checks -rounds $(ROUNDS) -measure $(MEASURE) -keys $(KEYS) -samples $(SAMPLES) -flood $(FLOOD)

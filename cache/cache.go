@@ -51,6 +51,9 @@ type Source interface {
 	// Digests calls yield with every digest that finds a key, until it returns false. The digests are
 	// at least as new as the returned revision.
 	Digests(ctx context.Context, yield func(apikey.Digest) bool) (apikey.Revision, error)
+	// RecentKeys calls yield with what FindKey would answer to every digest that finds a key that is not
+	// revoked, the keys that were used last first, until it returns false.
+	RecentKeys(ctx context.Context, yield func(k *apikey.Key, at apikey.Revision) bool) error
 	// Changes returns what changed after a revision and the newest revision; truncated means that the
 	// store no longer knows everything since then.
 	Changes(ctx context.Context, after apikey.Revision) (changes []apikey.Change, head apikey.Revision, truncated bool, err error)
@@ -66,9 +69,12 @@ type Source interface {
 	Unregister(ctx context.Context, replica string) error
 }
 
-// DefaultGrace is the grace for an operator who named none. It is not the zero Config's: there, no
-// grace is no grace.
-const DefaultGrace = 30 * time.Second
+// DefaultGrace and DefaultWarmUp are for an operator who named none. They are not the zero Config's: there,
+// no grace is no grace, and no warm-up none.
+const (
+	DefaultGrace  = 30 * time.Second
+	DefaultWarmUp = time.Minute
+)
 
 // A Config is what may be chosen about a cache. The zero Config works, and is strict.
 type Config struct {
@@ -80,6 +86,9 @@ type Config struct {
 	// Grace is how long keys in the cache are served after the serve lease has run out. 0: not at all.
 	// A change may have to wait for Lease + Grace before it is effective on a replica that is cut off.
 	Grace time.Duration
+	// WarmUp is how long the keys that were used last may be loaded at the start, as many as Records,
+	// before [Cache.Ready] no longer waits for it. 0: none are loaded before they are asked for.
+	WarmUp time.Duration
 	// LoadTimeout ends a read of one key; 0: 1 s.
 	LoadTimeout time.Duration
 	// Poll is the time from one look at the store's revision to the next; 0: 500 ms. Shorter than Lease.
@@ -119,6 +128,7 @@ func (cfg Config) Validate() error {
 	check(cfg.Records > 0, "records", "must be at least 1")
 	check(cfg.Unknown > 0, "unknown", "must be at least 1")
 	check(cfg.Grace >= 0, "grace", "must be 0 (strict) or a duration such as 30s")
+	check(cfg.WarmUp >= 0, "warmUp", "must be 0 (none) or a duration such as 60s")
 	check(cfg.LoadTimeout > 0, "loadTimeout", "must be a duration above 0 such as 1s")
 	check(cfg.Poll > 0, "poll", "must be a duration above 0 such as 500ms")
 	check(cfg.Lease > cfg.Poll, "lease", "must be longer than poll, or it would run out between two polls")
@@ -137,6 +147,8 @@ type Cache struct {
 	records *records
 	known   known
 	budget  *budget
+	packer  *packer
+	warm    atomic.Bool // the warm-up is over
 
 	loads     singleflight.Group
 	instances atomic.Pointer[map[string]*apikey.Instance]
@@ -166,6 +178,9 @@ func New(store Source, cfg Config, reg prometheus.Registerer, log *slog.Logger) 
 	}
 	var err error
 	if c.budget, err = newBudget(c.cfg.MissesPerSource, c.cfg.MissesTotal); err != nil {
+		return nil, fmt.Errorf("cache: %w", err)
+	}
+	if c.packer, err = newPacker(); err != nil {
 		return nil, fmt.Errorf("cache: %w", err)
 	}
 	if c.records, err = newRecords(c.cfg.Records, c.cfg.Unknown, c.metrics); err != nil {
@@ -203,9 +218,9 @@ var (
 	errPanic  = fmt.Errorf("%w: a panic, see the log", apikey.ErrUndecided)
 )
 
-// Ready reports whether requests can be answered: all is loaded, and the serve lease holds or its
-// grace lasts.
-func (c *Cache) Ready() bool { return c.lease.phase() != leaseOut }
+// Ready reports whether requests should come: all is loaded, and the serve lease holds or its grace lasts.
+// Those that come while the cache is being filled are answered too, by way of the store.
+func (c *Cache) Ready() bool { return c.warm.Load() && c.lease.phase() != leaseOut }
 
 // Serving is the last check of a decision that was made from this cache's facts. It returns nil while
 // the serve lease or its grace holds on both clocks. Errors: apikey.ErrUndecided.
@@ -279,54 +294,71 @@ func (c *Cache) FindKey(ctx context.Context, d apikey.Digest, source netip.Addr)
 	return c.load(ctx, &d)
 }
 
-// load reads a key from the store, once for all who ask for it at the same time. Whoever comes after
-// an invalidation does not join a load from before it: the generation is part of what is shared.
-func (c *Cache) load(ctx context.Context, d *apikey.Digest) (*apikey.Key, error) {
-	answer := c.loads.DoChan(loadKey(d, c.records.generation(d)), func() (any, error) {
-		return c.loadShared(context.WithoutCancel(ctx), d) // others wait for it: the first may leave
-	})
-	select {
-	case a := <-answer:
-		k, _ := a.Val.(*apikey.Key)
-		return k, a.Err
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: find key: %w", apikey.ErrUndecided, context.Cause(ctx))
-	}
-}
-
-// loadTries is how often a load is begun again because its answer was too old when it came.
+// loadTries is how often a key is read because the answer was too old when it came.
 const loadTries = 4
 
-func (c *Cache) loadShared(ctx context.Context, d *apikey.Digest) (k *apikey.Key, err error) {
+// errStale is how one read says that its answer was too old.
+var errStale = fmt.Errorf("%w: find key: the store's answers are older than what this server has seen", apikey.ErrUndecided)
+
+// load reads a key from the store, once for all who ask for it at the same time. Whoever comes after
+// an invalidation does not join a read from before it: the generation is part of what is shared.
+//
+// So of one digest and generation there is one read at a time, and the next begins after it: what one
+// of them puts in the place of another's record is never older. A read whose answer was too old is begun
+// again here, and not beside one that is shared by the new generation.
+func (c *Cache) load(ctx context.Context, d *apikey.Digest) (*apikey.Key, error) {
+	for range loadTries {
+		generation := c.records.generation(d)
+		answer := c.loads.DoChan(loadKey(d, generation), func() (any, error) {
+			return c.loadShared(context.WithoutCancel(ctx), d, generation) // others wait for it: the first may leave
+		})
+		select {
+		case a := <-answer:
+			if errors.Is(a.Err, errStale) {
+				continue
+			}
+			k, _ := a.Val.(*apikey.Key)
+			return k, a.Err
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: find key: %w", apikey.ErrUndecided, context.Cause(ctx))
+		}
+	}
+	return nil, errStale
+}
+
+// loadShared reads a key once, for all who wait for it. generation was read before. Errors: errStale.
+func (c *Cache) loadShared(ctx context.Context, d *apikey.Digest, generation uint64) (k *apikey.Key, err error) {
 	if !c.enter() {
 		return nil, errClosed
 	}
 	defer c.work.Done()
-	defer func() { c.metrics.loaded(err) }()
+	defer func() {
+		if !errors.Is(err, errStale) { // which is counted below
+			c.metrics.loaded(err)
+		}
+	}()
 	defer c.recovered("find key", &err)
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.LoadTimeout)
 	defer cancel()
-	for range loadTries {
-		// In this order: a poll raises heard before it counts the stripe up. Whoever sees the new
-		// generation therefore refuses an answer from before the change.
-		generation := c.records.generation(d)
-		heard := c.follower.heard.Load()
-		k, revision, err := c.store.FindKey(ctx, *d)
-		switch {
-		case errors.Is(err, apikey.ErrNotFound):
-			k = nil
-		case err != nil:
-			return nil, c.failed("find_key", err)
-		case !k.Digest.Equal(d):
-			return nil, c.failed("find_key", errors.New("the store answered with a key of another digest"))
-		}
-		if uint64(revision) < heard || !c.records.fill(d, k, generation) {
-			c.metrics.stale.Inc()
-			continue
-		}
-		return k, err
+	// After the generation, in this order: a poll raises heard before it counts the stripe up. Whoever sees
+	// the new generation therefore refuses an answer from before the change.
+	heard := c.follower.heard.Load()
+	k, revision, err := c.store.FindKey(ctx, *d)
+	switch {
+	case errors.Is(err, apikey.ErrNotFound):
+		k = nil
+	case err != nil:
+		return nil, c.failed("find_key", err)
+	case !k.Digest.Equal(d):
+		return nil, c.failed("find_key", errors.New("the store answered with a key of another digest"))
+	default:
+		k = c.packer.pack(k)
 	}
-	return nil, fmt.Errorf("%w: find key: the store's answers are older than what this server has seen", apikey.ErrUndecided)
+	if uint64(revision) < heard || !c.records.fill(d, k, generation) {
+		c.metrics.stale.Inc()
+		return nil, errStale
+	}
+	return k, err
 }
 
 // Learn makes a digest known that a key was just given without a new revision.

@@ -50,8 +50,9 @@ func (c *Cache) Run(ctx context.Context) error {
 	if !c.loadFirst(ctx) {
 		return nil
 	}
-	var rebuilding sync.WaitGroup
-	rebuilding.Go(func() { c.rebuildKnown(ctx) })
+	var beside sync.WaitGroup
+	beside.Go(func() { c.rebuildKnown(ctx) })
+	beside.Go(func() { c.warmUp(ctx) })
 	tick := time.NewTicker(c.cfg.Poll)
 	defer tick.Stop()
 	for ctx.Err() == nil {
@@ -61,7 +62,7 @@ func (c *Cache) Run(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
-	rebuilding.Wait()
+	beside.Wait()
 	c.stop(ctx)
 	return nil
 }
@@ -119,6 +120,7 @@ func (c *Cache) readDigests(ctx context.Context) (revision apikey.Revision, err 
 	if set == nil { // an earlier wish was met together with this one
 		return 0, nil
 	}
+	begin := time.Now()
 	heard := c.follower.heard.Load()
 	revision, err = c.store.Digests(ctx, func(d apikey.Digest) bool {
 		set.add(d.Prefix())
@@ -133,6 +135,9 @@ func (c *Cache) readDigests(ctx context.Context) (revision apikey.Revision, err 
 		return 0, c.failed("digests", errors.New("the store's answer is older than what this server has seen"))
 	}
 	c.known.complete(set)
+	took := time.Since(begin)
+	c.metrics.knownSeconds.Set(took.Seconds())
+	c.log.Info("the known keys are read", "digests", set.size(), "took", took.Round(time.Millisecond))
 	return revision, nil
 }
 

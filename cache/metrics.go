@@ -17,6 +17,8 @@ type metrics struct {
 	refusedSource, refusedTotal prometheus.Counter
 	stale, flushes              prometheus.Counter
 	storeErrors                 *prometheus.CounterVec
+	knownSeconds                prometheus.Gauge
+	warmSeconds, warmRecords    prometheus.Gauge
 	all                         []prometheus.Collector
 }
 
@@ -32,6 +34,11 @@ func newMetrics() *metrics {
 		m.all = append(m.all, v)
 		return v
 	}
+	gauge := func(name, help string) prometheus.Gauge {
+		v := prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "keyward", Subsystem: "cache", Name: name, Help: help})
+		m.all = append(m.all, v)
+		return v
+	}
 	lookups := vec("lookups_total", "result", "Look-ups in the cache: a key was there (hit), it is known that there is none (unknown), or the store has to be asked (miss).")
 	m.hits, m.misses, m.unknowns = lookups.WithLabelValues("hit"), lookups.WithLabelValues("miss"), lookups.WithLabelValues("unknown")
 	loads := vec("loads_total", "outcome", "Keys read from the store, by outcome.")
@@ -44,6 +51,9 @@ func newMetrics() *metrics {
 	m.stale = counter("stale_fills_total", "Answers of the store that were dropped because something changed while they were read.")
 	m.flushes = counter("flushes_total", "How often everything had to be forgotten.")
 	m.storeErrors = vec("store_errors_total", "call", "Calls of the store that failed.")
+	m.knownSeconds = gauge("known_load_seconds", "How long the set of known digests took to read, the last time.")
+	m.warmSeconds = gauge("warm_up_seconds", "How long the keys that were used last took to load at the start; 0 until they are.")
+	m.warmRecords = gauge("warm_up_records", "Keys that were loaded at the start and read back.")
 	return m
 }
 

@@ -70,15 +70,27 @@ func keyToHash(first16 []byte) (uint64, uint64) {
 
 // stripeOf takes the last two bytes: the first eight are the known prefix and ristretto's shard, the
 // next eight its second hash, and what shares those should not share a stripe for that reason.
-func (r *records) stripeOf(d *apikey.Digest) *stripe {
-	return &r.stripes[binary.BigEndian.Uint16(d[len(d)-2:])]
-}
+func (r *records) stripeOf(d *apikey.Digest) *stripe { return &r.stripes[stripeIndex(d)] }
+
+func stripeIndex(d *apikey.Digest) uint16 { return binary.BigEndian.Uint16(d[len(d)-2:]) }
 
 func (r *records) generation(d *apikey.Digest) uint64 {
 	s := r.stripeOf(d)
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.generation
+}
+
+// generations returns those of all stripes, for a read of many digests at once.
+func (r *records) generations() []uint64 {
+	all := make([]uint64, len(r.stripes))
+	for i := range r.stripes {
+		s := &r.stripes[i]
+		s.mu.RLock()
+		all[i] = s.generation
+		s.mu.RUnlock()
+	}
+	return all
 }
 
 // get returns a valid key or nil, and the generation of the stripe at that moment.
@@ -114,13 +126,9 @@ func (r *records) fill(d *apikey.Digest, k *apikey.Key, generation uint64) bool 
 		return r.put(d, generation, func() { r.unknown.Add(*d, generation) })
 	}
 	for {
-		queued := false
-		if !r.put(d, generation, func() { queued = r.keys.Set(d[:16], rec, 1) }) {
-			return false
-		}
-		if !queued {
-			r.metrics.dropped.Inc()
-			return true
+		queued, ok := r.set(d, rec)
+		if !ok || !queued {
+			return ok
 		}
 		// Until the queue is worked off the next look-up would load again.
 		r.keys.Wait()
@@ -130,6 +138,16 @@ func (r *records) fill(d *apikey.Digest, k *apikey.Key, generation uint64) bool 
 			return true
 		}
 	}
+}
+
+// set hands a record to ristretto, if its stripe is still at the record's generation. queued says whether
+// ristretto may have it at some time.
+func (r *records) set(d *apikey.Digest, rec record) (queued, ok bool) {
+	ok = r.put(d, rec.generation, func() { queued = r.keys.Set(d[:16], rec, 1) })
+	if ok && !queued {
+		r.metrics.dropped.Inc()
+	}
+	return queued, ok
 }
 
 // put runs write under the stripe's lock, if the stripe is still at the given generation.

@@ -37,9 +37,16 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 		}
 	}
 	for _, record := range known {
-		if peppers.ByVersion(record.Version) == nil && record.Left > 0 {
+		if peppers.ByVersion(record.Version) != nil {
+			continue // not counted: of ten million keys that takes minutes, at each start
+		}
+		left, err := store.PepperLeft(ctx, record.Version)
+		if err != nil {
+			return fmt.Errorf("compare the pepper: %w", err)
+		}
+		if left > 0 {
 			return fmt.Errorf("%d keys and tokens can only be found with pepper version %d, which is not configured: "+
-				"name its file as pepper.file, or as pepper.previousFile after a rotation", record.Left, record.Version)
+				"name its file as pepper.file, or as pepper.previousFile after a rotation", left, record.Version)
 		}
 	}
 	current := peppers.Current.Version()
@@ -86,12 +93,31 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 // ErrPepperInUse: keys or tokens are left that only this pepper finds, or it is the newest.
 var ErrPepperInUse = errors.New("the pepper is still in use")
 
-// Peppers lists the versions of the pepper that the store knows, and what only each of them finds.
-func (s *Service) Peppers(ctx context.Context, caller Caller) ([]PepperRecord, error) {
+// A PepperStatus is a version of the pepper that the store knows, and how many usable keys and tokens only
+// it finds.
+type PepperStatus struct {
+	Version uint32
+	Left    int
+}
+
+// Peppers lists the versions of the pepper that the store knows.
+func (s *Service) Peppers(ctx context.Context, caller Caller) ([]PepperStatus, error) {
 	if err := caller.mayAll(readPeppers); err != nil {
 		return nil, err
 	}
-	return s.store.Peppers(ctx)
+	records, err := s.store.Peppers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]PepperStatus, len(records))
+	for i, record := range records {
+		left, err := s.store.PepperLeft(ctx, record.Version)
+		if err != nil {
+			return nil, err
+		}
+		list[i] = PepperStatus{record.Version, left}
+	}
+	return list, nil
 }
 
 // RetirePepper ends the time in which an earlier pepper finds anything. Errors: [ErrPepperInUse] while
@@ -112,8 +138,12 @@ func (s *Service) RetirePepper(ctx context.Context, caller Caller, version uint3
 				continue
 			}
 			found = true
-			if record.Left > 0 {
-				return fmt.Errorf("%w: %d keys and tokens are found by version %d alone", ErrPepperInUse, record.Left, version)
+			left, err := tx.PepperLeft(ctx, version)
+			if err != nil {
+				return err
+			}
+			if left > 0 {
+				return fmt.Errorf("%w: %d keys and tokens are found by version %d alone", ErrPepperInUse, left, version)
 			}
 		}
 		switch {

@@ -76,6 +76,11 @@ type Reader interface {
 	// Digests calls yield with every digest that finds a key, in no order, until it returns false. The
 	// digests are at least as new as the returned revision.
 	Digests(ctx context.Context, yield func(apikey.Digest) bool) (apikey.Revision, error)
+	// RecentKeys calls yield with what FindKey would answer to every digest that finds a key that is not
+	// revoked, the keys that were used last first, until it returns false: the record, and a revision that
+	// it is at least as new as. It keeps no writer waiting, however long yield takes. yield must not call
+	// the store.
+	RecentKeys(ctx context.Context, yield func(k *apikey.Key, at apikey.Revision) bool) error
 	// Changes returns what changed after a revision, oldest first, and the newest revision. truncated
 	// means that the store no longer knows everything since then, or that it is older than the caller (a
 	// restored backup): the caller must forget all it knows. A key comes once per revision.
@@ -88,6 +93,9 @@ type Reader interface {
 
 	// Peppers lists the pepper versions that the store has seen, by version.
 	Peppers(ctx context.Context) ([]PepperRecord, error)
+	// PepperLeft counts usable generations and tokens (not revoked, not expired by the store's clock; disabled
+	// keys included) that only this version of the pepper finds. It looks at every key: seconds a million.
+	PepperLeft(ctx context.Context, version uint32) (int, error)
 
 	// Events lists audit events in the order in which they were written, at most limit, after the
 	// event with the given sequence number (0: from the first).
@@ -131,7 +139,7 @@ type Tx interface {
 	PutPepper(ctx context.Context, version uint32, check [16]byte) error
 	// RetirePepper forgets a pepper version and every digest under it. Keys and tokens that can no longer
 	// be used stay, though nothing finds them by digest any more. Every cache is told to forget all it
-	// knows. Errors: apikey.ErrConflict while PepperRecord.Left is not 0, apikey.ErrNotFound.
+	// knows. Errors: apikey.ErrConflict while PepperLeft is not 0, apikey.ErrNotFound.
 	RetirePepper(ctx context.Context, version uint32) error
 
 	// Mark sets a named mark that can be set once; first reports whether this call did.
@@ -165,9 +173,6 @@ type Redigest struct {
 type PepperRecord struct {
 	Version uint32
 	Check   [16]byte
-	// Left counts usable generations and tokens (not revoked, not expired by the store's clock; disabled
-	// keys included) that only this version finds.
-	Left int
 }
 
 // A Token lets its holder use the Management API. Only its digest is kept.

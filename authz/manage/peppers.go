@@ -29,7 +29,7 @@ func (h *handler) listPeppers(ctx context.Context, c *call, _ *noInput) (*out[li
 	if err != nil {
 		return nil, err
 	}
-	return ok(listOf(all, func(p admin.PepperRecord) Pepper { return Pepper{p.Version, p.Left} })), nil
+	return ok(listOf(all, func(p admin.PepperStatus) Pepper { return Pepper{p.Version, p.Left} })), nil
 }
 
 func (h *handler) retirePepper(ctx context.Context, c *call, in *atPepper) (*out[RetiredPepper], error) {

@@ -3,6 +3,8 @@
 package cachetest
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"slices"
 	"sync"
@@ -214,6 +216,34 @@ func (s *Store) Digests(ctx context.Context, yield func(apikey.Digest) bool) (at
 		}
 	}
 	return at, err
+}
+
+// RecentKeys is part of cache.Source. Of keys that were used at the same time, those with the smaller
+// digests come first.
+func (s *Store) RecentKeys(ctx context.Context, yield func(*apikey.Key, apikey.Revision) bool) error {
+	var at apikey.Revision
+	var list []*apikey.Key
+	err := s.answer(ctx, "RecentKeys", func() error {
+		at = s.revision - min(s.lag, s.revision)
+		for _, versions := range s.keys {
+			if k := found(versions, at); k != nil && k.RevokedAt.IsZero() {
+				list = append(list, k)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(list, func(a, b *apikey.Key) int {
+		return cmp.Or(b.LastUsedAt.Compare(a.LastUsedAt), bytes.Compare(a.Digest[:], b.Digest[:]))
+	})
+	for _, k := range list {
+		if !yield(k, at) || ctx.Err() != nil {
+			break
+		}
+	}
+	return ctx.Err()
 }
 
 // Changes is part of cache.Source.

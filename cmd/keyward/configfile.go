@@ -61,6 +61,14 @@ func loadConfig(file string, stdin io.Reader, environ, settings []string) (*Conf
 			faults = append(faults, fmt.Errorf("environment: %s: %w", name, err))
 		}
 	}
+	for _, entry := range environ { // after ours, over which they win
+		name, value, _ := strings.Cut(entry, "=")
+		if path, ok := runtimeEnv[name]; ok && value != "" {
+			if err := setField(fields[path], runtimeValue(name, value)); err != nil {
+				faults = append(faults, fmt.Errorf("environment: %s: %w", name, err))
+			}
+		}
+	}
 	for _, setting := range settings {
 		path, value, ok := strings.Cut(setting, "=")
 		if !ok {

@@ -26,6 +26,8 @@ type Listener struct {
 	// Address is host:port, or unix:///path for a socket with mode 0660. Empty: not served.
 	Address string `yaml:"address"`
 	TLS     TLS    `yaml:"tls"`
+	// MaxConnections is how many may be open at once; further ones are closed.
+	MaxConnections int `yaml:"maxConnections"`
 }
 
 // TLS says how a listener proves who it is, and whom it lets in.
@@ -55,6 +57,9 @@ func (l Listener) validate(field string) error {
 		if _, _, err := net.SplitHostPort(l.Address); err != nil {
 			fault("address", "must be host:port, such as 127.0.0.1:9191, or unix:///path")
 		}
+	}
+	if l.MaxConnections < 1 || l.MaxConnections > 1_000_000 {
+		fault("maxConnections", "must be from 1 to 1000000")
 	}
 	if l.TLS.enabled() && (l.TLS.CertFile == "" || l.TLS.KeyFile == "") {
 		fault("tls", "needs certFile and keyFile")

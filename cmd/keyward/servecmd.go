@@ -35,6 +35,7 @@ func (a *app) serveCommand() *cobra.Command {
 				return err
 			}
 			defer func() { err = errors.Join(err, s.close()) }()
+			cfg.Runtime.apply(a.environ, s.log)
 			if s.bootstrapMade {
 				s.log.Warn("the first management token was made: use it to make your own, which ends it", "file", s.adminTokenPath())
 			}

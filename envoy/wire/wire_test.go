@@ -35,7 +35,7 @@ func TestCut(t *testing.T) {
 		{wire.Bytes(300), func(b []byte) bool { return string(b) == long }},
 		{wire.Fixed64(4), func(b []byte) bool { return len(b) == 8 }},
 		{wire.Bytes(5), func(b []byte) bool { return len(b) == 0 && wire.Text(b) == "" }},
-		{6<<3 | 3, func([]byte) bool { return wire.Tag(6<<3 | 3).IsGroup() && !wire.Bytes(6).IsGroup() }},
+		{6<<3 | 3, func([]byte) bool { return wire.Tag(6<<3|3).IsGroup() && !wire.Bytes(6).IsGroup() }},
 	} {
 		tag, content, rest, ok := wire.Cut(message)
 		if !ok || tag != want.tag || !want.content(content) {

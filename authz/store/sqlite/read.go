@@ -51,11 +51,14 @@ const (
 
 	listDigests = `SELECT m.revision, d.digest FROM meta m LEFT JOIN key_digests d WHERE m.one = 1`
 
+	// The order of the joins is that of the index, so that the first rows come at once.
+	recentKeys = `SELECT (SELECT revision FROM meta WHERE one = 1), d.digest, d.generation, ` + keyColumns + `
+	FROM keys k INDEXED BY keys_recent CROSS JOIN key_digests d ON d.key_id = k.id CROSS JOIN generations g ON g.key_id = k.id
+	WHERE k.revoked_at = ? ORDER BY k.last_used_at DESC`
+
 	tokenColumns = `t.id, t.name, t.role, t.instance_id, t.hint, t.created_at, t.created_by, t.expires_at, t.revoked_at, t.bootstrap` //nolint:gosec // G101: names of columns
 
 	oneToken = `SELECT ` + tokenColumns + ` FROM token_digests d JOIN tokens t ON t.id = d.token_id WHERE d.digest = ?`
-
-	listPeppers = `SELECT p.version, p.check_value, ` + left + ` FROM peppers p ORDER BY p.version`
 
 	// left counts what only the version p.version finds and could still be used at ?1.
 	left = `(
@@ -182,34 +185,43 @@ func (r *reader) keys(rows iter.Seq2[*sql.Rows, error], lead ...any) ([]*apikey.
 		if err != nil {
 			return nil, err
 		}
-		k := &apikey.Key{}
-		var number, createdAt, validUntil, lastUsedAt sql.Null[int64]
-		var hint sql.Null[string]
-		err := row.Scan(append(slices.Clip(lead),
-			exactly(k.ID[:]), &k.InstanceID, &k.Type, &k.Name, &k.Description, &k.AgentName, &k.UserPrincipalName, &k.Environment,
-			document{&k.Scopes}, document{&k.AllowedIPs}, document{&k.Limits}, instant{&k.ExpirationDate}, &k.InactivityDays,
-			instant{&k.NotBefore}, document{&k.Metadata}, &k.Disabled,
-			instant{&k.RevokedAt}, &k.RevokedReason, instant{&k.CreatedAt}, &k.CreatedBy, instant{&k.LastUsedAt},
-			&number, &hint, &createdAt, &validUntil, &lastUsedAt)...)
+		k, err := r.key(row, lead...)
 		if err != nil {
-			return nil, r.fault("read key "+k.ID.String(), err)
+			return nil, err
 		}
 		if n := len(list); n > 0 && list[n-1].ID == k.ID {
-			k = list[n-1]
+			list[n-1].Generations = append(list[n-1].Generations, k.Generations...)
 		} else {
 			list = append(list, k)
 		}
-		if number.Valid {
-			k.Generations = append(k.Generations, apikey.Generation{
-				Number:     int(number.V),
-				Hint:       hint.V,
-				CreatedAt:  time.UnixMicro(createdAt.V).UTC(),
-				ValidUntil: time.UnixMicro(validUntil.V).UTC(),
-				LastUsedAt: time.UnixMicro(lastUsedAt.V).UTC(),
-			})
-		}
 	}
 	return list, nil
+}
+
+// key reads a row of lead and keyColumns: a key, and at most one of its generations.
+func (r *reader) key(row *sql.Rows, lead ...any) (*apikey.Key, error) {
+	k := &apikey.Key{}
+	var number, createdAt, validUntil, lastUsedAt sql.Null[int64]
+	var hint sql.Null[string]
+	err := row.Scan(append(slices.Clip(lead),
+		exactly(k.ID[:]), &k.InstanceID, &k.Type, &k.Name, &k.Description, &k.AgentName, &k.UserPrincipalName, &k.Environment,
+		document{&k.Scopes}, document{&k.AllowedIPs}, document{&k.Limits}, instant{&k.ExpirationDate}, &k.InactivityDays,
+		instant{&k.NotBefore}, document{&k.Metadata}, &k.Disabled,
+		instant{&k.RevokedAt}, &k.RevokedReason, instant{&k.CreatedAt}, &k.CreatedBy, instant{&k.LastUsedAt},
+		&number, &hint, &createdAt, &validUntil, &lastUsedAt)...)
+	if err != nil {
+		return nil, r.fault("read key "+k.ID.String(), err)
+	}
+	if number.Valid {
+		k.Generations = []apikey.Generation{{
+			Number:     int(number.V),
+			Hint:       hint.V,
+			CreatedAt:  time.UnixMicro(createdAt.V).UTC(),
+			ValidUntil: time.UnixMicro(validUntil.V).UTC(),
+			LastUsedAt: time.UnixMicro(lastUsedAt.V).UTC(),
+		}}
+	}
+	return k, nil
 }
 
 // FindKey implements admin.Reader.
@@ -268,6 +280,37 @@ func (r *reader) Digests(ctx context.Context, yield func(apikey.Digest) bool) (a
 		}
 	}
 	return revision, nil
+}
+
+// RecentKeys implements admin.Reader. It holds one snapshot for as long as yield takes: writers go on, but
+// the log beside the file grows until it ends.
+func (r *reader) RecentKeys(ctx context.Context, yield func(*apikey.Key, apikey.Revision) bool) error {
+	var revision apikey.Revision
+	var last *apikey.Key // whose generations are not all read yet
+	for row, err := range r.rows(ctx, "list recent keys", recentKeys, never) {
+		if err != nil {
+			return err
+		}
+		var digest apikey.Digest
+		var generation int
+		k, err := r.key(row, &revision, exactly(digest[:]), &generation)
+		if err != nil {
+			return err
+		}
+		if last != nil && last.Digest == digest {
+			last.Generations = append(last.Generations, k.Generations...)
+			continue
+		}
+		if last != nil && !yield(last, revision) {
+			return nil
+		}
+		k.Digest, k.Generation = digest, generation
+		last = k
+	}
+	if last != nil {
+		yield(last, revision)
+	}
+	return nil
 }
 
 // Changes implements admin.Reader.
@@ -357,17 +400,30 @@ func (r *reader) tokens(rows iter.Seq2[*sql.Rows, error]) ([]*admin.Token, error
 // Peppers implements admin.Reader.
 func (r *reader) Peppers(ctx context.Context) ([]admin.PepperRecord, error) {
 	var list []admin.PepperRecord
-	for row, err := range r.rows(ctx, "list peppers", listPeppers, micros(time.Now()), never) {
+	for row, err := range r.rows(ctx, "list peppers", `SELECT version, check_value FROM peppers ORDER BY version`) {
 		if err != nil {
 			return nil, err
 		}
 		var p admin.PepperRecord
-		if err := r.scan("list peppers", row, &p.Version, exactly(p.Check[:]), &p.Left); err != nil {
+		if err := r.scan("list peppers", row, &p.Version, exactly(p.Check[:])); err != nil {
 			return nil, err
 		}
 		list = append(list, p)
 	}
 	return list, nil
+}
+
+// pepperLeft counts; none means that the version is not known.
+func (r *reader) pepperLeft(ctx context.Context, version uint32) (n sql.Null[int], err error) {
+	_, err = r.one(ctx, "count what a pepper finds", `SELECT `+left+` FROM peppers p WHERE p.version = ?3`,
+		[]any{micros(time.Now()), never, version}, &n)
+	return n, err
+}
+
+// PepperLeft implements admin.Reader.
+func (r *reader) PepperLeft(ctx context.Context, version uint32) (int, error) {
+	n, err := r.pepperLeft(ctx, version)
+	return n.V, err
 }
 
 // Events implements admin.Reader.

@@ -285,16 +285,14 @@ func (t *tx) PutPepper(ctx context.Context, version uint32, check [16]byte) erro
 // RetirePepper implements admin.Tx.
 func (t *tx) RetirePepper(ctx context.Context, version uint32) error {
 	what := fmt.Sprintf("pepper version %d", version)
-	var n int
-	known, err := t.one(ctx, what, `SELECT `+left+` FROM peppers p WHERE p.version = ?3`,
-		[]any{micros(time.Now()), never, version}, &n)
+	n, err := t.pepperLeft(ctx, version)
 	switch {
 	case err != nil:
 		return err
-	case !known:
+	case !n.Valid:
 		return notFound(what)
-	case n > 0:
-		return fmt.Errorf("%s is the only one to find %d usable secrets: %w", what, n, apikey.ErrConflict)
+	case n.V > 0:
+		return fmt.Errorf("%s is the only one to find %d usable secrets: %w", what, n.V, apikey.ErrConflict)
 	}
 	for _, statement := range []string{
 		`DELETE FROM key_digests WHERE pepper_version = ?`,

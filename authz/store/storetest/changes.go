@@ -184,6 +184,112 @@ func testDigests(t *testing.T, s admin.Store) {
 	}
 }
 
+func testRecentKeys(t *testing.T, s admin.Store) {
+	ctx := t.Context()
+	list := func(most int) (list []*apikey.Key) {
+		t.Helper()
+		revision := head(t, s)
+		err := s.RecentKeys(ctx, func(k *apikey.Key, at apikey.Revision) bool {
+			if at != revision {
+				t.Errorf("got revision %d, want %d", at, revision)
+			}
+			list = append(list, k)
+			return len(list) < most
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return list
+	}
+	if got := list(100); len(got) != 0 {
+		t.Errorf("a new store: got %v", got)
+	}
+	instance(t, s, "tenant", "other")
+	full := fullKey("other", 50)
+	full.RevokedAt, full.RevokedReason = time.Time{}, ""
+	update(t, s, func(tx admin.Tx) error {
+		for n := range 20 {
+			if err := insert(ctx, tx, plain("tenant", n+1), digest("key %d", n+1)); err != nil {
+				return err
+			}
+		}
+		revoked := plain("tenant", 1)
+		revoked.RevokedAt = noon
+		return errors.Join(
+			tx.UpdateKey(ctx, revoked),
+			tx.InsertGeneration(ctx, id(2), apikey.Generation{Number: 2, Hint: "kwi_…more", CreatedAt: noon}, digest("key 2 again"), 1),
+			tx.InsertKey(ctx, plain("tenant", 21)), // nothing finds it
+			tx.InsertKey(ctx, full), tx.InsertGeneration(ctx, full.ID, fullGeneration, digest("full"), 1))
+	})
+	var uses []apikey.Use
+	for n := range 20 {
+		if n != 9 { // key 10 was never used
+			uses = append(uses, apikey.Use{KeyID: id(n + 1), Generation: 1, At: noon.Add(time.Duration(n*7%20) * time.Second)})
+		}
+	}
+	if err := errors.Join(s.Touch(ctx, uses), s.Redigest(ctx, []admin.Redigest{{Old: digest("key 3"), New: digest("key 3 new"), Version: 2}})); err != nil {
+		t.Fatal(err)
+	}
+
+	want := map[apikey.Digest]*apikey.Key{}
+	for _, name := range []string{"full", "key 2 again", "key 3 new"} {
+		want[digest("%s", name)] = found(t, s, digest("%s", name))
+	}
+	for n := 2; n <= 20; n++ {
+		want[digest("key %d", n)] = found(t, s, digest("key %d", n))
+	}
+	all := list(1000)
+	got := map[apikey.Digest]*apikey.Key{}
+	for i, k := range all {
+		got[k.Digest] = k
+		if i > 0 && k.LastUsedAt.After(all[i-1].LastUsedAt) {
+			t.Errorf("record %d was used at %v, the one before at %v", i, k.LastUsedAt, all[i-1].LastUsedAt)
+		}
+	}
+	wantSame(t, "by digest", want, got)
+	if len(all) != len(want) {
+		t.Errorf("got %d records, want %d: each digest once", len(all), len(want))
+	}
+	for most := 1; most <= len(all); most++ {
+		wantSame(t, "the first", all[:most], list(most))
+	}
+}
+
+func testRecentKeysAndWriter(t *testing.T, s admin.Store) {
+	instance(t, s, "tenant")
+	for n := range 3 {
+		keyOf(t, s, "tenant", n+1)
+	}
+	before, n := head(t, s), 0
+	err := s.RecentKeys(t.Context(), func(k *apikey.Key, at apikey.Revision) bool {
+		n++
+		written := make(chan error, 1)
+		go func() { // as another caller
+			_, err := s.Update(t.Context(), func(tx admin.Tx) error {
+				revoked := plain("tenant", 1)
+				revoked.RevokedAt = noon
+				return errors.Join(tx.Audit(t.Context(), event), tx.UpdateKey(t.Context(), revoked))
+			})
+			written <- err
+		}()
+		select {
+		case err := <-written:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("a writer waits for a reader")
+		}
+		if at == before && !k.RevokedAt.IsZero() {
+			t.Error("a record is newer than the revision that came with it, and the next may be older")
+		}
+		return true
+	})
+	if err != nil || n < 2 {
+		t.Errorf("got %d keys and error %v", n, err)
+	}
+}
+
 func testTouch(t *testing.T, s admin.Store) {
 	ctx := t.Context()
 	instance(t, s, "tenant")

@@ -195,11 +195,18 @@ func testLeft(t *testing.T, s admin.Store) {
 	})
 	left := func() [3]int {
 		t.Helper()
-		list, err := s.Peppers(ctx)
-		if err != nil || len(list) != 3 {
-			t.Fatalf("peppers: got %v and error %v", list, err)
+		var all [3]int
+		for i := range all {
+			n, err := s.PepperLeft(ctx, uint32(i+1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			all[i] = n
 		}
-		return [3]int{list[0].Left, list[1].Left, list[2].Left}
+		if n, err := s.PepperLeft(ctx, 4); n != 0 || err != nil {
+			t.Errorf("of a version that is not there: got %d and error %v", n, err)
+		}
+		return all
 	}
 	if got, want := left(), [3]int{6, 1, 0}; got != want {
 		t.Errorf("left: got %v, want %v", got, want)

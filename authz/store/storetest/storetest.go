@@ -55,6 +55,8 @@ func Run(t *testing.T, open func(t *testing.T) admin.Store) {
 		{"Changes", testChanges},
 		{"ChangesTruncated", testTruncated},
 		{"Digests", testDigests},
+		{"RecentKeys", testRecentKeys},
+		{"RecentKeysKeepNoWriterWaiting", testRecentKeysAndWriter},
 		{"LastUseOnlyGrows", testTouch},
 		{"Peppers", testPeppers},
 		{"Redigest", testRedigest},

@@ -459,9 +459,13 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 			_, err := s.Digests(ctx, func(apikey.Digest) bool { return true })
 			return err
 		},
+		"RecentKeys": func(ctx context.Context) error {
+			return s.RecentKeys(ctx, func(*apikey.Key, apikey.Revision) bool { return true })
+		},
 		"Changes":    func(ctx context.Context) error { _, _, _, err := s.Changes(ctx, 0); return err },
 		"Token":      func(ctx context.Context) error { _, err := s.Token(ctx, digest("token")); return err },
 		"Tokens":     func(ctx context.Context) error { _, err := s.Tokens(ctx); return err },
+		"PepperLeft": func(ctx context.Context) error { _, err := s.PepperLeft(ctx, 1); return err },
 		"Peppers":    func(ctx context.Context) error { _, err := s.Peppers(ctx); return err },
 		"Events":     func(ctx context.Context) error { _, err := s.Events(ctx, 0, 1); return err },
 		"Touch":      func(ctx context.Context) error { return s.Touch(ctx, []apikey.Use{{KeyID: id(1), At: noon}}) },

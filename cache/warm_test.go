@@ -1,0 +1,334 @@
+package cache
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"runtime"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unsafe"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"keyward/authz/apikey"
+	"keyward/cache/cachetest"
+)
+
+// usedStore holds keys 1 to n, of which the greater were used later.
+func usedStore(n int) *cachetest.Store {
+	store := cachetest.NewStore()
+	for i := 1; i <= n; i++ {
+		k := key(i)
+		k.LastUsedAt = time.Unix(int64(i), 0)
+		store.Put(k, digest(i))
+	}
+	return store
+}
+
+func TestWarmUpLoadsWhatWasUsedLast(t *testing.T) {
+	store := usedStore(50)
+	bubble(t, store, Config{Records: 20, WarmUp: time.Minute}, func(t *testing.T, c *Cache) {
+		if !c.Ready() || value(t, c, "warm_up_records", "") != 20 {
+			t.Errorf("got ready %t, %v records, want 20", c.Ready(), value(t, c, "warm_up_records", ""))
+		}
+		for i := 31; i <= 50; i++ {
+			d := digest(i)
+			if k, ok, err := c.Cached(&d); !ok || err != nil || k.ID != key(i).ID {
+				t.Errorf("key %d: got %v, %t, %v", i, k, ok, err)
+			}
+		}
+		if n := store.Calls("FindKey"); n != 0 {
+			t.Errorf("%d keys were read one by one", n)
+		}
+		mustFind(t, c, digest(1)) // the others as ever
+	})
+}
+
+func TestNoWarmUpUnlessAskedFor(t *testing.T) {
+	store := usedStore(5)
+	bubble(t, store, Config{}, func(t *testing.T, c *Cache) {
+		if !c.Ready() || store.Calls("RecentKeys") != 0 {
+			t.Errorf("got ready %t and %d calls", c.Ready(), store.Calls("RecentKeys"))
+		}
+	})
+}
+
+// hold keeps answers of RecentKeys back until release is called or the caller leaves.
+func hold(store *cachetest.Store) (release func()) {
+	held := make(chan struct{})
+	store.OnAnswer(func(ctx context.Context, call string) error {
+		if call != "RecentKeys" {
+			return nil
+		}
+		select {
+		case <-held:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	})
+	return func() { close(held) }
+}
+
+func TestReadyWaitsForTheWarmUpAndRequestsDoNot(t *testing.T) {
+	store := usedStore(5)
+	synctest.Test(t, func(t *testing.T) {
+		release := hold(store)
+		c := newCache(t, store, Config{WarmUp: time.Minute})
+		running(t, c)
+		time.Sleep(30 * time.Second)
+		synctest.Wait()
+		if c.Ready() {
+			t.Error("ready before the warm-up is over")
+		}
+		mustFind(t, c, digest(1))
+		if err := c.Serving(); err != nil {
+			t.Error(err)
+		}
+		catchUp(t, c, store.Put(key(9), digest(9))) // changes need not wait either
+		release()
+		synctest.Wait()
+		if !c.Ready() {
+			t.Error("not ready after the warm-up")
+		}
+	})
+}
+
+func TestWarmUpEndsInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := usedStore(5)
+		hold(store)
+		c := newCache(t, store, Config{WarmUp: 10 * time.Second})
+		running(t, c)
+		time.Sleep(10*time.Second - time.Millisecond)
+		synctest.Wait()
+		if c.Ready() {
+			t.Error("ready too soon")
+		}
+		time.Sleep(2 * time.Millisecond)
+		synctest.Wait()
+		if !c.Ready() {
+			t.Error("the warm-up does not end")
+		}
+		mustFind(t, c, digest(1))
+	})
+}
+
+func TestRunEndsDuringTheWarmUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := usedStore(5)
+		hold(store)
+		c := newCache(t, store, Config{WarmUp: time.Hour})
+		end := running(t, c)
+		synctest.Wait()
+		begin := time.Now()
+		end()
+		if took := time.Since(begin); took > time.Second {
+			t.Errorf("Run ended after %v", took)
+		}
+	})
+}
+
+func TestAStoreThatCannotListKeysIsServedFrom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := usedStore(5)
+		store.OnAnswer(func(_ context.Context, call string) error {
+			if call == "RecentKeys" {
+				return errAway
+			}
+			return nil
+		})
+		var log logBuffer
+		c, err := New(store, Config{WarmUp: time.Minute}, prometheus.NewRegistry(), slog.New(slog.NewTextHandler(&log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(c.Close)
+		running(t, c)
+		synctest.Wait()
+		if !c.Ready() || log.count("cannot load keys into the cache") != 1 || value(t, c, "store_errors_total", "recent_keys") != 1 {
+			t.Errorf("got ready %t, and the log %s", c.Ready(), log.b.String())
+		}
+		mustFind(t, c, digest(1))
+	})
+}
+
+// TestRevokedDuringTheWarmUp: the store has answered, with a good key, and before the answer is taken up
+// the key is revoked and everybody knows.
+func TestRevokedDuringTheWarmUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := usedStore(5)
+		release := hold(store)
+		c := newCache(t, store, Config{WarmUp: time.Minute})
+		running(t, c)
+		synctest.Wait()
+		catchUp(t, c, store.Put(revoked(3), digest(3)))
+		release()
+		synctest.Wait()
+		for i := 1; i <= 5; i++ {
+			if k := mustFind(t, c, digest(i)); k.RevokedAt.IsZero() == (i == 3) {
+				t.Errorf("key %d: revoked at %v", i, k.RevokedAt)
+			}
+		}
+		if n := value(t, c, "warm_up_records", ""); n != 4 {
+			t.Errorf("got %v records, want the 4 that did not change", n)
+		}
+	})
+}
+
+// TestWarmUpTakesNothingOlderThanWhatWasSeen: a copy of the store that is behind answers.
+func TestWarmUpTakesNothingOlderThanWhatWasSeen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := usedStore(5)
+		c := newCache(t, store, Config{WarmUp: time.Minute})
+		store.OnAnswer(func(_ context.Context, call string) error {
+			if call == "Digests" {
+				// Between the known set and the warm-up the reads move to a copy that is behind.
+				store.SetLag(1)
+			}
+			return nil
+		})
+		store.Put(revoked(5), digest(5))
+		running(t, c)
+		synctest.Wait()
+		if n := value(t, c, "warm_up_records", ""); n != 0 || !c.Ready() {
+			t.Errorf("got %v records and ready %t, want none", n, c.Ready())
+		}
+		store.SetLag(0)
+		if k := mustFind(t, c, digest(5)); k.RevokedAt.IsZero() {
+			t.Error("a revoked key is served as it was")
+		}
+	})
+}
+
+// TestNothingIsLostInAHurry fills a cache to the brim: ristretto drops most of what is set without waiting.
+func TestNothingIsLostInAHurry(t *testing.T) {
+	const n = 50_000
+	c := newCache(t, usedStore(n), Config{Records: n, WarmUp: time.Minute})
+	running(t, c)
+	for end := time.Now().Add(time.Minute); !c.Ready() && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+	missing := 0
+	for i := 1; i <= n; i++ {
+		d := digest(i)
+		if _, ok, _ := c.Cached(&d); !ok {
+			missing++
+		}
+	}
+	if got := value(t, c, "warm_up_records", ""); missing != 0 || got != n {
+		t.Errorf("%d of %d keys are not there, %v are said to be", missing, n, got)
+	}
+}
+
+// TestDroppedSetsAreSetAgain hands over more at once than ristretto's queue takes.
+func TestDroppedSetsAreSetAgain(t *testing.T) {
+	const n, rounds = 60_000, 20
+	c := started(t, cachetest.NewStore(), Config{Records: n * rounds})
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // so that hardly anybody works the queue off meanwhile
+	for round := range rounds {
+		w := warming{Cache: c, generations: c.records.generations()}
+		for i := range n {
+			k := key(i)
+			k.Digest = digest(round*n + i)
+			w.batch = append(w.batch, k)
+		}
+		w.keep()
+		if w.kept != n || w.lost != 0 {
+			t.Fatalf("got %d kept and %d lost of %d", w.kept, w.lost, n)
+		}
+		if value(t, c, "sets_dropped_total", "queue") > 0 {
+			return
+		}
+	}
+	t.Error("nothing was ever dropped: this proves nothing")
+}
+
+func TestPackedIsEqual(t *testing.T) {
+	at := time.Unix(1, 2).UTC()
+	whole := &apikey.Key{
+		ID: apikey.ID{1}, InstanceID: "tenant", Type: apikey.TypeUser, Name: "name", Description: "description", AgentName: "agent",
+		UserPrincipalName: "user@example.com", Environment: "prod", Scopes: apikey.Scopes{"a:*", "b"},
+		AllowedIPs: []netip.Prefix{netip.MustParsePrefix("2001:db8::/32")}, Limits: apikey.Limits{Burst: 3},
+		ExpirationDate: at, InactivityDays: 4, NotBefore: at, Metadata: map[string]string{"a": "b"}, Disabled: true,
+		RevokedAt: at, RevokedReason: "lost", CreatedAt: at, CreatedBy: "token:x", LastUsedAt: at,
+		Generations: []apikey.Generation{{Number: 1, Hint: "kwu_…abcd", CreatedAt: at}, {Number: 2, Hint: "kwu_…efgh", ValidUntil: at}},
+		Digest:      digest(1), Generation: 2,
+	}
+	p, err := newPacker()
+	if err != nil {
+		t.Fatal(err)
+	}
+	variants := map[string]func(k *apikey.Key){
+		"whole":          func(*apikey.Key) {},
+		"one generation": func(k *apikey.Key) { k.Generations = k.Generations[:1] },
+		"no generation":  func(k *apikey.Key) { k.Generations = nil },
+		"empty lists": func(k *apikey.Key) {
+			k.Scopes, k.Generations, k.AllowedIPs = apikey.Scopes{}, []apikey.Generation{}, []netip.Prefix{}
+		},
+		"every right":  func(k *apikey.Key) { k.Scopes = nil },
+		"other scopes": func(k *apikey.Key) { k.Scopes = apikey.Scopes{"b", "a:*"} },
+		"no text":      func(k *apikey.Key) { k.Name, k.Description, k.UserPrincipalName, k.RevokedReason = "", "", "", "" },
+		"nothing":      func(k *apikey.Key) { *k = apikey.Key{} },
+	}
+	same := cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
+	for range 2 { // the second time what is shared is there
+		for name, change := range variants {
+			k := *whole
+			change(&k)
+			before := k
+			packed := p.pack(&k)
+			if diff := cmp.Diff(&before, packed, same); diff != "" {
+				t.Errorf("%s: %s", name, diff)
+			}
+			if diff := cmp.Diff(before, k, same); diff != "" {
+				t.Errorf("%s: the original changed: %s", name, diff)
+			}
+		}
+	}
+	a, b := *whole, *whole
+	a.Name, b.Name = "a", "b"
+	a.InstanceID, a.Scopes = fmt.Sprint("ten", "ant"), apikey.Scopes{"a:*", "b"}
+	one, other := p.pack(&a), p.pack(&b)
+	if unsafe.StringData(one.InstanceID) != unsafe.StringData(other.InstanceID) || &one.Scopes[0] != &other.Scopes[0] {
+		t.Error("what two keys have in common is kept twice")
+	}
+}
+
+func TestDigestSet(t *testing.T) {
+	s, want := newDigestSet(), map[uint64]bool{}
+	wantAll := func(when string) {
+		t.Helper()
+		if s.size() != len(want) {
+			t.Errorf("%s: got %d, want %d", when, s.size(), len(want))
+		}
+		for p := range want {
+			if !s.has(p) {
+				t.Fatalf("%s: %x is missing", when, p)
+			}
+			if !want[p+1] && s.has(p+1) || !want[p-1] && s.has(p-1) {
+				t.Fatalf("%s: a neighbour of %x is there", when, p)
+			}
+		}
+	}
+	wantAll("empty")
+	for i := range 100_000 {
+		d := digest(i % 90_000) // some twice
+		s.add(d.Prefix())
+		want[d.Prefix()] = true
+	}
+	for _, p := range []uint64{0, 1, 1 << 63, ^uint64(0), ^uint64(0) - 2, 1<<50 - 1, 1 << 50} { // at the edges of lists
+		s.add(p)
+		want[p] = true
+	}
+	wantAll("filled")
+	s.trim()
+	wantAll("trimmed")
+	s.add(5)
+	want[5] = true
+	wantAll("one more")
+}

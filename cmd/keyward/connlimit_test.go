@@ -1,0 +1,275 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/net/http2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/test/bufconn"
+
+	"keyward/authz/apikey"
+)
+
+// wantRefused connects, and fails unless the connection is closed at once.
+func wantRefused(t *testing.T, address string) {
+	t.Helper()
+	c, err := net.Dial("tcp", address)
+	if err == nil {
+		defer c.Close()
+		_ = c.SetReadDeadline(time.Now().Add(patience))
+		_, err = c.Read(make([]byte, 1))
+	}
+	if !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("got %v, want a closed connection", err)
+	}
+}
+
+func TestOneConnectionTooManyIsClosedAtOnce(t *testing.T) {
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	l := &limitedListener{Listener: inner, name: "check", most: 2, refused: prometheus.NewCounter(prometheus.CounterOpts{Name: "x"}),
+		log: slog.New(slog.NewTextHandler(&log, nil))}
+	accepted := make(chan net.Conn, 10)
+	var accepting sync.WaitGroup
+	accepting.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			accepted <- c
+		}
+	})
+	dial := func() net.Conn {
+		t.Helper()
+		c, err := net.Dial("tcp", inner.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		return c
+	}
+	next := func() net.Conn {
+		t.Helper()
+		select {
+		case c := <-accepted:
+			return c
+		case <-time.After(patience):
+			t.Fatal("not let in")
+			return nil
+		}
+	}
+	dial()
+	one := next()
+	second := dial()
+	other := next()
+	for range 3 {
+		wantRefused(t, inner.Addr().String())
+	}
+	if _, err := other.Write([]byte{1}); err != nil { // those that were let in go on
+		t.Error(err)
+	}
+	if _, err := second.Read(make([]byte, 1)); err != nil {
+		t.Error(err)
+	}
+	_ = one.Close()
+	_ = one.Close() // twice frees one place only
+	dial()
+	third := next()
+	wantRefused(t, inner.Addr().String())
+	_ = inner.Close()
+	accepting.Wait()
+	if n := l.open.Load(); n != 2 {
+		t.Errorf("got %d open, want 2", n)
+	}
+	_, _ = other.Close(), third.Close()
+	if n := l.open.Load(); n != 0 {
+		t.Errorf("got %d open at the end", n)
+	}
+	if n := strings.Count(log.String(), "too many connections"); n != 1 || !strings.Contains(log.String(), "maxConnections=2") {
+		t.Errorf("said %d times: %s", n, log.String())
+	}
+}
+
+// TestServeKeepsToMaxConnections: an Envoy that is connected does not notice that others are refused.
+func TestServeKeepsToMaxConnections(t *testing.T) {
+	t.Parallel()
+	dir, at := t.TempDir(), newPorts()
+	if err := errors.Join(
+		os.WriteFile(dir+"/keyward.yaml", []byte(smallest+"listen: {check: {maxConnections: 1}}\n"), 0o600),
+		writeNewPrivate(dir+"/pepper", apikey.MarshalPepper(apikey.NewPepper(1, false))),
+	); err != nil {
+		t.Fatal(err)
+	}
+	server, err := serve(dir, at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(server.kill)
+	conn, err := dialCheck(at.check)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	healthy := func() {
+		t.Helper()
+		err := eventually(func() error { // /readyz is a moment ahead of it
+			got, err := healthpb.NewHealthClient(conn.conn).Check(t.Context(), &healthpb.HealthCheckRequest{})
+			if err == nil && got.GetStatus() != healthpb.HealthCheckResponse_SERVING {
+				err = errors.New(got.GetStatus().String())
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	healthy()
+	for range 3 {
+		wantRefused(t, at.check)
+	}
+	healthy()
+	metrics := readMetrics(t, at)
+	if got := metrics["keyward_connections_refused_total listener=check"]; got != 3 {
+		t.Errorf("%v refused, want 3", got)
+	}
+	if got := metrics["keyward_connections listener=check"]; got != 1 {
+		t.Errorf("%v open, want 1", got)
+	}
+}
+
+// pinging connects to a server with our transport options as an Envoy does that asks nothing, and sends a ping
+// every interval. It returns how many were answered before the server hung up, at most as many as were wanted.
+func pinging(t *testing.T, interval time.Duration, want int) (answered int) {
+	t.Helper()
+	l := bufconn.Listen(64 << 10)
+	server := grpc.NewServer(transportOptions()...)
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = server.Serve(l) })
+	defer serving.Wait()
+	defer server.Stop()
+	conn, err := l.DialContext(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte(http2.ClientPreface)); err != nil {
+		t.Fatal(err)
+	}
+	framer := http2.NewFramer(conn, conn)
+	if err := framer.WriteSettings(); err != nil {
+		t.Fatal(err)
+	}
+	acks, writes := make(chan struct{}, want), make(chan func() error, 100)
+	var working sync.WaitGroup
+	working.Go(func() { // frames are written by one goroutine only
+		for write := range writes {
+			if write() != nil {
+				return
+			}
+		}
+	})
+	working.Go(func() {
+		defer close(acks)
+		for {
+			frame, err := framer.ReadFrame()
+			if err != nil {
+				return
+			}
+			switch f := frame.(type) {
+			case *http2.GoAwayFrame:
+				return
+			case *http2.PingFrame:
+				if f.IsAck() {
+					acks <- struct{}{}
+				} else {
+					data := f.Data
+					writes <- func() error { return framer.WritePing(true, data) } // keyward's own
+				}
+			}
+		}
+	})
+	for ; answered < want; answered++ {
+		writes <- func() error { return framer.WritePing(false, [8]byte{1}) }
+		if _, ok := <-acks; !ok {
+			break
+		}
+		time.Sleep(interval)
+	}
+	_ = conn.Close()
+	close(writes)
+	working.Wait()
+	return answered
+}
+
+func TestEnvoysPingsAreWelcome(t *testing.T) {
+	for name, test := range map[string]struct {
+		interval time.Duration
+		stays    bool
+	}{
+		"as we generate it":       {10 * time.Second, true},
+		"as often as is of use":   {time.Second, true},
+		"a flood is no keepalive": {10 * time.Millisecond, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const pings = 30
+				if got := pinging(t, test.interval, pings); (got == pings) != test.stays {
+					t.Errorf("%d of %d pings were answered", got, pings)
+				}
+			})
+		})
+	}
+}
+
+// TestNobodyWaitsForAWorker: more calls that take their time than there are workers, as access logs and
+// Checks that wait for a place do, and one more that does not.
+func TestNobodyWaitsForAWorker(t *testing.T) {
+	l := bufconn.Listen(1 << 20)
+	server := grpc.NewServer(transportOptions()...)
+	healthpb.RegisterHealthServer(server, health.NewServer())
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = server.Serve(l) })
+	defer serving.Wait()
+	defer server.Stop()
+	conn, err := grpc.NewClient("passthrough:", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	client := healthpb.NewHealthClient(conn)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	for range 600 { // a watch never ends by itself
+		watch, err := client.Watch(ctx, &healthpb.HealthCheckRequest{})
+		if err == nil {
+			_, err = watch.Recv()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := client.Check(ctx, &healthpb.HealthCheckRequest{}); err != nil {
+		t.Error(err)
+	}
+}
