@@ -141,7 +141,7 @@ func lookedDescriptor() protoreflect.MessageDescriptor {
 		descriptorpb.FieldDescriptorProto_TYPE_INT32, descriptorpb.FieldDescriptorProto_TYPE_INT64, descriptorpb.FieldDescriptorProto_TYPE_UINT32
 	scalar := func(n int32, kind descriptorpb.FieldDescriptorProto_Type) *descriptorpb.FieldDescriptorProto {
 		return &descriptorpb.FieldDescriptorProto{
-			Name: proto.String("f" + string(rune('a'+n))), Number: proto.Int32(n), Type: kind.Enum(),
+			Name: proto.String("f" + string(rune('a')+n)), Number: proto.Int32(n), Type: kind.Enum(),
 			Label: descriptorpb.FieldDescriptorProto_LABEL_OPTIONAL.Enum(),
 		}
 	}

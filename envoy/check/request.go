@@ -185,7 +185,7 @@ func (c *reader) readSocketAddress(b []byte) bool {
 		case wire.Bytes(2): // address
 			ok = text(&c.address, content)
 		case wire.Varint(3): // port_value
-			c.port = uint32(wire.Number(content)) //nolint:gosec // as generated code does
+			c.port = uint32(wire.Number(content))
 		case wire.Bytes(4): // named_port, its alternative
 			c.port = 0
 		}
@@ -220,9 +220,9 @@ func (c *reader) readTime(b []byte) bool {
 		tag, content, rest, ok := cutField(b)
 		switch b = rest; tag {
 		case wire.Varint(1):
-			c.seconds = int64(wire.Number(content)) //nolint:gosec // as generated code does
+			c.seconds = int64(wire.Number(content))
 		case wire.Varint(2):
-			c.nanos = int32(wire.Number(content)) //nolint:gosec // as generated code does
+			c.nanos = int32(wire.Number(content))
 		}
 		if !ok {
 			return false

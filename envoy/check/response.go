@@ -307,15 +307,26 @@ func cut(s string, n int) string {
 
 // appendFacts writes what goes to Envoy's later filters and logs, under envoy.filters.http.ext_authz.
 func appendFacts(dst []byte, d *authz.Decision) []byte {
-	var room [36]byte
+	var room [2 * len(d.ID)]byte
 	dst = appendFact(dst, "keyward.reason", d.Reason.String())
 	dst = appendFact(dst, "keyward.decision_id", d.ID.Append(room[:0]))
-	if d.Key != nil {
-		dst = appendFact(dst, "keyward.key_id", d.Key.ID.Append(room[:0]))
-		dst = appendFact(dst, "keyward.instance", d.Key.InstanceID)
+	switch {
+	case d.Key != nil:
+		return appendKey(dst, d.Key)
+	case d.Reason == authz.ReasonUnknownKey: // written and left out, so that the time does not tell
+		return appendKey(dst, &nobodys)[:len(dst)]
 	}
 	return dst
 }
+
+func appendKey(dst []byte, k *apikey.Key) []byte {
+	var room [36]byte
+	dst = appendFact(dst, "keyward.key_id", k.ID.Append(room[:0]))
+	return appendFact(dst, "keyward.instance", k.InstanceID)
+}
+
+// nobodys is a key that no secret finds, with an instance whose id is as long as most.
+var nobodys = apikey.Key{InstanceID: "00000000-0000-0000-0000-000000000000"}
 
 // complete lets only whole answers out: an allow that says so, or a refusal that says so. To Envoy, a
 // response without a status is an "allowed".
