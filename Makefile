@@ -12,12 +12,12 @@ PYTHON  ?= python3
 # More of "make test": TESTFLAGS="-run TestThis -v".
 TESTFLAGS ?=
 
-.PHONY: all help build dev test bench lint fmt envoy envoys clean
+.PHONY: all help build dev test bench bench-scale lint fmt envoy envoys clean
 
 all: build lint test
 
 help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build bin/keyward
 	CGO_ENABLED=0 go build -trimpath -o bin/keyward ./cmd/keyward
@@ -35,6 +35,10 @@ test: envoys ## get what the tests need, then run all of them with the race dete
 bench: have-envoy ## measure: rules, state, access logs, and max-concurrent through Envoy
 	go test -run '^$$' -bench . ./authz/... ./cache ./limits/... ./envoy/accesslog
 	go test -run '^$$' -bench . -benchtime 1x ./envoy/e2e
+
+KEYS ?= 10000000
+bench-scale: ## measure start, memory, garbage collection and CPU with KEYS=10000000 keys in the store (6 GB of disk in TMPDIR)
+	cd cmd/keyward && KEYS=$(KEYS) DOC=$(CURDIR)/docs/performance.md go test -run '^$$' -bench StateAtScale -benchtime 1x -timeout 3h .
 
 lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION) ## vet, formatting, golangci-lint, tidy go.mod
 	go vet ./...
