@@ -20,8 +20,10 @@ MEASURE ?= 1500ms
 KEYS    ?= 10000
 SAMPLES ?= 1000000
 FLOOD   ?= 1000000
+# Keys of "make bench-scale".
+SCALE_KEYS ?= 10000000
 
-.PHONY: all help build dev test fuzz bench bench-envoy bench-go lint fmt envoy envoys clean
+.PHONY: all help build dev test fuzz bench bench-envoy bench-go bench-scale lint fmt envoy envoys clean
 
 all: build lint test
 
@@ -53,6 +55,9 @@ bench-envoy: benchmarks have-envoy ## what an authorizer costs behind a real Env
 bench-go: have-envoy ## Go benchmarks: rules, state, access logs, and max-concurrent through Envoy
 	go test -run '^$$' -bench . ./authz/... ./cache ./limits/... ./envoy/accesslog ./envoy/check
 	go test -run '^$$' -bench . -benchtime 1x ./envoy/e2e
+
+bench-scale: ## measure start, memory, garbage collection and CPU with SCALE_KEYS=10000000 keys in the store (6 GB of disk in TMPDIR)
+	cd cmd/keyward && KEYS=$(SCALE_KEYS) DOC=$(CURDIR)/docs/performance.md go test -run '^$$' -bench StateAtScale -benchtime 1x -timeout 3h .
 
 # What is compared: keyward, the same with the standard codec, and the comparison itself.
 .PHONY: benchmarks

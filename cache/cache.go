@@ -78,7 +78,7 @@ const (
 
 // A Config is what may be chosen about a cache. The zero Config works, and is strict.
 type Config struct {
-	// Records is how many keys are held; 0: 1,000,000. One takes about 450 bytes, and 50 bytes of
+	// Records is how many keys are held; 0: 1,000,000. One takes about 800 bytes, and 50 bytes of
 	// counters are reserved for each from the start.
 	Records int
 	// Unknown is how many digests are remembered as finding nothing; 0: 65,536. About 200 bytes each.

@@ -194,8 +194,8 @@ func defaultConfig() Config {
 
 		Errors: "rpc",
 		Log:    Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
-		// Most of what lives is the cache, most of what dies a request's: collected four times as seldom as
-		// Go does by itself, a request costs a seventh less.
+		// What lives is the cache, what dies is requests', and marking the cache for their sake is the greater
+		// part of collecting: four times as seldom as Go does by itself, a request costs a quarter less.
 		Runtime: Runtime{GCPercent: 400, MemoryLimit: "90%"},
 	}
 }

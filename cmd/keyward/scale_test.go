@@ -97,26 +97,9 @@ func fillStore(ctx context.Context, path string, pepper *apikey.Pepper, keys int
 	defer db.Close()
 	db.SetMaxOpenConns(1)
 	// The indexes that can be made at the end are faster made then.
-	type index struct{ name, statement string }
-	var indexes []index
-	rows, err := db.QueryContext(ctx, `SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND tbl_name = 'keys' AND sql IS NOT NULL`)
+	indexes, err := dropIndexes(ctx, db)
 	if err != nil {
 		return err
-	}
-	for rows.Next() {
-		var i index
-		if err := rows.Scan(&i.name, &i.statement); err != nil {
-			return err
-		}
-		indexes = append(indexes, i)
-	}
-	if err := errors.Join(rows.Err(), rows.Close()); err != nil {
-		return err
-	}
-	for _, i := range indexes {
-		if _, err := db.ExecContext(ctx, "DROP INDEX "+i.name); err != nil {
-			return err
-		}
 	}
 
 	type found struct {
@@ -146,10 +129,12 @@ func fillStore(ctx context.Context, path string, pepper *apikey.Pepper, keys int
 		if err != nil {
 			return err
 		}
+		defer many.Close()
 		single, err := tx.PrepareContext(ctx, "INSERT INTO "+table+" VALUES "+one)
 		if err != nil {
 			return err
 		}
+		defer single.Close()
 		var values []any
 		for n := 0; n < keys; {
 			values = values[:0]
@@ -200,13 +185,40 @@ func fillStore(ctx context.Context, path string, pepper *apikey.Pepper, keys int
 	if err != nil {
 		return err
 	}
-	for _, i := range indexes {
-		progress(i.name)
-		if _, err := db.ExecContext(ctx, i.statement); err != nil {
+	for name, statement := range indexes {
+		progress(name)
+		if _, err := db.ExecContext(ctx, statement); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// dropIndexes drops the indexes of keys that no constraint needs, and returns the statements that make them.
+func dropIndexes(ctx context.Context, db *sql.DB) (map[string]string, error) {
+	rows, err := db.QueryContext(ctx, `SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND tbl_name = 'keys' AND sql IS NOT NULL`)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	all := map[string]string{}
+	for rows.Next() {
+		var name, statement string
+		if err := rows.Scan(&name, &statement); err != nil {
+			return nil, err
+		}
+		all[name] = statement
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	_ = rows.Close() // before the tables change under it
+	for name := range all {
+		if _, err := db.ExecContext(ctx, "DROP INDEX "+name); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
 }
 
 // passThrough is a codec for messages that are bytes already.
@@ -356,6 +368,10 @@ func BenchmarkStateAtScale(b *testing.B) {
 	keys, rate := envNumber(b, "KEYS", 100_000), envNumber(b, "RATE", 5000)
 	cached := min(keys, envNumber(b, "CACHED", 1_000_000))
 	length := time.Duration(envNumber(b, "SECONDS", 10)) * time.Second
+	loadedBefore, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		b.Fatal(err)
+	}
 	begin := time.Now()
 	say := func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "%6.1fs  %s\n", time.Since(begin).Seconds(), fmt.Sprintf(format, args...))
@@ -374,7 +390,7 @@ func BenchmarkStateAtScale(b *testing.B) {
 		pepper := apikey.NewPepper(1, false)
 		_ = os.Remove(database)
 		_ = os.Remove(filepath.Join(dir, "pepper"))
-		must(writeNewPrivate(filepath.Join(dir, "pepper"), apikey.MarshalPepper(pepper)))
+		must(os.WriteFile(filepath.Join(dir, "pepper"), apikey.MarshalPepper(pepper), 0o600))
 		must(fillStore(b.Context(), database, pepper, keys, func(what string) { say("%s", what) }))
 		file, err := os.OpenFile(filepath.Join(dir, "secrets.txt"), os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o600)
 		must(err)
@@ -497,9 +513,10 @@ func BenchmarkStateAtScale(b *testing.B) {
 			us(func(m measured) time.Duration { return m.cpu }))
 	}
 	gogc := m["go_gc_gogc_percent"]
+	load, _, _ := strings.Cut(string(loadedBefore), " ")
 	var table strings.Builder
-	fmt.Fprintf(&table, "`KEYS=%d make bench-scale`, %s, %s/%s, %d processors, GOGC %v, on %s. Median of 3 interleaved rounds of %v at %d requests/s.\n\n",
-		keys, runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), gogc, time.Now().UTC().Format(time.DateOnly), length, rate)
+	fmt.Fprintf(&table, "`KEYS=%d make bench-scale`, %s, %s/%s, %d processors, GOGC %v, on %s. The machine's load average was %s before it began. Median of 3 interleaved rounds of %v at %d requests/s.\n\n",
+		keys, runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), gogc, time.Now().UTC().Format(time.DateOnly), load, length, rate)
 	fmt.Fprintf(&table, "| keys in the store, in memory | %d, %d |\n| --- | --- |\n", keys, cached)
 	for _, line := range [][2]string{
 		{"database file", fmt.Sprintf("%d MB", info.Size()>>20)},
