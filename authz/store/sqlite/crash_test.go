@@ -201,7 +201,7 @@ func verify(t *testing.T, path string, created, revoked map[int]bool, next int) 
 	for _, c := range changes {
 		changed[c.KeyID]++
 	}
-	keys, err := s.Keys(ctx, "tenant", admin.KeyPlace{}, 1_000_000)
+	keys, err := s.Keys(ctx, "tenant", admin.KeyQuery{Limit: 1_000_000})
 	if err != nil {
 		t.Fatal(err)
 	}
