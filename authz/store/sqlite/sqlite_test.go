@@ -72,18 +72,6 @@ func createKey(ctx context.Context, s *Store, n int) (apikey.Revision, error) {
 	})
 }
 
-func revokeKey(ctx context.Context, s *Store, n int) error {
-	_, err := s.Update(ctx, func(tx admin.Tx) error {
-		k, err := tx.Key(ctx, "tenant", keyID(n))
-		if err != nil {
-			return err
-		}
-		k.RevokedAt = time.Now()
-		return errors.Join(tx.UpdateKey(ctx, k), tx.Audit(ctx, admin.Event{Action: "key.revoke", Target: k.ID.String()}))
-	})
-	return err
-}
-
 func mustCreate(t testing.TB, s *Store, n int) apikey.Revision {
 	t.Helper()
 	revision, err := createKey(t.Context(), s, n)
