@@ -96,37 +96,43 @@ func (l *leaks) spend(from netip.Addr) error {
 
 // RunLeakReports does what reports of leaked secrets ask for until ctx is done, and then what still waits.
 func (s *Service) RunLeakReports(ctx context.Context) error {
-	for {
+	var unfinished []leak
+	for ctx.Err() == nil {
 		select {
 		case l := <-s.leaks.queue:
-			s.leaked(ctx, l)
-			continue
+			if !s.leaked(ctx, l) {
+				unfinished = append(unfinished, l)
+			}
 		case <-ctx.Done():
 		}
-		break
 	}
-	rest, cancel := context.WithTimeout(context.WithoutCancel(ctx), updateTimeout) // they were accepted
+	// They were accepted, so they are tried once more, for as long as an end may take.
+	rest, cancel := context.WithTimeout(context.WithoutCancel(ctx), updateTimeout)
 	defer cancel()
 	for {
+		for _, l := range unfinished {
+			if !s.leaked(rest, l) {
+				s.log.Error("a report of a leaked key is lost: the store does not answer, and the process ends", slog.String("from", l.from))
+			}
+		}
 		select {
 		case l := <-s.leaks.queue:
-			s.leaked(rest, l)
+			unfinished = []leak{l}
 		default:
 			return nil
 		}
 	}
 }
 
-// leaked acts on one report. While the store is away it tries on.
-func (s *Service) leaked(ctx context.Context, l leak) {
+// leaked acts on one report. While the store is away it tries on; false if ctx ended before.
+func (s *Service) leaked(ctx context.Context, l leak) bool {
 	for {
 		err := s.endLeaked(ctx, l)
-		switch {
-		case err == nil || isNotFound(err) || errors.Is(err, errNothing):
-			return
-		case ctx.Err() != nil:
-			s.log.Error("a report of a leaked key is lost: the process ends before the store answers", slog.String("from", l.from), slog.Any("error", err))
-			return
+		if err == nil || isNotFound(err) || errors.Is(err, errNothing) {
+			return true
+		}
+		if ctx.Err() != nil {
+			return false
 		}
 		s.log.Warn("cannot act on the report of a leaked key yet", slog.String("from", l.from), slog.Any("error", err))
 		select {

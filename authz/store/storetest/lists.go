@@ -225,6 +225,7 @@ func testCounts(t *testing.T, s admin.Store) {
 		func(k *apikey.Key) { k.RevokedAt, k.Disabled = noon, true },
 		func(k *apikey.Key) { k.RevokedAt, k.ExpirationDate = time.Unix(0, 0), noon.Add(-time.Hour) },
 		func(k *apikey.Key) { k.InstanceID = "other" },
+		func(k *apikey.Key) { k.Type = "" },
 	} {
 		for _, owner := range []admin.KeyOwner{{}, {Type: apikey.TypeAgent, Name: "x"}, {Type: apikey.TypeUser, Name: "x"}} {
 			if n > 0 && owner.Type != "" && n%3 == 0 {

@@ -71,12 +71,13 @@ INSERT INTO key_counts
 -- +goose StatementBegin
 CREATE TRIGGER key_inserted AFTER INSERT ON keys BEGIN
     INSERT INTO key_counts
-        SELECT NEW.instance_id, o.column1, o.column2, 1,
+        SELECT NEW.instance_id, o.type, o.name, 1,
             NEW.revoked_at = -62135596800000000 AND NEW.ended_at = -62135596800000000,
             NEW.revoked_at = -62135596800000000 AND NEW.ended_at = -62135596800000000 AND NEW.disabled,
             NEW.revoked_at <> -62135596800000000
-        FROM (VALUES ('', ''), (NEW.type, CASE NEW.type WHEN 'agent' THEN NEW.agent_name ELSE NEW.user_principal_name END)) o
-        WHERE o.column1 IN ('', 'agent', 'user')
+        FROM (SELECT '' AS type, '' AS name UNION
+            SELECT NEW.type, CASE NEW.type WHEN 'agent' THEN NEW.agent_name ELSE NEW.user_principal_name END WHERE NEW.type IN ('agent', 'user')) o
+        WHERE true -- or ON would belong to FROM
         ON CONFLICT DO UPDATE SET total = total + 1, usable = usable + excluded.usable,
             disabled = disabled + excluded.disabled, revoked = revoked + excluded.revoked;
 END;
