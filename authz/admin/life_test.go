@@ -174,7 +174,7 @@ func TestCreationRetryAfterIsTrue(t *testing.T) {
 		// Lowered to one: the wait is until fewer than one is left in the hour, not until the oldest is gone.
 		d.policy(t, "a", apikey.Policy{Creation: apikey.Creation{PerHour: 1}})
 		often, ok := errors.AsType[*admin.RateError](create())
-		if want := made[len(made)-1].Add(time.Hour).Sub(time.Now()); !ok || often.RetryAfter != want.Round(time.Microsecond) {
+		if want := time.Until(made[len(made)-1].Add(time.Hour)); !ok || often.RetryAfter != want.Round(time.Microsecond) {
 			t.Errorf("got %v, want to wait %v", often, want)
 		}
 	})

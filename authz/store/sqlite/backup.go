@@ -104,7 +104,7 @@ func dropLeftOut(ctx context.Context, path string) (err error) {
 			return err
 		}
 		if there {
-			if _, err := db.ExecContext(ctx, `DELETE FROM `+table); err != nil {
+			if _, err := db.ExecContext(ctx, `DELETE FROM `+table); err != nil { //nolint:gosec // G202: a name of ours
 				return err
 			}
 		}

@@ -68,7 +68,7 @@ func listKeys(instanceID string, q admin.KeyQuery) (string, []any) {
 			` ORDER BY ` + order.column + direction + `, id` + direction + ` LIMIT ` + limit
 	}
 	index, more := drive(order.column, &q.KeyFilter)
-	from := ""
+	var from string
 	switch q.Status {
 	case "":
 		from = branch(index, more...)
