@@ -120,6 +120,9 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 				return err
 			}
 		}
+		if caller.Role == RoleUser && old.Disabled && !k.Disabled {
+			return &ForbiddenError{Field: "disabled", Reason: "must stay: who disabled the key may have had a reason, so an operator enables it"}
+		}
 		if err := tx.UpdateKey(ctx, k); err != nil {
 			return err
 		}

@@ -15,7 +15,8 @@ type KeyQuery struct {
 	Order KeyOrder
 	After KeyPlace // the zero place is the beginning
 	Limit int
-	// Now is when Status is judged. Zero only where no status is asked for.
+	// Now is when Status is judged. A store is not asked for a status at the zero time; for the Service
+	// that is now.
 	Now time.Time
 }
 
@@ -203,6 +204,9 @@ func (s *Service) Keys(ctx context.Context, caller Caller, instanceID string, q 
 	}
 	if !caller.narrow(&q.KeyFilter) {
 		return nil, nil
+	}
+	if q.Now.IsZero() {
+		q.Now = now()
 	}
 	return s.store.Keys(ctx, instance, q)
 }

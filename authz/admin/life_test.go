@@ -752,6 +752,10 @@ func TestRoleUserHasItsOwnKeys(t *testing.T) {
 	if invalidField(err) == "" || err == nil {
 		t.Errorf("more by a change: %v", err)
 	}
+	d.patch(t, own.Key.ID, admin.KeyPatch{Disabled: admin.To(true)})
+	if _, err = d.UpdateKey(ctx, ann, "a", own.Key.ID, admin.KeyPatch{Disabled: admin.To(false)}, 0); invalidField(err) != "disabled" {
+		t.Errorf("a key that an operator disabled: %v", err)
+	}
 	list, err := d.Keys(ctx, ann, "a", admin.KeyQuery{Limit: 10})
 	if err != nil || len(list) != 2 {
 		t.Errorf("sees %d keys, error %v; want its 2", len(list), err)

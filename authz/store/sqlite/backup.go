@@ -152,14 +152,16 @@ func Restore(ctx context.Context, backup, path, actor string, replace bool) (don
 	}
 	// Made ready under another name: until the last step nothing has changed.
 	fresh := path + ".restoring"
+	sweep := func() { // what is left after a success is the lock; before, the rest of one that was interrupted
+		for _, suffix := range []string{"", "-wal", "-shm", ".lock", partialSuffix} {
+			_ = os.Remove(fresh + suffix)
+		}
+	}
+	sweep()
+	defer sweep()
 	if err := copyTo(ctx, backup, fresh); err != nil {
 		return Restored{}, fmt.Errorf("restore: %w", err)
 	}
-	defer func() {
-		for _, suffix := range []string{"", "-wal", "-shm", ".lock"} {
-			_ = os.Remove(fresh + suffix) // nothing is left of it after a success but the lock
-		}
-	}()
 	if done.TakenAt, err = adopt(ctx, fresh, backup, actor); err != nil {
 		return Restored{}, err
 	}

@@ -113,6 +113,11 @@ func TestRestoreGoesOnFromTheBackup(t *testing.T) {
 	}
 	_, err = Restore(ctx, backup, path, "test", false)
 	wantError(t, err, path, "is there already")
+	for _, left := range []string{".restoring", ".restoring.partial"} { // by one that was killed
+		if err := os.WriteFile(path+left, []byte("half"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	done, err := Restore(ctx, backup, path, "test", true)
 	if err != nil {
 		t.Fatal(err)

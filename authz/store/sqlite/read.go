@@ -40,9 +40,9 @@ const (
 	WHERE k.id = ? AND k.instance_id = ? ORDER BY g.number`
 
 	dueKeys = `SELECT ` + keyColumns + ` FROM (
-		SELECT id FROM keys INDEXED BY keys_due_by_time WHERE ` + dueByTime + ` AND expires_at < ?1
+		SELECT * FROM (SELECT id FROM keys INDEXED BY keys_due_by_time WHERE ` + dueByTime + ` AND expires_at < ?1 LIMIT ?3)
 		UNION
-		SELECT id FROM keys INDEXED BY keys_due_by_idleness WHERE ` + dueByIdleness + ` AND idle_after < ?2
+		SELECT * FROM (SELECT id FROM keys INDEXED BY keys_due_by_idleness WHERE ` + dueByIdleness + ` AND idle_after < ?2 LIMIT ?3)
 		LIMIT ?3) due
 	JOIN keys k ON k.id = due.id LEFT JOIN generations g ON g.key_id = k.id
 	ORDER BY k.id, g.number`
