@@ -518,7 +518,7 @@ func TestSweepGoesOnAfterAnOutage(t *testing.T) {
 		d.instance(t, "a")
 		d.make(t, admin.KeyInput{ExpiresIn: "1h"})
 		var away atomic.Bool
-		svc := admin.New(unsteady{d.store, &away}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
+		svc := admin.New(unsteady{d.store, &away, new(atomic.Int64)}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
 		defer sweeping(t, svc, "one")()
 		away.Store(true)
 		time.Sleep(2 * time.Hour)
@@ -533,13 +533,40 @@ func TestSweepGoesOnAfterAnOutage(t *testing.T) {
 	})
 }
 
-// unsteady is a store that is away now and then.
+// TestOneSweeps: of two processes one keeps house, and the other when that has ended.
+func TestOneSweeps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t)
+		var swept [2]atomic.Int64
+		var stops [2]func()
+		for i := range stops {
+			store := unsteady{Store: d.store, away: new(atomic.Bool), asked: &swept[i]}
+			svc := admin.New(store, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
+			stops[i] = sweeping(t, svc, fmt.Sprint("process ", i))
+			time.Sleep(time.Second)
+		}
+		time.Sleep(10 * time.Minute)
+		if first, second := swept[0].Load(), swept[1].Load(); first != 11 || second != 0 {
+			t.Errorf("they swept %d and %d times in 10 minutes, want 11 and 0", first, second)
+		}
+		stops[0]()
+		time.Sleep(2 * time.Minute)
+		if n := swept[1].Load(); n != 2 {
+			t.Errorf("the other swept %d times in the 2 minutes after, want 2", n)
+		}
+		stops[1]()
+	})
+}
+
+// unsteady is a store that is away now and then, and counts how often it was asked what is due.
 type unsteady struct {
 	admin.Store
-	away *atomic.Bool
+	away  *atomic.Bool
+	asked *atomic.Int64
 }
 
 func (u unsteady) DueKeys(ctx context.Context, expired, idle time.Time, limit int) ([]*apikey.Key, error) {
+	u.asked.Add(1)
 	if u.away.Load() {
 		return nil, fmt.Errorf("gone: %w", apikey.ErrUndecided)
 	}

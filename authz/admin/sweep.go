@@ -78,12 +78,13 @@ func (s *Service) sweep(ctx context.Context, holder string) error {
 // markEnded marks one batch; more says that there may be another.
 func (s *Service) markEnded(ctx context.Context) (more bool, err error) {
 	at := now()
-	due, err := s.store.DueKeys(ctx, at, at.Add(-idleLag), 1) // without a turn of the one writer
+	idle := at.Add(-idleLag)
+	due, err := s.store.DueKeys(ctx, at, idle, 1) // without a turn of the one writer
 	if err != nil || len(due) == 0 {
 		return false, err
 	}
 	_, err = s.update(ctx, func(ctx context.Context, tx Tx) error {
-		due, err := tx.DueKeys(ctx, at, at.Add(-idleLag), sweepBatch)
+		due, err := tx.DueKeys(ctx, at, idle, sweepBatch)
 		if err != nil {
 			return err
 		}

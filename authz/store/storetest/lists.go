@@ -56,15 +56,20 @@ func crowd(t *testing.T, s admin.Store, n int) []*apikey.Key {
 			if dice.IntN(5) == 0 {
 				k.RevokedAt = noon.Add(-time.Duration(dice.IntN(5)) * oneDay)
 			}
+			both := i%20 == 0 // over in both ways, and listed once
+			if both {
+				k.CreatedAt, k.LastUsedAt, k.ExpirationDate, k.InactivityDays = noon.Add(-60*oneDay), time.Time{}, noon.Add(-oneDay), 1
+				k.Disabled, k.RevokedAt = false, time.Time{}
+			}
 			if err := tx.InsertKey(ctx, k); err != nil {
 				return err
 			}
-			for g := range dice.IntN(3) {
+			for g := range 1 + dice.IntN(2) {
 				if err := tx.InsertGeneration(ctx, k.ID, apikey.Generation{Number: g + 1, CreatedAt: noon}, digest("%d %d", i, g), 1); err != nil {
 					return err
 				}
 			}
-			if over := !k.ExpirationDate.IsZero() && k.ExpirationDate.Before(noon) || k.IdleAt(noon, k.LastUsedAt); over && k.RevokedAt.IsZero() && dice.IntN(2) == 0 {
+			if over := !k.ExpirationDate.IsZero() && k.ExpirationDate.Before(noon) || k.IdleAt(noon, k.LastUsedAt); over && k.RevokedAt.IsZero() && !both && dice.IntN(2) == 0 {
 				if err := tx.MarkEnded(ctx, k.ID, noon); err != nil {
 					return err
 				}
