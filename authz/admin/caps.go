@@ -43,9 +43,10 @@ func mayCreate(ctx context.Context, tx Tx, caller Caller, instanceID string, c a
 	return nil
 }
 
-// withinCaps judges the caps that k counts against, in the transaction that has just written k.
+// withinCaps judges the caps that k counts against, in the transaction that changes it. more is how many
+// keys come to what is there: 1 before k is inserted, 0 after k was changed.
 // Errors: *QuotaExceededError.
-func withinCaps(ctx context.Context, tx Tx, k *apikey.Key, caps apikey.Caps, at time.Time) error {
+func withinCaps(ctx context.Context, tx Tx, k *apikey.Key, caps apikey.Caps, more int, at time.Time) error {
 	owners := []KeyOwner{{}}
 	if own := OwnerOf(k); own != (KeyOwner{}) {
 		owners = append(owners, own)
@@ -59,8 +60,8 @@ func withinCaps(ctx context.Context, tx Tx, k *apikey.Key, caps apikey.Caps, at 
 		if err != nil {
 			return err
 		}
-		if counts.Usable > limit {
-			return &QuotaExceededError{Cap: name, Limit: limit, Used: counts.Usable - 1}
+		if counts.Usable+more > limit {
+			return &QuotaExceededError{Cap: name, Limit: limit, Used: counts.Usable + more - 1} // the others
 		}
 	}
 	return nil

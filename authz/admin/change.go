@@ -127,7 +127,7 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 			return err
 		}
 		if over(old, at) && !over(k, at) || old.Disabled && !k.Disabled {
-			if err := withinCaps(ctx, tx, k, policy.Caps, at); err != nil {
+			if err := withinCaps(ctx, tx, k, policy.Caps, 0, at); err != nil {
 				return err
 			}
 		}

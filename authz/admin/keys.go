@@ -57,13 +57,13 @@ func (s *Service) CreateKey(ctx context.Context, caller Caller, instanceID strin
 		if err := mayCreate(ctx, tx, caller, id, policy.Creation, k.CreatedAt); err != nil {
 			return err
 		}
+		if err := withinCaps(ctx, tx, k, policy.Caps, 1, k.CreatedAt); err != nil {
+			return err
+		}
 		if err := tx.InsertKey(ctx, k); err != nil {
 			return err
 		}
 		if err := tx.InsertGeneration(ctx, k.ID, k.Generations[0], digest, pepper.Version()); err != nil {
-			return err
-		}
-		if err := withinCaps(ctx, tx, k, policy.Caps, k.CreatedAt); err != nil {
 			return err
 		}
 		return caller.audit(ctx, tx, createKey, id, k.ID.String(), nil, auditOf(k))
