@@ -142,7 +142,7 @@ var someFilters = []admin.KeyFilter{
 }
 
 func testLists(t *testing.T, s admin.Store) {
-	all := crowd(t, s, 400)
+	all := crowd(t, s, 150)
 	for _, filter := range someFilters {
 		for _, order := range allOrders {
 			q := admin.KeyQuery{KeyFilter: filter, Order: order, Limit: 1000, Now: noon}
@@ -162,7 +162,7 @@ func testLists(t *testing.T, s admin.Store) {
 }
 
 func testListPages(t *testing.T, s admin.Store) {
-	all := crowd(t, s, 200)
+	all := crowd(t, s, 100)
 	for _, status := range []string{"", "active", "expired", "revoked"} {
 		for _, order := range allOrders {
 			q := admin.KeyQuery{KeyFilter: admin.KeyFilter{Status: status}, Order: order, Limit: 7, Now: noon}
