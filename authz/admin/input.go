@@ -17,20 +17,21 @@ import (
 
 // A KeyInput is what a new key is to be, as people write it. Empty fields say nothing.
 type KeyInput struct {
-	Name              string            `json:"name" minLength:"1" maxLength:"128" doc:"1 to 128 printable characters, no space first or last."`
-	Description       string            `json:"description,omitempty" maxLength:"1024"`
-	Type              apikey.Type       `json:"type,omitempty" enum:"instance,agent,user" default:"instance"`
-	AgentName         string            `json:"agentName,omitempty" pattern:"^[A-Za-z0-9._-]{1,128}$" doc:"Needed for an agent key, refused for others."`
-	UserPrincipalName string            `json:"userPrincipalName,omitempty" minLength:"1" maxLength:"256" doc:"Needed for a user key, refused for others. Printable ASCII without space and comma."`
-	Scopes            []string          `json:"scopes,omitzero" strict:"notnull" nullable:"false" maxItems:"64" doc:"Absent: every right that the instance's policy allows. Empty: none."`
-	Environment       string            `json:"environment,omitempty" doc:"1 to 64 of A-Z a-z 0-9 . _ -. Absent: any."`
-	AllowedIPs        []string          `json:"allowedIps,omitzero" nullable:"false" minItems:"1" maxItems:"64" doc:"Addresses and CIDR ranges. Absent: from everywhere."`
-	Limits            LimitsInput       `json:"limits,omitzero" doc:"Absent fields are inherited."`
-	ExpirationDate    string            `json:"expirationDate,omitempty" doc:"RFC 3339 with a zone, or a date, which means its end in UTC. In the future, at most 365 days ahead."`
-	ExpiresIn         string            `json:"expiresIn,omitempty" doc:"Instead of a date: a duration such as 24h or 30d."`
-	NotBefore         string            `json:"notBefore,omitempty" doc:"RFC 3339 with a zone, or a date, which means its beginning in UTC."`
-	InactivityDays    *int              `json:"inactivityDays,omitempty" minimum:"1" maximum:"365" doc:"The key expires after so many days without use."`
-	Metadata          map[string]string `json:"metadata,omitempty" doc:"At most 32 entries; names to 64, values to 256 characters."`
+	Name              string                  `json:"name" minLength:"1" maxLength:"128" doc:"1 to 128 printable characters, no space first or last."`
+	Description       string                  `json:"description,omitempty" maxLength:"1024"`
+	Type              apikey.Type             `json:"type,omitempty" enum:"instance,agent,user" default:"instance"`
+	AgentName         string                  `json:"agentName,omitempty" pattern:"^[A-Za-z0-9._-]{1,128}$" doc:"Needed for an agent key, refused for others."`
+	UserPrincipalName string                  `json:"userPrincipalName,omitempty" minLength:"1" maxLength:"256" doc:"Needed for a user key, refused for others. Printable ASCII without space and comma."`
+	Scopes            []string                `json:"scopes,omitzero" strict:"notnull" nullable:"false" maxItems:"64" doc:"Absent: every right that the instance's policy allows. Empty: none."`
+	Environment       string                  `json:"environment,omitempty" doc:"1 to 64 of A-Z a-z 0-9 . _ -. Absent: any."`
+	AllowedIPs        []string                `json:"allowedIps,omitzero" nullable:"false" minItems:"1" maxItems:"64" doc:"Addresses and CIDR ranges. Absent: from everywhere."`
+	Limits            LimitsInput             `json:"limits,omitzero" doc:"Absent fields are inherited."`
+	ExpirationPolicy  apikey.ExpirationPolicy `json:"expirationPolicy,omitempty" enum:"none,time,inactivity" doc:"Absent: what the other fields say, and if they say nothing, what the instance's policy does."`
+	ExpirationDate    string                  `json:"expirationDate,omitempty" doc:"RFC 3339 with a zone, or a date, which means its end in UTC. In the future, at most the policy's longest life ahead (365 days as shipped)."`
+	ExpiresIn         string                  `json:"expiresIn,omitempty" doc:"Instead of a date: a duration such as 24h or 30d."`
+	NotBefore         string                  `json:"notBefore,omitempty" doc:"RFC 3339 with a zone, or a date, which means its beginning in UTC."`
+	InactivityDays    *int                    `json:"inactivityDays,omitempty" minimum:"1" maximum:"365" doc:"The key expires after so many days without use."`
+	Metadata          map[string]string       `json:"metadata,omitempty" doc:"At most 32 entries; names to 64, values to 256 characters."`
 }
 
 // A LimitsInput is limits as people write them: an absent field inherits, -1 is unlimited, 0 is refused.
@@ -48,10 +49,37 @@ type RateInput struct {
 
 // A PolicyInput is a policy as people write it.
 type PolicyInput struct {
-	Disabled      bool          `json:"disabled,omitempty" doc:"Refuses every key of the instance."`
-	Defaults      DefaultsInput `json:"defaults,omitzero" doc:"Apply to each key of a type that does not say otherwise."`
-	Total         LimitsInput   `json:"total,omitzero" doc:"Applies to all keys of the instance together; without maxConcurrent."`
-	AllowedScopes []string      `json:"allowedScopes,omitzero" strict:"notnull" nullable:"false" maxItems:"64" doc:"Caps every key's rights. Absent: no cap."`
+	Disabled      bool            `json:"disabled,omitempty" doc:"Refuses every key of the instance."`
+	Defaults      DefaultsInput   `json:"defaults,omitzero" doc:"Apply to each key of a type that does not say otherwise."`
+	Total         LimitsInput     `json:"total,omitzero" doc:"Applies to all keys of the instance together; without maxConcurrent."`
+	AllowedScopes []string        `json:"allowedScopes,omitzero" strict:"notnull" nullable:"false" maxItems:"64" doc:"Caps every key's rights. Absent: no cap."`
+	Caps          CapsInput       `json:"caps,omitzero" doc:"How many keys there may be that are neither revoked nor expired."`
+	Creation      CreationInput   `json:"creation,omitzero" doc:"How many keys may be made within any hour."`
+	Expiration    ExpirationInput `json:"expiration,omitzero" doc:"How long keys may live."`
+	OnLeak        apikey.OnLeak   `json:"onLeak,omitzero" doc:"What becomes of a key whose secret is reported as leaked: revoke or flag."`
+	KeepRevoked   string          `json:"keepRevoked,omitempty" doc:"How long revoked keys are kept before they are removed with their digests, from 1d. As shipped: 90d."`
+}
+
+// CapsInput are caps as people write them: an absent field inherits, -1 is none, 0 is refused.
+type CapsInput struct {
+	Instance *int `json:"instance,omitempty" doc:"Of the instance. As shipped: 1000."`
+	User     *int `json:"user,omitempty" doc:"Of each user. As shipped: 10."`
+	Agent    *int `json:"agent,omitempty" doc:"Of each agent. As shipped: 20."`
+}
+
+// CreationInput are rates of creation as people write them, as in [CapsInput].
+type CreationInput struct {
+	PerHour        *int `json:"perHour,omitempty" doc:"In the instance. As shipped: 60."`
+	PerHourAndUser *int `json:"perHourAndUser,omitempty" doc:"By each creator with the role user. As shipped: 20."`
+}
+
+// ExpirationInput is what a policy says of the life of keys, as people write it.
+type ExpirationInput struct {
+	Default        apikey.ExpirationPolicy `json:"default,omitempty" enum:"none,time,inactivity" doc:"For a key that says nothing. As shipped: none."`
+	Required       bool                    `json:"required,omitempty" doc:"Keys without an end are refused."`
+	Life           string                  `json:"life,omitempty" doc:"Of a key that says no more than time. As shipped: 120d."`
+	LongestLife    string                  `json:"longestLife,omitempty" doc:"From creation, change or rotation. As shipped: 365d."`
+	InactivityDays *int                    `json:"inactivityDays,omitempty" minimum:"1" maximum:"365" doc:"Of a key that says no more than inactivity. As shipped: 90."`
 }
 
 // DefaultsInput are the limits of each type of key as people write them.
@@ -62,23 +90,22 @@ type DefaultsInput struct {
 }
 
 const (
-	maxLife         = 365 * 24 * time.Hour
+	maxLife         = 365 * 24 * time.Hour // of a token, and until a key begins
 	maxAllowedIPs   = 64
 	maxMetadata     = 32
 	clockSkew       = time.Minute // that a notBefore of "now" may be late by
-	maxInactiveDays = 365
+	maxInactiveDays = apikey.MaxInactivityDays
 )
 
-// key checks in and returns the key it describes, without id, instance and generations.
-// Errors: *apikey.InvalidError, several joined.
-func (in *KeyInput) key(format apikey.Format, now time.Time) (*apikey.Key, error) {
+// key checks in and returns the key it describes, without id, instance and generations. policy is in force.
+// Errors: *apikey.InvalidError, *ForbiddenError, several joined.
+func (in *KeyInput) key(format apikey.Format, policy *apikey.Policy, now time.Time) (*apikey.Key, error) {
 	k := &apikey.Key{
 		Name: in.Name, Description: in.Description, Type: in.Type, Environment: in.Environment,
 		AgentName: in.AgentName, UserPrincipalName: in.UserPrincipalName, Metadata: in.Metadata, CreatedAt: now,
 	}
 	var bad faults
-	bad.add(text("name", in.Name, 1, 128, ""))
-	bad.add(text("description", in.Description, 0, 1024, "\n\t"))
+	bad.add(words(format, k))
 	if k.Type == "" {
 		k.Type = apikey.TypeInstance
 	}
@@ -94,55 +121,127 @@ func (in *KeyInput) key(format apikey.Format, now time.Time) (*apikey.Key, error
 	var err error
 	k.Scopes, err = parseScopes("scopes", in.Scopes)
 	bad.add(err)
+	bad.add(allowed(policy, k.Scopes))
 	k.AllowedIPs, err = parsePrefixes("allowedIps", in.AllowedIPs)
 	bad.add(err)
 	k.Limits, err = in.Limits.Limits("limits")
 	bad.add(err)
-	k.ExpirationDate, err = in.expiration(now)
+	k.ExpirationDate, k.InactivityDays, err = in.life().resolve(&policy.Expiration, now)
 	bad.add(err)
 	k.NotBefore, err = in.notBefore(now, k.ExpirationDate)
 	bad.add(err)
-	if in.InactivityDays != nil {
-		if k.InactivityDays = *in.InactivityDays; k.InactivityDays < 1 || k.InactivityDays > maxInactiveDays {
-			bad.add(apikey.Invalid("inactivityDays", "must be from 1 to 365"))
-		}
-	}
-	bad.add(metadata(in.Metadata))
-
-	bad.add(noSecret(format, "name", in.Name))
-	bad.add(noSecret(format, "description", in.Description))
 	bad.add(noSecret(format, "agentName", in.AgentName))
 	bad.add(noSecret(format, "userPrincipalName", in.UserPrincipalName))
 	bad.add(noSecret(format, "environment", in.Environment))
-	for name, value := range in.Metadata {
-		bad.add(noSecret(format, "metadata", name+" "+value))
-	}
 	return k, bad.err()
 }
 
-func (in *KeyInput) expiration(now time.Time) (time.Time, error) {
+// words checks what of a key is free text.
+func words(format apikey.Format, k *apikey.Key) error {
+	var bad faults
+	bad.add(text("name", k.Name, 1, 128, ""))
+	bad.add(text("description", k.Description, 0, 1024, "\n\t"))
+	bad.add(metadata(k.Metadata))
+	bad.add(noSecret(format, "name", k.Name))
+	bad.add(noSecret(format, "description", k.Description))
+	for name, value := range k.Metadata {
+		bad.add(noSecret(format, "metadata", name+" "+value))
+	}
+	return bad.err()
+}
+
+// A lifeInput is what somebody said of when a key expires. nil and "" say nothing.
+type lifeInput struct {
+	policy    apikey.ExpirationPolicy
+	date      string // ExpirationDate or
+	expiresIn string // ExpiresIn
+	days      *int
+}
+
+func (in *KeyInput) life() lifeInput {
+	return lifeInput{in.ExpirationPolicy, in.ExpirationDate, in.ExpiresIn, in.InactivityDays}
+}
+
+// resolve returns the date, zero for none, and the days of inactivity, 0 for none, of a key that begins
+// at now. Errors: *apikey.InvalidError, *ForbiddenError.
+func (l lifeInput) resolve(p *apikey.Expiration, now time.Time) (date time.Time, days int, err error) {
+	if date, err = l.end(p.LongestLife.Std(), now); err != nil {
+		return time.Time{}, 0, err
+	}
+	if l.days != nil {
+		if days, err = inactivityDays(*l.days); err != nil {
+			return time.Time{}, 0, err
+		}
+	}
+	policy := l.policy
+	if policy == "" && date.IsZero() && days == 0 {
+		policy = p.Default
+	}
+	switch policy {
+	case "": // what the others say
+	case apikey.ExpiresNever:
+		if !date.IsZero() || days != 0 {
+			return time.Time{}, 0, apikey.Invalid("expirationPolicy", "none does not go with expirationDate, expiresIn or inactivityDays")
+		}
+	case apikey.ExpiresByTime:
+		if days != 0 {
+			return time.Time{}, 0, apikey.Invalid("inactivityDays", "goes with the expirationPolicy inactivity")
+		}
+		if date.IsZero() {
+			date = now.Add(p.Life.Std())
+		}
+	case apikey.ExpiresInactivity:
+		if days == 0 {
+			days = p.InactivityDays
+		}
+	default:
+		return time.Time{}, 0, apikey.Invalid("expirationPolicy", "must be none, time or inactivity")
+	}
+	return date, days, endless(p, date, days)
+}
+
+// endless refuses a key without an end where the policy does not allow it.
+func endless(p *apikey.Expiration, date time.Time, days int) error {
+	if p.Required && date.IsZero() && days == 0 {
+		return &ForbiddenError{Field: "expirationPolicy", Reason: "must be time or inactivity: the instance's policy allows no key without an end"}
+	}
+	return nil
+}
+
+// end returns the date that was given, zero if none was.
+func (l lifeInput) end(longest time.Duration, now time.Time) (time.Time, error) {
 	switch {
-	case in.ExpirationDate != "" && in.ExpiresIn != "":
+	case l.date != "" && l.expiresIn != "":
 		return time.Time{}, apikey.Invalid("expiresIn", "does not go with expirationDate: give one of them")
-	case in.ExpiresIn != "":
-		return expiresIn(in.ExpiresIn, now)
-	case in.ExpirationDate == "":
+	case l.expiresIn != "":
+		return expiresIn(l.expiresIn, longest, now)
+	case l.date == "":
 		return time.Time{}, nil
 	}
-	t, day, err := parseTime("expirationDate", in.ExpirationDate)
+	t, day, err := parseTime("expirationDate", l.date)
 	if err != nil {
 		return time.Time{}, err
 	}
 	if day {
-		t = t.AddDate(0, 0, 1).Add(-time.Microsecond)
+		t = endOfDay(t)
 	}
 	switch {
 	case !t.After(now):
 		return time.Time{}, apikey.Invalid("expirationDate", "must be in the future")
-	case t.After(now.Add(maxLife)):
-		return time.Time{}, apikey.Invalid("expirationDate", "must be at most 365 days ahead")
+	case t.After(now.Add(longest)):
+		return time.Time{}, apikey.Invalid("expirationDate", "must be at most "+apikey.Duration(longest).String()+" ahead, the longest life of a key here")
 	}
 	return t, nil
+}
+
+// endOfDay is the last instant of a day in UTC that we tell from the next one.
+func endOfDay(day time.Time) time.Time { return day.AddDate(0, 0, 1).Add(-time.Microsecond) }
+
+func inactivityDays(n int) (int, error) {
+	if n < 1 || n > maxInactiveDays {
+		return 0, apikey.Invalid("inactivityDays", "must be from 1 to 365")
+	}
+	return n, nil
 }
 
 func (in *KeyInput) notBefore(now, end time.Time) (time.Time, error) {
@@ -168,13 +267,13 @@ func (in *KeyInput) notBefore(now, end time.Time) (time.Time, error) {
 }
 
 // expiresIn returns the instant that lies a duration ahead.
-func expiresIn(s string, now time.Time) (time.Time, error) {
+func expiresIn(s string, longest time.Duration, now time.Time) (time.Time, error) {
 	d, err := apikey.ParseDuration(s)
 	if err != nil {
 		return time.Time{}, under("expiresIn", err)
 	}
-	if d.Std() < time.Second || d.Std() > maxLife {
-		return time.Time{}, apikey.Invalid("expiresIn", "must be from 1s to 365d")
+	if d.Std() < time.Second || d.Std() > longest {
+		return time.Time{}, apikey.Invalid("expiresIn", "must be from 1s to "+apikey.Duration(longest).String())
 	}
 	return now.Add(d.Std()), nil
 }
@@ -209,7 +308,7 @@ func (in *TokenInput) token(format apikey.Format, now time.Time) (*Token, error)
 		bad.add(err)
 	}
 	if in.ExpiresIn != "" {
-		t.ExpiresAt, err = expiresIn(in.ExpiresIn, now)
+		t.ExpiresAt, err = expiresIn(in.ExpiresIn, maxLife, now)
 		bad.add(err)
 	}
 	return t, bad.err()
@@ -236,6 +335,43 @@ func (in *PolicyInput) Policy() (apikey.Policy, error) {
 	var err error
 	p.AllowedScopes, err = parseScopes("policy.allowedScopes", in.AllowedScopes)
 	bad.add(err)
+	for _, c := range []struct {
+		field string
+		from  *int
+		to    *int
+	}{
+		{"policy.caps.instance", in.Caps.Instance, &p.Caps.Instance},
+		{"policy.caps.user", in.Caps.User, &p.Caps.User},
+		{"policy.caps.agent", in.Caps.Agent, &p.Caps.Agent},
+		{"policy.creation.perHour", in.Creation.PerHour, &p.Creation.PerHour},
+		{"policy.creation.perHourAndUser", in.Creation.PerHourAndUser, &p.Creation.PerHourAndUser},
+		{"policy.expiration.inactivityDays", in.Expiration.InactivityDays, &p.Expiration.InactivityDays},
+	} {
+		switch {
+		case c.from == nil:
+		case *c.from == 0:
+			bad.add(apikey.Invalid(c.field, "must not be 0: leave it out for what is shipped, or give -1 for no limit where there may be none"))
+		default:
+			*c.to = *c.from
+		}
+	}
+	p.Expiration.Default, p.Expiration.Required, p.OnLeak = in.Expiration.Default, in.Expiration.Required, in.OnLeak
+	for _, d := range []struct {
+		field, from string
+		to          *apikey.Duration
+	}{
+		{"policy.expiration.life", in.Expiration.Life, &p.Expiration.Life},
+		{"policy.expiration.longestLife", in.Expiration.LongestLife, &p.Expiration.LongestLife},
+		{"policy.keepRevoked", in.KeepRevoked, &p.KeepRevoked},
+	} {
+		if d.from != "" {
+			*d.to, err = apikey.ParseDuration(d.from)
+			if err == nil && *d.to == 0 {
+				err = apikey.Invalid("", "must not be 0: leave it out for what is shipped")
+			}
+			bad.add(under(d.field, err))
+		}
+	}
 	if bad == nil {
 		bad.add(under("policy", p.Validate())) // what the fields say together
 	}

@@ -17,6 +17,9 @@ import (
 
 var noon = time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)
 
+// shipped is the policy of an instance that says nothing.
+var shipped = apikey.Policy{}.InForce()
+
 func at(s string) time.Time {
 	t, err := time.Parse(time.RFC3339Nano, s)
 	if err != nil {
@@ -50,6 +53,12 @@ func TestKeyInputAccepted(t *testing.T) {
 		{"not before today", KeyInput{NotBefore: "2026-06-01"}, apikey.Key{NotBefore: at("2026-06-01T00:00:00Z")}},
 		{"not before now, a little late", KeyInput{NotBefore: "2026-06-01T11:59:30Z"}, apikey.Key{NotBefore: at("2026-06-01T11:59:30Z")}},
 		{"inactivity", KeyInput{InactivityDays: new(365)}, apikey.Key{InactivityDays: 365}},
+		{"inactivity alone", KeyInput{ExpirationPolicy: "inactivity"}, apikey.Key{InactivityDays: 90}},
+		{"inactivity and a date", KeyInput{ExpirationPolicy: "inactivity", ExpiresIn: "1d"}, apikey.Key{InactivityDays: 90, ExpirationDate: at("2026-06-02T12:00:00Z")}},
+		{"days and a date", KeyInput{InactivityDays: new(3), ExpiresIn: "1d"}, apikey.Key{InactivityDays: 3, ExpirationDate: at("2026-06-02T12:00:00Z")}},
+		{"time alone", KeyInput{ExpirationPolicy: "time"}, apikey.Key{ExpirationDate: at("2026-09-29T12:00:00Z")}},
+		{"time and a date", KeyInput{ExpirationPolicy: "time", ExpirationDate: "2026-06-03"}, apikey.Key{ExpirationDate: at("2026-06-03T23:59:59.999999Z")}},
+		{"none", KeyInput{ExpirationPolicy: "none"}, apikey.Key{}},
 		{
 			"limits",
 			KeyInput{Limits: LimitsInput{Rate: &RateInput{new(60), "1m"}, Burst: new(5), MaxConcurrent: new(-1)}},
@@ -66,7 +75,7 @@ func TestKeyInputAccepted(t *testing.T) {
 				tt.want.Type = apikey.TypeInstance
 			}
 			tt.want.CreatedAt = noon
-			got, err := tt.in.key(apikey.Format{}, noon)
+			got, err := tt.in.key(apikey.Format{}, &shipped, noon)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -151,6 +160,10 @@ func TestKeyInputRefused(t *testing.T) {
 		{"duration 0", KeyInput{Name: "n", ExpiresIn: "0s"}, "expiresIn"},
 		{"duration negative", KeyInput{Name: "n", ExpiresIn: "-1d"}, "expiresIn"},
 		{"duration too long", KeyInput{Name: "n", ExpiresIn: "366d"}, "expiresIn"},
+		{"policy unknown", KeyInput{Name: "n", ExpirationPolicy: "never"}, "expirationPolicy"},
+		{"none with a date", KeyInput{Name: "n", ExpirationPolicy: "none", ExpiresIn: "1d"}, "expirationPolicy"},
+		{"none with days", KeyInput{Name: "n", ExpirationPolicy: "none", InactivityDays: new(1)}, "expirationPolicy"},
+		{"time with days", KeyInput{Name: "n", ExpirationPolicy: "time", InactivityDays: new(1)}, "inactivityDays"},
 		{"not before yesterday", KeyInput{Name: "n", NotBefore: "2026-05-31"}, "notBefore"},
 		{"not before an hour ago", KeyInput{Name: "n", NotBefore: "2026-06-01T11:00:00Z"}, "notBefore"},
 		{"not before the end", KeyInput{Name: "n", NotBefore: "2026-06-02T12:00:00Z", ExpiresIn: "1d"}, "notBefore"},
@@ -166,7 +179,7 @@ func TestKeyInputRefused(t *testing.T) {
 		{"metadata name is a secret", KeyInput{Name: "n", Metadata: map[string]string{pasted: ""}}, "metadata"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := tt.in.key(apikey.Format{}, noon)
+			_, err := tt.in.key(apikey.Format{}, &shipped, noon)
 			bad, ok := errors.AsType[*apikey.InvalidError](err)
 			if !ok || bad.Field != tt.field {
 				t.Fatalf("got %v, want an invalid %s", err, tt.field)
@@ -188,7 +201,7 @@ func make65scopes() []string {
 
 func TestAllFaultsAreToldAtOnce(t *testing.T) {
 	in := KeyInput{Name: "", Type: "user", Environment: "?", ExpiresIn: "soon"}
-	_, err := in.key(apikey.Format{}, noon)
+	_, err := in.key(apikey.Format{}, &shipped, noon)
 	for _, field := range []string{"name", "userPrincipalName", "environment", "expiresIn"} {
 		if err == nil || !strings.Contains(err.Error(), field+": ") {
 			t.Errorf("got %v, want it to name %s too", err, field)
@@ -209,6 +222,25 @@ func TestPolicyInput(t *testing.T) {
 		{"total concurrency", PolicyInput{Total: LimitsInput{MaxConcurrent: new(3)}}, "policy.total.maxConcurrent"},
 		{"total rate without burst", PolicyInput{Total: LimitsInput{Rate: &RateInput{new(10), "1s"}}}, "policy.total.burst"},
 		{"scope", PolicyInput{AllowedScopes: []string{"a:"}}, "policy.allowedScopes[0]"},
+		{"all about life", PolicyInput{
+			Caps: CapsInput{new(-1), new(5), new(7)}, Creation: CreationInput{new(-1), new(3)}, KeepRevoked: "30d",
+			Expiration: ExpirationInput{"time", true, "30d", "90d", new(14)}, OnLeak: apikey.OnLeak{Agent: apikey.LeakRevokes},
+		}, ""},
+		{"a longest life below the shipped life", PolicyInput{Expiration: ExpirationInput{LongestLife: "30d"}}, ""},
+		{"cap 0", PolicyInput{Caps: CapsInput{User: new(0)}}, "policy.caps.user"},
+		{"cap -2", PolicyInput{Caps: CapsInput{Instance: new(-2)}}, "policy.caps.instance"},
+		{"creation 0", PolicyInput{Creation: CreationInput{PerHour: new(0)}}, "policy.creation.perHour"},
+		{"default expiration", PolicyInput{Expiration: ExpirationInput{Default: "never"}}, "policy.expiration.default"},
+		{"life nonsense", PolicyInput{Expiration: ExpirationInput{Life: "long"}}, "policy.expiration.life"},
+		{"life 0", PolicyInput{Expiration: ExpirationInput{Life: "0s"}}, "policy.expiration.life"},
+		{"life too short", PolicyInput{Expiration: ExpirationInput{Life: "1m"}}, "policy.expiration.life"},
+		{"life above the longest", PolicyInput{Expiration: ExpirationInput{Life: "31d", LongestLife: "30d"}}, "policy.expiration.life"},
+		{"life above the shipped longest", PolicyInput{Expiration: ExpirationInput{Life: "366d"}}, "policy.expiration.life"},
+		{"longest life of eleven years", PolicyInput{Expiration: ExpirationInput{LongestLife: "4015d"}}, "policy.expiration.longestLife"},
+		{"inactivity -1", PolicyInput{Expiration: ExpirationInput{InactivityDays: new(-1)}}, "policy.expiration.inactivityDays"},
+		{"inactivity of two years", PolicyInput{Expiration: ExpirationInput{InactivityDays: new(730)}}, "policy.expiration.inactivityDays"},
+		{"leak action", PolicyInput{OnLeak: apikey.OnLeak{User: "ignore"}}, "policy.onLeak.user"},
+		{"kept for an hour", PolicyInput{KeepRevoked: "1h"}, "policy.keepRevoked"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := tt.in.Policy()

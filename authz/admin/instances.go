@@ -57,6 +57,39 @@ func (s *Service) PutInstance(ctx context.Context, caller Caller, instanceID str
 	return PutResult{Instance: in, Created: created, Propagation: s.propagate(ctx, rev, wait)}, nil
 }
 
+// SwitchInstance refuses every key of an instance, or no longer does: the fastest way to end all of them at
+// once. Repeating it changes nothing, and tells anew how far it has come.
+func (s *Service) SwitchInstance(ctx context.Context, caller Caller, instanceID string, disabled bool) (PutResult, error) {
+	id, err := caller.mayIn(instanceID, putInstance)
+	if err != nil {
+		return PutResult{}, err
+	}
+	var in *apikey.Instance
+	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
+		if in, err = tx.Instance(ctx, id); err != nil {
+			return err
+		}
+		if in.Policy.Disabled == disabled {
+			return errNothing
+		}
+		before := in.Policy
+		in.Policy.Disabled = disabled
+		if err := tx.PutInstance(ctx, in); err != nil {
+			return err
+		}
+		return caller.audit(ctx, tx, putInstance, id, id, &before, &in.Policy)
+	})
+	if errors.Is(err, errNothing) {
+		rev, err = s.head(ctx)
+	} else if err == nil {
+		in.Revision = rev
+	}
+	if err != nil {
+		return PutResult{}, err
+	}
+	return PutResult{Instance: in, Propagation: s.propagate(ctx, rev, revokeWait)}, nil
+}
+
 // Instance returns one instance.
 func (s *Service) Instance(ctx context.Context, caller Caller, instanceID string) (*apikey.Instance, error) {
 	id, err := caller.mayIn(instanceID, readInstances)
@@ -91,10 +124,11 @@ func (s *Service) DeleteInstance(ctx context.Context, caller Caller, instanceID 
 		if err != nil {
 			return err
 		}
-		usable, err := tx.UsableKeys(ctx, id, now())
+		counts, err := tx.CountKeys(ctx, id, KeyOwner{}, now())
 		if err != nil {
 			return err
 		}
+		usable := counts.Usable
 		if usable > 0 && !revokeKeys {
 			return ErrInUse
 		}

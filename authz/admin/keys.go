@@ -1,8 +1,9 @@
 package admin
 
 import (
+	"cmp"
 	"context"
-	"errors"
+	"math"
 	"time"
 
 	"github.com/google/uuid"
@@ -17,33 +18,52 @@ type CreatedKey struct {
 	Propagation Propagation
 }
 
-// CreateKey makes a key with its first secret.
+// CreateKey makes a key with its first secret. The caps and the creation rate of the policy are judged in
+// the transaction that makes it, so that they hold to the last key.
+// Errors: *QuotaExceededError, *RateError.
 func (s *Service) CreateKey(ctx context.Context, caller Caller, instanceID string, in KeyInput) (CreatedKey, error) {
 	id, err := caller.mayIn(instanceID, createKey)
 	if err != nil {
 		return CreatedKey{}, err
 	}
-	k, err := in.key(s.cfg.Format, now())
-	if err != nil {
+	if err := caller.own(&in); err != nil {
+		return CreatedKey{}, err
+	}
+	instance, missing := s.store.Instance(ctx, id)
+	if isNotFound(missing) {
+		instance = &apikey.Instance{ID: id} // what cannot be accepted anywhere is told first
+	} else if missing != nil {
+		return CreatedKey{}, missing
+	}
+	// Judged here already, so that what cannot be accepted keeps nobody waiting for the one writer.
+	k, err := s.newKey(caller, &in, instance)
+	if err := cmp.Or(err, missing); err != nil {
 		return CreatedKey{}, err
 	}
 	secret := s.cfg.Format.New(k.Type.Kind())
-	k.ID, k.InstanceID, k.CreatedBy = newID(), id, caller.Name
-	k.Generations = []apikey.Generation{{Number: 1, Hint: s.cfg.Format.Hint(secret), CreatedAt: k.CreatedAt}}
-
 	pepper := s.cfg.Peppers.Current
+	digest := pepper.Digest(secret.Reveal())
 	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
 		instance, err := tx.Instance(ctx, id)
 		if err != nil {
 			return err
 		}
-		if err := allowed(&instance.Policy, k.Scopes); err != nil {
+		// And anew: it may have waited for its turn, and the policy may be another one.
+		if k, err = s.newKey(caller, &in, instance); err != nil {
+			return err
+		}
+		k.Generations = []apikey.Generation{{Number: 1, Hint: s.cfg.Format.Hint(secret), CreatedAt: k.CreatedAt}}
+		policy := instance.Policy.InForce()
+		if err := mayCreate(ctx, tx, caller, id, policy.Creation, k.CreatedAt); err != nil {
+			return err
+		}
+		if err := withinCaps(ctx, tx, k, policy.Caps, 1, k.CreatedAt); err != nil {
 			return err
 		}
 		if err := tx.InsertKey(ctx, k); err != nil {
 			return err
 		}
-		if err := tx.InsertGeneration(ctx, k.ID, k.Generations[0], pepper.Digest(secret.Reveal()), pepper.Version()); err != nil {
+		if err := tx.InsertGeneration(ctx, k.ID, k.Generations[0], digest, pepper.Version()); err != nil {
 			return err
 		}
 		return caller.audit(ctx, tx, createKey, id, k.ID.String(), nil, auditOf(k))
@@ -51,7 +71,73 @@ func (s *Service) CreateKey(ctx context.Context, caller Caller, instanceID strin
 	if err != nil {
 		return CreatedKey{}, err
 	}
+	k.Revision = rev
 	return CreatedKey{Key: k, Secret: secret, Propagation: s.propagate(ctx, rev, createWait)}, nil
+}
+
+// newKey checks in and makes the key that it describes, without a secret.
+func (s *Service) newKey(caller Caller, in *KeyInput, instance *apikey.Instance) (*apikey.Key, error) {
+	policy := instance.Policy.InForce()
+	k, err := in.key(s.cfg.Format, &policy, now())
+	if err != nil {
+		return nil, err
+	}
+	k.ID, k.InstanceID, k.CreatedBy = newID(), instance.ID, caller.Name
+	return k, caller.mayLimit(&instance.Policy, k)
+}
+
+// own makes what a caller with the role user asks for one of its own keys.
+func (c Caller) own(in *KeyInput) error {
+	if c.Role != RoleUser {
+		return nil
+	}
+	switch {
+	case c.UserPrincipalName == "":
+		return &ForbiddenError{Reason: "the role user has keys of its own only, and this caller has no user principal name"}
+	case in.Type != "" && in.Type != apikey.TypeUser:
+		return &ForbiddenError{Field: "type", Reason: "must be user: the role user makes keys of its own only"}
+	case in.UserPrincipalName != "" && in.UserPrincipalName != c.UserPrincipalName:
+		return &ForbiddenError{Field: "userPrincipalName", Reason: "must be the caller's own: the role user makes keys of its own only"}
+	}
+	in.Type, in.UserPrincipalName = apikey.TypeUser, c.UserPrincipalName
+	return nil
+}
+
+// mayLimit keeps a caller with the role user from giving its keys more than the policy gives them.
+func (c Caller) mayLimit(p *apikey.Policy, k *apikey.Key) error {
+	if c.Role != RoleUser {
+		return nil
+	}
+	inherited := *k
+	inherited.Limits = apikey.Limits{}
+	own, given := p.LimitsOf(k), p.LimitsOf(&inherited)
+	for _, l := range []struct {
+		field      string
+		own, given float64
+	}{
+		{"limits.rate", perSecond(own.Rate), perSecond(given.Rate)},
+		{"limits.burst", most(own.Burst), most(given.Burst)},
+		{"limits.maxConcurrent", most(own.MaxConcurrent), most(given.MaxConcurrent)},
+	} {
+		if l.own > l.given {
+			return &ForbiddenError{Field: l.field, Reason: "must not be more than the instance's policy gives the keys of users"}
+		}
+	}
+	return nil
+}
+
+func most(n int) float64 {
+	if n == apikey.Unlimited {
+		return math.Inf(1)
+	}
+	return float64(n)
+}
+
+func perSecond(r apikey.Rate) float64 {
+	if r.Requests == apikey.Unlimited {
+		return math.Inf(1)
+	}
+	return float64(r.Requests) / r.Per.Std().Seconds()
 }
 
 // allowed refuses a scope that the policy would take away again at every decision. A key without
@@ -71,66 +157,16 @@ func (s *Service) Key(ctx context.Context, caller Caller, instanceID string, id 
 	if err != nil {
 		return nil, err
 	}
-	return s.store.Key(ctx, instance, id)
+	return s.key(ctx, s.store, caller, instance, id)
 }
 
-// Keys lists keys of an instance, newest first, at most limit, from the place after which to begin.
-func (s *Service) Keys(ctx context.Context, caller Caller, instanceID string, after KeyPlace, limit int) ([]*apikey.Key, error) {
-	instance, err := caller.mayIn(instanceID, readKeys)
-	if err != nil {
-		return nil, err
+// key returns a key that exists for the caller.
+func (s *Service) key(ctx context.Context, from Reader, caller Caller, instance string, id apikey.ID) (*apikey.Key, error) {
+	k, err := from.Key(ctx, instance, id)
+	if err == nil && !caller.sees(k) {
+		return nil, apikey.ErrNotFound
 	}
-	if _, err := s.store.Instance(ctx, instance); err != nil {
-		return nil, err // to tell no keys from no instance
-	}
-	return s.store.Keys(ctx, instance, after, limit)
-}
-
-// A Revocation is a key that is over.
-type Revocation struct {
-	Key         *apikey.Key
-	Propagation Propagation
-}
-
-var errRevokedAlready = errors.New("revoked already")
-
-// RevokeKey ends a key for good. Repeating it changes nothing, and tells anew how far it has come.
-func (s *Service) RevokeKey(ctx context.Context, caller Caller, instanceID string, id apikey.ID, reason string) (Revocation, error) {
-	instance, err := caller.mayIn(instanceID, revokeKey)
-	if err != nil {
-		return Revocation{}, err
-	}
-	var bad faults
-	bad.add(text("reason", reason, 0, 256, ""))
-	bad.add(noSecret(s.cfg.Format, "reason", reason))
-	if err := bad.err(); err != nil {
-		return Revocation{}, err
-	}
-	var k *apikey.Key
-	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
-		old, err := tx.Key(ctx, instance, id)
-		if err != nil {
-			return err
-		}
-		if !old.RevokedAt.IsZero() {
-			k = old
-			return errRevokedAlready
-		}
-		revoked := *old
-		revoked.RevokedAt, revoked.RevokedReason = now(), reason
-		if err := tx.UpdateKey(ctx, &revoked); err != nil {
-			return err
-		}
-		k = &revoked
-		return caller.audit(ctx, tx, revokeKey, instance, id.String(), auditOf(old), auditOf(k))
-	})
-	if errors.Is(err, errRevokedAlready) {
-		rev, err = s.head(ctx)
-	}
-	if err != nil {
-		return Revocation{}, err
-	}
-	return Revocation{Key: k, Propagation: s.propagate(ctx, rev, revokeWait)}, nil
+	return k, err
 }
 
 // newID makes an id whose order is that of creation.
@@ -139,28 +175,30 @@ func newID() apikey.ID { return apikey.ID(uuid.Must(uuid.NewV7())) }
 // A KeyRecord is a key as people read it: in the API, on the command line, in the audit. It holds no
 // secret and no digest.
 type KeyRecord struct {
-	ID                apikey.ID          `json:"id" format:"uuid"`
-	InstanceID        string             `json:"instanceId"`
-	Name              string             `json:"name"`
-	Description       string             `json:"description,omitempty"`
-	Type              apikey.Type        `json:"type" enum:"instance,agent,user"`
-	AgentName         string             `json:"agentName,omitempty" doc:"Set for agent keys only."`
-	UserPrincipalName string             `json:"userPrincipalName,omitempty" doc:"Set for user keys only."`
-	Scopes            []string           `json:"scopes,omitzero" nullable:"false" doc:"Absent: every right that the instance's policy allows. Empty: none."`
-	Environment       string             `json:"environment,omitempty"`
-	AllowedIPs        []string           `json:"allowedIps,omitempty" nullable:"false" doc:"Absent: from everywhere."`
-	Limits            apikey.Limits      `json:"limits" doc:"What is absent is inherited from the instance's policy; -1 is unlimited."`
-	ExpirationPolicy  string             `json:"expirationPolicy" enum:"none,time,inactivity"`
-	ExpirationDate    time.Time          `json:"expirationDate,omitzero"`
-	InactivityDays    int                `json:"inactivityDays,omitempty"`
-	NotBefore         time.Time          `json:"notBefore,omitzero"`
-	Metadata          map[string]string  `json:"metadata,omitempty"`
-	Status            string             `json:"status" enum:"active,disabled,revoked,expired"`
-	Hint              string             `json:"hint" doc:"Prefix and last four characters of the newest secret."`
-	CreatedAt         time.Time          `json:"createdAt"`
-	CreatedBy         string             `json:"createdBy"`
-	LastUsedAt        time.Time          `json:"lastUsedAt,omitzero" doc:"Up to a minute behind."`
-	Generations       []GenerationRecord `json:"generations" nullable:"false"`
+	ID                apikey.ID               `json:"id" format:"uuid"`
+	InstanceID        string                  `json:"instanceId"`
+	Name              string                  `json:"name"`
+	Description       string                  `json:"description,omitempty"`
+	Type              apikey.Type             `json:"type" enum:"instance,agent,user"`
+	AgentName         string                  `json:"agentName,omitempty" doc:"Set for agent keys only."`
+	UserPrincipalName string                  `json:"userPrincipalName,omitempty" doc:"Set for user keys only."`
+	Scopes            []string                `json:"scopes,omitzero" nullable:"false" doc:"Absent: every right that the instance's policy allows. Empty: none."`
+	Environment       string                  `json:"environment,omitempty"`
+	AllowedIPs        []string                `json:"allowedIps,omitempty" nullable:"false" doc:"Absent: from everywhere."`
+	Limits            apikey.Limits           `json:"limits" doc:"What is absent is inherited from the instance's policy; -1 is unlimited."`
+	ExpirationPolicy  apikey.ExpirationPolicy `json:"expirationPolicy" enum:"none,time,inactivity"`
+	ExpirationDate    time.Time               `json:"expirationDate,omitzero"`
+	InactivityDays    int                     `json:"inactivityDays,omitempty"`
+	IdleAfter         time.Time               `json:"idleAfter,omitzero" doc:"When it will have expired for inactivity, unless it is used before. Up to a minute behind."`
+	NotBefore         time.Time               `json:"notBefore,omitzero"`
+	Metadata          map[string]string       `json:"metadata,omitempty"`
+	Status            string                  `json:"status" enum:"active,disabled,revoked,expired"`
+	Hint              string                  `json:"hint" doc:"Prefix and last four characters of the newest secret."`
+	CreatedAt         time.Time               `json:"createdAt"`
+	CreatedBy         string                  `json:"createdBy"`
+	LastUsedAt        time.Time               `json:"lastUsedAt,omitzero" doc:"Up to a minute behind."`
+	LeakReportedAt    time.Time               `json:"leakReportedAt,omitzero" doc:"When somebody reported a secret of it as leaked."`
+	Generations       []GenerationRecord      `json:"generations" nullable:"false"`
 }
 
 // A GenerationRecord is one secret of a key, as people read it.
@@ -170,6 +208,7 @@ type GenerationRecord struct {
 	CreatedAt  time.Time `json:"createdAt"`
 	ValidUntil time.Time `json:"validUntil,omitzero"`
 	LastUsedAt time.Time `json:"lastUsedAt,omitzero"`
+	Revoked    bool      `json:"revoked,omitempty" doc:"Ended at once, at validUntil."`
 }
 
 // RecordOf returns k as people read it at a time.
@@ -185,15 +224,17 @@ func RecordOf(k *apikey.Key, at time.Time) KeyRecord {
 		Scopes:            k.Scopes.Strings(),
 		Environment:       k.Environment,
 		Limits:            k.Limits,
-		ExpirationPolicy:  "none",
+		ExpirationPolicy:  apikey.ExpiresNever,
 		ExpirationDate:    k.ExpirationDate.UTC(),
 		InactivityDays:    k.InactivityDays,
 		NotBefore:         k.NotBefore.UTC(),
 		Metadata:          k.Metadata,
-		Status:            "active",
+		IdleAfter:         k.IdleAfter().UTC(),
+		Status:            statusOf(k, at),
 		CreatedAt:         k.CreatedAt.UTC(),
 		CreatedBy:         k.CreatedBy,
 		LastUsedAt:        k.LastUsedAt.UTC(),
+		LeakReportedAt:    k.LeakReportedAt.UTC(),
 		Generations:       make([]GenerationRecord, len(k.Generations)),
 	}
 	for _, p := range k.AllowedIPs {
@@ -201,24 +242,15 @@ func RecordOf(k *apikey.Key, at time.Time) KeyRecord {
 	}
 	switch {
 	case k.InactivityDays != 0:
-		r.ExpirationPolicy = "inactivity" // and perhaps a date as well
+		r.ExpirationPolicy = apikey.ExpiresInactivity // and perhaps a date as well
 	case !k.ExpirationDate.IsZero():
-		r.ExpirationPolicy = "time"
+		r.ExpirationPolicy = apikey.ExpiresByTime
 	}
-	switch k.StatusAt(at) {
-	case apikey.StatusRevoked:
-		r.Status = "revoked"
-	case apikey.StatusDisabled:
-		r.Status = "disabled"
-	case apikey.StatusExpired, apikey.StatusIdle:
-		r.Status = "expired"
-	}
-	newest := 0
 	for i, g := range k.Generations {
-		r.Generations[i] = GenerationRecord{g.Number, g.Hint, g.CreatedAt.UTC(), g.ValidUntil.UTC(), g.LastUsedAt.UTC()}
-		if g.Number > newest {
-			newest, r.Hint = g.Number, g.Hint
-		}
+		r.Generations[i] = GenerationRecord{g.Number, g.Hint, g.CreatedAt.UTC(), g.ValidUntil.UTC(), g.LastUsedAt.UTC(), g.Revoked}
+	}
+	if newest := k.Newest(); newest != nil {
+		r.Hint = newest.Hint
 	}
 	return r
 }
@@ -226,8 +258,8 @@ func RecordOf(k *apikey.Key, at time.Time) KeyRecord {
 // A keyAudit is what the audit keeps of a key.
 type keyAudit struct {
 	KeyRecord
-	RevokedAt     time.Time `json:"revokedAt,omitzero"`
-	RevokedReason string    `json:"revokedReason,omitempty"`
+	RevokedAt     time.Time               `json:"revokedAt,omitzero"`
+	RevokedReason apikey.RevocationReason `json:"revokedReason,omitempty"`
 }
 
 func auditOf(k *apikey.Key) keyAudit {

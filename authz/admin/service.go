@@ -15,13 +15,15 @@ import (
 // A Service does what callers ask, if they may. Safe for concurrent use.
 //
 // Errors of its methods: *apikey.InvalidError for an input that cannot be accepted (several at once
-// joined), *ForbiddenError, apikey.ErrNotFound, apikey.ErrConflict, [ErrInUse]; anything else is an
-// outage and wraps apikey.ErrUndecided.
+// joined), *ForbiddenError, apikey.ErrNotFound, apikey.ErrConflict, [ErrInUse], [ErrPrecondition],
+// *[StateError], *[QuotaExceededError], *[RateError], *[ConfirmError]; anything else is an outage and
+// wraps apikey.ErrUndecided.
 type Service struct {
 	store    Store
 	cfg      Config
 	replicas Propagator
 	log      *slog.Logger
+	leaks    leaks
 }
 
 // Config says how the service makes secrets and finds them.
@@ -39,7 +41,7 @@ type Propagator interface {
 
 // New makes a service. replicas is nil in a process that answers no Checks.
 func New(store Store, cfg Config, replicas Propagator, log *slog.Logger) *Service {
-	return &Service{store: store, cfg: cfg, replicas: replicas, log: log}
+	return &Service{store: store, cfg: cfg, replicas: replicas, log: log, leaks: newLeaks()}
 }
 
 // A Caller is who asks. Whoever makes one vouches for it: [Service.Authenticate] does for a token.
@@ -47,8 +49,10 @@ type Caller struct {
 	Name       string // for the audit, e.g. "token:0192f0c1-…", "keyward dev"
 	Role       Role
 	InstanceID string // canonical; "": all instances
-	RemoteAddr string // "" for the process itself
-	RequestID  string
+	// UserPrincipalName is whose keys a caller with the role user has to do with: no others exist for it.
+	UserPrincipalName string
+	RemoteAddr        string // "" for the process itself
+	RequestID         string
 }
 
 // What can be done. The names of what changes something are those of the audit.
@@ -58,14 +62,24 @@ const (
 	deleteInstance = "instance.delete"
 	readKeys       = "key.read"
 	createKey      = "key.create"
+	updateKey      = "key.update"
+	disableKey     = "key.disable"
+	enableKey      = "key.enable"
+	rotateKey      = "key.rotate"
 	revokeKey      = "key.revoke"
-	readTokens     = "token.read"
-	createToken    = "token.create"
-	revokeToken    = "token.revoke"
-	readPeppers    = "pepper.read"
-	retirePepper   = "pepper.retire"
-	readInFlight   = "inflight.read"
-	endInFlight    = "inflight.end"
+	revokeOneOfKey = "key.revokeGeneration"
+	// What nobody asks for: it happens.
+	expireKey = "key.expire"
+	removeKey = "key.remove"
+	leakKey   = "key.leak"
+
+	readTokens   = "token.read"
+	createToken  = "token.create"
+	revokeToken  = "token.revoke"
+	readPeppers  = "pepper.read"
+	retirePepper = "pepper.retire"
+	readInFlight = "inflight.read"
+	endInFlight  = "inflight.end"
 )
 
 // may is the one place that says which role may do what.
@@ -73,9 +87,11 @@ var may = map[string][]Role{
 	readInstances:  {RoleOwner, RoleOperator, RoleAuditor},
 	putInstance:    {RoleOwner, RoleOperator},
 	deleteInstance: {RoleOwner},
-	readKeys:       {RoleOwner, RoleOperator, RoleAuditor},
-	createKey:      {RoleOwner, RoleOperator},
-	revokeKey:      {RoleOwner, RoleOperator},
+	readKeys:       {RoleOwner, RoleOperator, RoleAuditor, RoleUser},
+	createKey:      {RoleOwner, RoleOperator, RoleUser},
+	updateKey:      {RoleOwner, RoleOperator, RoleUser},
+	rotateKey:      {RoleOwner, RoleOperator, RoleUser},
+	revokeKey:      {RoleOwner, RoleOperator, RoleUser},
 	readTokens:     {RoleOwner, RoleAuditor},
 	createToken:    {RoleOwner},
 	revokeToken:    {RoleOwner},
@@ -98,8 +114,46 @@ func (e *ForbiddenError) Error() string {
 	return e.Field + ": " + e.Reason
 }
 
-// ErrInUse: the instance still has keys that work.
-var ErrInUse = errors.New("the instance has usable keys")
+var (
+	// ErrInUse: the instance still has keys that work.
+	ErrInUse = errors.New("the instance has usable keys")
+	// ErrPrecondition: what was to be changed has changed since the caller looked.
+	ErrPrecondition = errors.New("changed by somebody else since it was read")
+	// errNothing ends a transaction that has nothing to do.
+	errNothing = errors.New("nothing to do")
+)
+
+// A StateError says that a key cannot be changed so, as it is.
+type StateError struct {
+	Reason string // e.g. "the key is revoked"
+}
+
+func (e *StateError) Error() string { return e.Reason }
+
+// A QuotaExceededError says that there may not be another key.
+type QuotaExceededError struct {
+	Cap   string // instance, user or agent
+	Limit int    // how many there may be
+	Used  int    // how many there are
+}
+
+func (e *QuotaExceededError) Error() string {
+	whose := "of this " + e.Cap
+	return fmt.Sprintf("all keys %s are used: %d of %d. Revoke one that nobody needs, or raise policy.caps.%s", whose, e.Used, e.Limit, e.Cap)
+}
+
+// A RateError says that something was asked for too often.
+type RateError struct {
+	What       string        // e.g. "keys were made in this instance"
+	Limit      int           // how many may be
+	Per        time.Duration // in what time
+	RetryAfter time.Duration // at least a second: when the next one may be
+}
+
+func (e *RateError) Error() string {
+	return fmt.Sprintf("%d %s within %s, which is the most: try again in %s", e.Limit, e.What,
+		apikey.Duration(e.Per), apikey.Duration(e.RetryAfter.Round(time.Second)))
+}
 
 func (c Caller) may(action string) error {
 	if !slices.Contains(may[action], c.Role) {

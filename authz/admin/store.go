@@ -49,6 +49,10 @@ type Store interface {
 	// Replicas lists the known replicas that have not run out.
 	Replicas(ctx context.Context) ([]Replica, error)
 
+	// Lead makes holder the one that does a job until ttl from now, by the store's clock, if nobody else
+	// is; a holder that asks again goes on. It reports whether holder leads. A ttl of 0 gives the job up.
+	Lead(ctx context.Context, job, holder string, ttl time.Duration) (leads bool, err error)
+
 	// Close waits for the calls that are under way. Later calls fail as in an outage; closing again
 	// does nothing.
 	Close() error
@@ -62,10 +66,20 @@ type Reader interface {
 
 	// Key returns one key of one instance, without Digest.
 	Key(ctx context.Context, instanceID string, id apikey.ID) (*apikey.Key, error)
-	// Keys lists keys of an instance, newest first (CreatedAt, then ID, both falling), at most limit.
-	// It begins after the given place; the zero place is the beginning. An instance that is not there
-	// has no keys.
-	Keys(ctx context.Context, instanceID string, after KeyPlace, limit int) ([]*apikey.Key, error)
+	// Keys lists keys of an instance, as q says. An instance that is not there has no keys.
+	Keys(ctx context.Context, instanceID string, q KeyQuery) ([]*apikey.Key, error)
+	// CountKeys counts the keys of an instance, or those of one owner in it, from counts that are kept: it
+	// does not read the keys.
+	CountKeys(ctx context.Context, instanceID string, owner KeyOwner, now time.Time) (KeyCounts, error)
+	// Creations returns when the newest keys of an instance were made, newest first, at most limit and
+	// only after since. createdBy narrows it to one creator; "" is everybody.
+	Creations(ctx context.Context, instanceID, createdBy string, since time.Time, limit int) ([]time.Time, error)
+	// DueKeys lists keys of all instances that are over and not marked: not revoked, and with an
+	// ExpirationDate before expired, or IdleAfter before idle. At most limit, in no order.
+	DueKeys(ctx context.Context, expired, idle time.Time, limit int) ([]*apikey.Key, error)
+	// RevokedKeys lists keys of an instance that were revoked before a time, the longest ago first, at
+	// most limit.
+	RevokedKeys(ctx context.Context, instanceID string, before time.Time, limit int) ([]*apikey.Key, error)
 	// FindKey returns the key that a digest finds, with Digest and Generation set, whatever its status,
 	// and a revision: the record is at least as new as that. The revision comes with ErrNotFound too.
 	FindKey(ctx context.Context, d apikey.Digest) (*apikey.Key, apikey.Revision, error)
@@ -103,7 +117,8 @@ type Reader interface {
 }
 
 // A Tx is a transaction. Its reads see its writes. Every write that touches a key or an instance is
-// listed in Changes under the transaction's revision, with all digests that find the key before or after.
+// listed in Changes under the transaction's revision, with all digests that find the key before or after,
+// and that becomes the key's Revision; but for MarkEnded, which changes no decision.
 // A write that answers apikey.ErrNotFound or apikey.ErrConflict did nothing, and the transaction goes on.
 type Tx interface {
 	Reader
@@ -114,19 +129,27 @@ type Tx interface {
 	// DeleteInstance removes an instance with all its keys; audit and tokens stay.
 	// Errors: apikey.ErrNotFound.
 	DeleteInstance(ctx context.Context, id string) error
-	// UsableKeys counts the keys of an instance that are neither revoked nor expired at now.
-	UsableKeys(ctx context.Context, instanceID string, now time.Time) (int, error)
 
 	// InsertKey adds a key without generations. Errors: apikey.ErrConflict if the id is taken,
 	// apikey.ErrNotFound if there is no such instance.
 	InsertKey(ctx context.Context, k *apikey.Key) error
 	// UpdateKey replaces what may change of a key: everything but ID, InstanceID, Type, AgentName,
-	// UserPrincipalName, CreatedAt, CreatedBy, LastUsedAt and Generations. Errors: apikey.ErrNotFound,
-	// also where the key belongs to another instance.
+	// UserPrincipalName, CreatedAt, CreatedBy, LastUsedAt, Generations and Revision. Another
+	// ExpirationDate or InactivityDays takes back MarkEnded. Errors: apikey.ErrNotFound, also where the
+	// key belongs to another instance.
 	UpdateKey(ctx context.Context, k *apikey.Key) error
+	// DeleteKey removes a key with its digests. Errors: as UpdateKey.
+	DeleteKey(ctx context.Context, instanceID string, id apikey.ID) error
+	// MarkEnded notes that a key was found to be over. It then counts as expired in KeyCounts, and is not
+	// listed by DueKeys any more. Marking twice is no error; the first time stays. A use that shows that
+	// the key is not idle takes the mark back. Errors: apikey.ErrNotFound.
+	MarkEnded(ctx context.Context, id apikey.ID, at time.Time) error
 	// InsertGeneration adds a generation with its digest under a pepper version. Errors:
 	// apikey.ErrConflict if the digest or the number is taken, apikey.ErrNotFound if there is no such key.
 	InsertGeneration(ctx context.Context, id apikey.ID, g apikey.Generation, d apikey.Digest, pepperVersion uint32) error
+	// EndGeneration replaces ValidUntil and Revoked of a generation. Its digest goes on finding it.
+	// Errors: apikey.ErrNotFound.
+	EndGeneration(ctx context.Context, id apikey.ID, number int, validUntil time.Time, revoked bool) error
 
 	// InsertToken adds a management token. Errors: apikey.ErrConflict.
 	InsertToken(ctx context.Context, t *Token, d apikey.Digest, pepperVersion uint32) error
@@ -147,12 +170,6 @@ type Tx interface {
 
 	// Audit writes an audit event. Its Sequence is given by the store and grows.
 	Audit(ctx context.Context, e Event) error
-}
-
-// A KeyPlace is a place in the order of [Reader.Keys].
-type KeyPlace struct {
-	CreatedAt time.Time
-	ID        apikey.ID
 }
 
 // A Replica is one keyward process that answers Checks from this store.
@@ -198,6 +215,7 @@ const (
 	RoleOwner    Role = "owner"    // everything, tokens and deleting instances included
 	RoleOperator Role = "operator" // instances, policies and keys
 	RoleAuditor  Role = "auditor"  // reads everything, changes nothing
+	RoleUser     Role = "user"     // the keys of its own user principal name, and nothing else
 )
 
 // An Event is one entry of the audit: who did what to what, when. Before and After never hold a secret.

@@ -1,6 +1,7 @@
 package apikey
 
 import (
+	"cmp"
 	"strings"
 	"time"
 )
@@ -23,7 +24,114 @@ type Policy struct {
 	Total Limits `json:"total,omitzero"`
 	// AllowedScopes caps every key's rights, at decision time; nil: no cap.
 	AllowedScopes Scopes `json:"allowedScopes,omitzero"`
+	// Caps say how many keys there may be, Creation how fast they may be made.
+	Caps     Caps     `json:"caps,omitzero"`
+	Creation Creation `json:"creation,omitzero"`
+	// Expiration says how long keys may live.
+	Expiration Expiration `json:"expiration,omitzero"`
+	// OnLeak says what happens to a key whose secret somebody reports as leaked.
+	OnLeak OnLeak `json:"onLeak,omitzero"`
+	// KeepRevoked is how long revoked keys are kept before they are removed with their digests.
+	KeepRevoked Duration `json:"keepRevoked,omitempty"`
 }
+
+// Caps bound the keys that are neither revoked nor expired, disabled ones included. Zero inherits,
+// [Unlimited] is no cap.
+type Caps struct {
+	Instance int `json:"instance,omitempty"` // of the instance
+	User     int `json:"user,omitempty"`     // of each user
+	Agent    int `json:"agent,omitempty"`    // of each agent
+}
+
+// Creation bounds the keys that are made within any hour. Zero inherits, [Unlimited] is no limit.
+type Creation struct {
+	PerHour        int `json:"perHour,omitempty"`        // in the instance
+	PerHourAndUser int `json:"perHourAndUser,omitempty"` // by each creator with the role user
+}
+
+// An ExpirationPolicy says by what a key expires.
+type ExpirationPolicy string
+
+// The expiration policies. A key that expires for inactivity may have a date as well.
+const (
+	ExpiresNever      ExpirationPolicy = "none"
+	ExpiresByTime     ExpirationPolicy = "time"
+	ExpiresInactivity ExpirationPolicy = "inactivity"
+)
+
+// Expiration says how long keys may live. Every field's zero value inherits.
+type Expiration struct {
+	Default        ExpirationPolicy `json:"default,omitempty"`        // of a key that says nothing
+	Required       bool             `json:"required,omitempty"`       // no key without an end
+	Life           Duration         `json:"life,omitempty"`           // of a key that says no more than "time"
+	LongestLife    Duration         `json:"longestLife,omitempty"`    // from creation, change or rotation to the date
+	InactivityDays int              `json:"inactivityDays,omitempty"` // of a key that says no more than "inactivity"
+}
+
+// A LeakAction is what happens to a key whose secret is reported as leaked.
+type LeakAction string
+
+// The actions.
+const (
+	LeakRevokes LeakAction = "revoke" // the secret ends, and with the last one the key
+	LeakFlags   LeakAction = "flag"   // the key is marked, and goes on
+)
+
+// OnLeak is the action for each type of key; "" inherits.
+type OnLeak struct {
+	Instance LeakAction `json:"instance,omitempty"`
+	Agent    LeakAction `json:"agent,omitempty"`
+	User     LeakAction `json:"user,omitempty"`
+}
+
+// Of returns the action for a type of key.
+func (o OnLeak) Of(t Type) LeakAction {
+	switch t {
+	case TypeAgent:
+		return o.Agent
+	case TypeUser:
+		return o.User
+	}
+	return o.Instance
+}
+
+// ShippedPolicy holds where an instance's policy says nothing, but for limits: those are ShippedLimits.
+// Agent keys live in public applications, where everybody finds them: a report must not end one.
+var ShippedPolicy = Policy{
+	Caps:     Caps{Instance: 1000, User: 10, Agent: 20},
+	Creation: Creation{PerHour: 60, PerHourAndUser: 20},
+	Expiration: Expiration{
+		Default: ExpiresNever, Life: Duration(120 * day), LongestLife: Duration(365 * day), InactivityDays: 90,
+	},
+	OnLeak:      OnLeak{Instance: LeakRevokes, Agent: LeakFlags, User: LeakRevokes},
+	KeepRevoked: Duration(90 * day),
+}
+
+// InForce returns p with what it does not say taken from [ShippedPolicy]. Limits inherit in LimitsOf.
+func (p Policy) InForce() Policy {
+	s := &ShippedPolicy
+	p.Caps = Caps{cmp.Or(p.Caps.Instance, s.Caps.Instance), cmp.Or(p.Caps.User, s.Caps.User), cmp.Or(p.Caps.Agent, s.Caps.Agent)}
+	p.Creation = Creation{cmp.Or(p.Creation.PerHour, s.Creation.PerHour), cmp.Or(p.Creation.PerHourAndUser, s.Creation.PerHourAndUser)}
+	e, d := p.Expiration, s.Expiration
+	p.Expiration = Expiration{
+		Default: cmp.Or(e.Default, d.Default), Required: e.Required, Life: cmp.Or(e.Life, d.Life),
+		LongestLife: cmp.Or(e.LongestLife, d.LongestLife), InactivityDays: cmp.Or(e.InactivityDays, d.InactivityDays),
+	}
+	if e.Life == 0 { // what nobody said must not be refused for what somebody did
+		p.Expiration.Life = min(d.Life, p.Expiration.LongestLife)
+	}
+	p.OnLeak = OnLeak{cmp.Or(p.OnLeak.Instance, s.OnLeak.Instance), cmp.Or(p.OnLeak.Agent, s.OnLeak.Agent), cmp.Or(p.OnLeak.User, s.OnLeak.User)}
+	p.KeepRevoked = cmp.Or(p.KeepRevoked, s.KeepRevoked)
+	return p
+}
+
+const (
+	// MaxInactivityDays is the longest period of idleness after which a key can expire.
+	MaxInactivityDays = 365
+	maxLife           = 3650 * day
+	minLife           = time.Hour
+	minKeep           = day
+)
 
 // Defaults are the limits of each type of key.
 type Defaults struct {
@@ -55,6 +163,56 @@ func (p *Policy) Validate() error {
 	}
 	if p.Total.Rate.Requests > 0 && p.Total.Burst == 0 {
 		return Invalid("total.burst", "is missing: a total rate needs one, and there is nothing to inherit")
+	}
+	return p.validateLife()
+}
+
+// validateLife reports the first field about numbers and lives of keys that cannot be meant.
+func (p *Policy) validateLife() error {
+	for _, c := range []struct {
+		field string
+		n     int
+	}{
+		{"caps.instance", p.Caps.Instance},
+		{"caps.user", p.Caps.User},
+		{"caps.agent", p.Caps.Agent},
+		{"creation.perHour", p.Creation.PerHour},
+		{"creation.perHourAndUser", p.Creation.PerHourAndUser},
+	} {
+		if err := validCount(c.field, c.n); err != nil {
+			return err
+		}
+	}
+	e := p.Expiration
+	switch e.Default {
+	case "", ExpiresNever, ExpiresByTime, ExpiresInactivity:
+	default:
+		return Invalid("expiration.default", "must be none, time or inactivity")
+	}
+	for _, d := range []struct {
+		field string
+		Duration
+	}{{"expiration.life", e.Life}, {"expiration.longestLife", e.LongestLife}} {
+		if d.Duration != 0 && (d.Std() < minLife || d.Std() > maxLife) {
+			return Invalid(d.field, "must be from 1h to 3650d")
+		}
+	}
+	if e.Life > p.InForce().Expiration.LongestLife {
+		return Invalid("expiration.life", "must be at most the longest life")
+	}
+	if e.InactivityDays < 0 || e.InactivityDays > MaxInactivityDays {
+		return Invalid("expiration.inactivityDays", "must be from 1 to 365")
+	}
+	for _, l := range []struct {
+		field  string
+		action LeakAction
+	}{{"onLeak.instance", p.OnLeak.Instance}, {"onLeak.agent", p.OnLeak.Agent}, {"onLeak.user", p.OnLeak.User}} {
+		if l.action != "" && l.action != LeakRevokes && l.action != LeakFlags {
+			return Invalid(l.field, "must be revoke or flag")
+		}
+	}
+	if p.KeepRevoked != 0 && (p.KeepRevoked.Std() < minKeep || p.KeepRevoked.Std() > maxLife) {
+		return Invalid("keepRevoked", "must be from 1d to 3650d")
 	}
 	return nil
 }

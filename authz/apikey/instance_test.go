@@ -194,3 +194,31 @@ func FuzzInstanceID(f *testing.F) {
 		}
 	})
 }
+
+func TestPolicyInForce(t *testing.T) {
+	if diff := cmp.Diff(apikey.ShippedPolicy, apikey.Policy{}.InForce()); diff != "" {
+		t.Errorf("an empty policy (-shipped +got)\n%s", diff)
+	}
+	said := apikey.Policy{
+		Disabled:   true,
+		Caps:       apikey.Caps{Instance: 1, User: 2, Agent: apikey.Unlimited},
+		Creation:   apikey.Creation{PerHour: 3, PerHourAndUser: 4},
+		Expiration: apikey.Expiration{Default: apikey.ExpiresByTime, Required: true, Life: 5, LongestLife: 6, InactivityDays: 7},
+		OnLeak:     apikey.OnLeak{Instance: apikey.LeakFlags, Agent: apikey.LeakRevokes, User: apikey.LeakFlags}, KeepRevoked: 8,
+	}
+	if diff := cmp.Diff(said, said.InForce()); diff != "" {
+		t.Errorf("what is said is in force (-want +got)\n%s", diff)
+	}
+	// Whoever shortens the longest life need not know of the usual one.
+	short := apikey.Policy{Expiration: apikey.Expiration{LongestLife: apikey.Duration(time.Hour)}}
+	if life := short.InForce().Expiration.Life; life != apikey.Duration(time.Hour) {
+		t.Errorf("a key that says only time lives %v", life)
+	}
+	for typ, want := range map[apikey.Type]apikey.LeakAction{
+		apikey.TypeInstance: apikey.LeakRevokes, apikey.TypeAgent: apikey.LeakFlags, apikey.TypeUser: apikey.LeakRevokes,
+	} {
+		if got := apikey.ShippedPolicy.OnLeak.Of(typ); got != want {
+			t.Errorf("a leaked %s key: %s, want %s", typ, got, want)
+		}
+	}
+}

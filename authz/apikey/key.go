@@ -53,11 +53,17 @@ type Key struct {
 	Metadata          map[string]string
 	Disabled          bool
 	RevokedAt         time.Time // zero: not revoked
-	RevokedReason     string
+	RevokedReason     RevocationReason
+	LeakReportedAt    time.Time // zero: nobody has reported a secret of it as leaked
 	CreatedAt         time.Time
 	CreatedBy         string
 	LastUsedAt        time.Time // zero: never; up to a minute behind
-	Generations       []Generation
+	// IdleFrom is the earliest instant that idleness counts from, where that is not the creation: what was
+	// known of uses before it was lost with a restored backup. Zero: creation.
+	IdleFrom    time.Time
+	Generations []Generation // by number
+	// Revision is that of the last change to the key. Uses are none.
+	Revision Revision
 
 	// Digest and Generation say by which digest the record was found and to which generation that
 	// belongs. Set by FindKey only: the digest is compared again on every use, because caches may
@@ -73,6 +79,31 @@ type Generation struct {
 	CreatedAt  time.Time // UTC
 	ValidUntil time.Time // zero: as long as the key
 	LastUsedAt time.Time // zero: never; up to a minute behind
+	// Revoked says that it was ended at once, at ValidUntil. It is over on every replica, whatever the
+	// clock there says.
+	Revoked bool
+}
+
+// EndedAt reports whether the generation is over at now. Valid while now ≤ ValidUntil.
+func (g *Generation) EndedAt(now time.Time) bool {
+	return g.Revoked || !g.ValidUntil.IsZero() && now.After(g.ValidUntil)
+}
+
+// A RevocationReason says why a key was revoked; "" is no reason given.
+type RevocationReason string
+
+// The reasons.
+const (
+	RevokedKeyCompromise RevocationReason = "keyCompromise" // the secret is, or may be, known to others
+	RevokedSuperseded    RevocationReason = "superseded"    // another key has taken its place
+	RevokedOwnerLeft     RevocationReason = "ownerLeft"     // whose it was has left
+	RevokedUnused        RevocationReason = "unused"        // nobody used it
+	RevokedOther         RevocationReason = "other"
+)
+
+// RevocationReasons lists all reasons.
+func RevocationReasons() []RevocationReason {
+	return []RevocationReason{RevokedKeyCompromise, RevokedSuperseded, RevokedOwnerLeft, RevokedUnused, RevokedOther}
 }
 
 // A Status is where a key stands in its life.
@@ -110,23 +141,61 @@ func (k *Key) StatusAt(now time.Time) Status {
 // IdleAt reports whether a key last used at lastUsed has been unused for too long at now. A key that
 // was never used counts from its creation.
 func (k *Key) IdleAt(now, lastUsed time.Time) bool {
+	return k.InactivityDays != 0 && now.After(k.idleAfter(lastUsed))
+}
+
+// IdleAfter is when a key that is not used any more has been, or will have been, unused for too long:
+// the last instant at which it is valid. Zero for a key that does not expire for idleness.
+func (k *Key) IdleAfter() time.Time {
 	if k.InactivityDays == 0 {
-		return false
+		return time.Time{}
 	}
-	if lastUsed.Before(k.CreatedAt) {
-		lastUsed = k.CreatedAt
+	return k.idleAfter(k.LastUsedAt)
+}
+
+func (k *Key) idleAfter(lastUsed time.Time) time.Time {
+	for _, floor := range [...]time.Time{k.CreatedAt, k.IdleFrom} {
+		if lastUsed.Before(floor) {
+			lastUsed = floor
+		}
 	}
-	return now.After(lastUsed.Add(time.Duration(k.InactivityDays) * day))
+	return lastUsed.Add(time.Duration(k.InactivityDays) * day)
 }
 
 // GenerationEnded reports whether the generation that the record was found by is over at now, or gone.
 func (k *Key) GenerationEnded(now time.Time) bool {
 	for i := range k.Generations {
 		if g := &k.Generations[i]; g.Number == k.Generation {
-			return !g.ValidUntil.IsZero() && now.After(g.ValidUntil)
+			return g.EndedAt(now)
 		}
 	}
 	return true
+}
+
+// Deprecated tells a caller with an older secret than the newest when that came, and until when its own
+// is valid: zero for as long as the key. ok is false for the newest. What the record was found by says
+// which secret it is, so it is for records from FindKey only.
+func (k *Key) Deprecated() (since, until time.Time, ok bool) {
+	newest := k.Newest()
+	if newest == nil || newest.Number <= k.Generation {
+		return time.Time{}, time.Time{}, false
+	}
+	for i := range k.Generations {
+		if g := &k.Generations[i]; g.Number == k.Generation {
+			until = g.ValidUntil
+		}
+	}
+	return newest.CreatedAt, until, true
+}
+
+// Newest returns the newest generation, nil if there is none.
+func (k *Key) Newest() (newest *Generation) {
+	for i := range k.Generations {
+		if g := &k.Generations[i]; newest == nil || g.Number > newest.Number {
+			newest = g
+		}
+	}
+	return newest
 }
 
 // AppendPrincipal appends on whose behalf a request with this key counts: the user of a user key,

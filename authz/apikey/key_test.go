@@ -89,6 +89,7 @@ func TestIdleAt(t *testing.T) {
 
 func TestGenerationEnded(t *testing.T) {
 	k := apikey.Key{Generations: []apikey.Generation{
+		{Number: 2, ValidUntil: noon, Revoked: true},
 		{Number: 3, ValidUntil: noon},
 		{Number: 4},
 	}}
@@ -101,11 +102,54 @@ func TestGenerationEnded(t *testing.T) {
 		{"old, as it ends", 3, noon, false},
 		{"old, a tick after", 3, noon.Add(1), true},
 		{"new, for as long as the key", 4, noon.Add(1000 * day), false},
+		{"ended at once, by a clock that is behind", 2, noon.Add(-day), true},
+		{"gone", 1, noon, true},
 	} {
 		k.Generation = tt.generation
 		if got := k.GenerationEnded(tt.now); got != tt.want {
 			t.Errorf("%s: got %t, want %t", tt.name, got, tt.want)
 		}
+	}
+}
+
+func TestDeprecated(t *testing.T) {
+	k := apikey.Key{Generations: []apikey.Generation{
+		{Number: 3, CreatedAt: noon.Add(-day), ValidUntil: noon.Add(day)},
+		{Number: 4, CreatedAt: noon},
+		{Number: 2, CreatedAt: noon.Add(-2 * day)},
+	}}
+	for _, tt := range []struct {
+		generation   int
+		since, until time.Time
+		ok           bool
+	}{
+		{2, noon, time.Time{}, true},
+		{3, noon, noon.Add(day), true},
+		{4, time.Time{}, time.Time{}, false},
+	} {
+		k.Generation = tt.generation
+		since, until, ok := k.Deprecated()
+		if !since.Equal(tt.since) || !until.Equal(tt.until) || ok != tt.ok {
+			t.Errorf("generation %d: got %v, %v, %t", tt.generation, since, until, ok)
+		}
+	}
+	if _, _, ok := new(apikey.Key).Deprecated(); ok {
+		t.Error("a key without secrets has an old one")
+	}
+}
+
+func TestIdleFrom(t *testing.T) {
+	k := apikey.Key{CreatedAt: noon, InactivityDays: 10, LastUsedAt: noon.Add(5 * day), IdleFrom: noon.Add(8 * day)}
+	if want := noon.Add(18 * day); !k.IdleAfter().Equal(want) || k.IdleAt(want, k.LastUsedAt) || !k.IdleAt(want.Add(1), k.LastUsedAt) {
+		t.Errorf("idle after %v, want %v", k.IdleAfter(), want)
+	}
+	k.LastUsedAt = noon.Add(9 * day)
+	if want := noon.Add(19 * day); !k.IdleAfter().Equal(want) {
+		t.Errorf("idle after %v, want %v", k.IdleAfter(), want)
+	}
+	k.InactivityDays = 0
+	if !k.IdleAfter().IsZero() {
+		t.Errorf("idle after %v, though it does not expire for idleness", k.IdleAfter())
 	}
 }
 

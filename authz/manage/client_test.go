@@ -54,10 +54,10 @@ func TestClientRoundTrip(t *testing.T) {
 	if got, err := c.Key(ctx, "a", made.Key.ID); err != nil || !cmp.Equal(got, made.Key) {
 		t.Errorf("key: %+v, %v", got, err)
 	}
-	if got, err := c.RevokeKey(ctx, "a", made.Key.ID, "lost & found"); err != nil || got.KeyID != made.Key.ID || got.EffectiveEverywhereAt.IsZero() {
+	if got, err := c.RevokeKey(ctx, "a", made.Key.ID, "ownerLeft"); err != nil || got.KeyID != made.Key.ID || got.EffectiveEverywhereAt.IsZero() {
 		t.Errorf("revoke: %+v, %v", got, err)
 	}
-	if k, err := d.store.Key(ctx, "a", made.Key.ID); err != nil || k.RevokedReason != "lost & found" {
+	if k, err := d.store.Key(ctx, "a", made.Key.ID); err != nil || k.RevokedReason != "ownerLeft" {
 		t.Errorf("reason %q, %v", k.RevokedReason, err)
 	}
 	token, err := c.CreateToken(ctx, admin.TokenInput{Name: "n", Role: admin.RoleAuditor, InstanceID: "a", ExpiresIn: "1d"})

@@ -33,7 +33,7 @@ const (
 )
 
 func (c cursors) encode(instanceID string, p admin.KeyPlace) string {
-	b := binary.BigEndian.AppendUint64(make([]byte, 0, placeLen+cursorMACLen), uint64(p.CreatedAt.UnixMicro()))
+	b := binary.BigEndian.AppendUint64(make([]byte, 0, placeLen+cursorMACLen), uint64(p.At.UnixMicro()))
 	b = append(b, p.ID[:]...)
 	return base64.RawURLEncoding.EncodeToString(append(b, c.mac(instanceID, b)...))
 }
@@ -44,8 +44,8 @@ func (c cursors) decode(instanceID, s string) (admin.KeyPlace, error) {
 		return admin.KeyPlace{}, apikey.Invalid("cursor", "is not one that this list gave: begin again without it")
 	}
 	return admin.KeyPlace{
-		CreatedAt: time.UnixMicro(int64(binary.BigEndian.Uint64(b))).UTC(),
-		ID:        apikey.ID(b[8:placeLen]),
+		At: time.UnixMicro(int64(binary.BigEndian.Uint64(b))).UTC(),
+		ID: apikey.ID(b[8:placeLen]),
 	}, nil
 }
 

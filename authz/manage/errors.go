@@ -21,6 +21,11 @@ const (
 	CodeConflict             = "Conflict"             // 409: another change got there first
 	CodeInstanceInUse        = "InstanceInUse"        // 409: it has usable keys
 	CodePepperInUse          = "PepperInUse"          // retiring a pepper that something needs
+	CodeQuotaExceeded        = "QuotaExceeded"        // 409: the policy allows no more keys
+	CodeKeyState             = "KeyState"             // 409: not with a key as this one is
+	CodeConfirmationNeeded   = "ConfirmationNeeded"   // 409: repeat it with the count that the message tells
+	CodePreconditionFailed   = "PreconditionFailed"   // 412: it has changed since it was read
+	CodeTooManyRequests      = "TooManyRequests"      // 429: Retry-After says when to come again
 	CodePayloadTooLarge      = "PayloadTooLarge"      // 413: more than 1 MiB
 	CodeUnsupportedMediaType = "UnsupportedMediaType" // 415: not application/json in UTF-8
 	CodeInternalError        = "InternalError"        // 500: a bug; the log knows it by the request id
@@ -110,7 +115,23 @@ func statusOf(err error) *failure {
 		f.ErrorBody.Error.Target = no.Field
 		return f
 	}
+	if full, ok := errors.AsType[*admin.QuotaExceededError](err); ok {
+		return fail(http.StatusConflict, CodeQuotaExceeded, full.Error())
+	}
+	if state, ok := errors.AsType[*admin.StateError](err); ok {
+		return fail(http.StatusConflict, CodeKeyState, state.Error())
+	}
+	if confirm, ok := errors.AsType[*admin.ConfirmError](err); ok {
+		return fail(http.StatusConflict, CodeConfirmationNeeded, confirm.Error())
+	}
+	if often, ok := errors.AsType[*admin.RateError](err); ok {
+		f := fail(http.StatusTooManyRequests, CodeTooManyRequests, often.Error())
+		f.header.Set("Retry-After", strconv.Itoa(int(math.Ceil(often.RetryAfter.Seconds()))))
+		return f
+	}
 	switch {
+	case errors.Is(err, admin.ErrPrecondition):
+		return fail(http.StatusPreconditionFailed, CodePreconditionFailed, "it has changed since you read it: read it again, and decide anew")
 	case errors.Is(err, errTooLarge):
 		return fail(http.StatusRequestEntityTooLarge, CodePayloadTooLarge, errTooLarge.Error())
 	case errors.Is(err, errMediaType):

@@ -86,7 +86,7 @@ func (d *desk) token(t *testing.T, in admin.TokenInput) admin.CreatedToken {
 
 func (d *desk) instance(t *testing.T, id string) {
 	t.Helper()
-	if _, err := d.svc.PutInstance(t.Context(), root, id, apikey.Policy{}); err != nil {
+	if _, err := d.svc.PutInstance(t.Context(), root, id, apikey.Policy{Creation: apikey.Creation{PerHour: apikey.Unlimited}}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -366,7 +366,7 @@ func TestCreateKeyShowsTheSecretOnce(t *testing.T) {
 	slices.Sort(names)
 	want := []string{
 		"agentName", "allowedIps", "createdAt", "createdBy", "description", "environment", "expirationDate", "expirationPolicy",
-		"generations", "hint", "id", "inactivityDays", "instanceId", "limits", "metadata", "name", "scopes", "status", "type",
+		"generations", "hint", "id", "idleAfter", "inactivityDays", "instanceId", "limits", "metadata", "name", "scopes", "status", "type",
 	}
 	if diff := cmp.Diff(want, names); diff != "" {
 		t.Errorf("members (-want +got)\n%s", diff)
@@ -392,7 +392,7 @@ func TestRevokeKey(t *testing.T) {
 	target := "/instances/a/apiKeys/" + made.Key.ID.String()
 	var first string
 	for range 2 {
-		w := d.send(d.owner, "DELETE", target+"?reason=lost+it", "")
+		w := d.send(d.owner, "DELETE", target+"?reason=keyCompromise", "")
 		got := read[map[string]any](t, w, 200)
 		if diff := cmp.Diff(map[string]any{"confirmed": 0., "total": 0.}, got["replicas"]); diff != "" || len(got) != 4 || got["keyId"] != made.Key.ID.String() {
 			t.Errorf("got %s", w.Body)
@@ -770,7 +770,7 @@ func TestBadBodies(t *testing.T) {
 		{"date no zone", `{"name":"n","expirationDate":"2099-01-01T00:00:00"}`, 400, "expirationDate", nil},
 		{"date 24:00", `{"name":"n","expirationDate":"2099-01-01T24:00:00Z"}`, 400, "expirationDate", nil},
 		{"date epoch", `{"name":"n","expirationDate":1798761599}`, 400, "expirationDate", nil},
-		{"expiration policy", `{"name":"n","expirationPolicy":"none"}`, 400, "expirationPolicy", nil},
+		{"expiration policy", `{"name":"n","expirationPolicy":"sometimes"}`, 400, "expirationPolicy", nil},
 		{"secret as a value", `{"name":"n","type":"` + canary.Reveal() + `","environment":"` + canary.Reveal() + `!"}`, 400, "type", nil},
 		{"secret as a name", `{"name":"` + canary.Reveal() + `"}`, 400, "name", nil},
 		{"no content type", `{"name":"n"}`, 415, "", []string{"Content-Type", ""}},

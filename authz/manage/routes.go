@@ -37,7 +37,7 @@ type (
 	keyRevocation struct {
 		InstanceID string `path:"instanceId"`
 		KeyID      string `path:"keyId" format:"uuid"`
-		Reason     string `query:"reason" doc:"For the audit: at most 256 printable characters."`
+		Reason     string `query:"reason" enum:"keyCompromise,superseded,ownerLeft,unused,other"`
 	}
 	instanceDeletion struct {
 		InstanceID string `path:"instanceId"`
@@ -270,15 +270,15 @@ func (h *handler) listKeys(ctx context.Context, c *call, in *keyList) (*out[list
 			return nil, err
 		}
 	}
-	keys, err := h.svc.Keys(ctx, c.Caller, id, after, size+1) // one more tells whether this is the last page
+	query := admin.KeyQuery{After: after, Limit: size + 1}
+	keys, err := h.svc.Keys(ctx, c.Caller, id, query) // one more tells whether this is the last page
 	if err != nil {
 		return nil, err
 	}
 	next := ""
 	if len(keys) > size {
 		keys = keys[:size]
-		last := keys[size-1]
-		next = nextLink(c.r, h.cursors.encode(id, admin.KeyPlace{CreatedAt: last.CreatedAt, ID: last.ID}))
+		next = nextLink(c.r, h.cursors.encode(id, query.Order.PlaceOf(keys[size-1])))
 	}
 	at := time.Now()
 	page := listOf(keys, func(k *apikey.Key) admin.KeyRecord { return admin.RecordOf(k, at) })
@@ -326,7 +326,7 @@ func (h *handler) getKey(ctx context.Context, c *call, in *atKey) (*out[admin.Ke
 }
 
 func (h *handler) revokeKey(ctx context.Context, c *call, in *keyRevocation) (*out[RevokedKey], error) {
-	done, err := h.svc.RevokeKey(ctx, c.Caller, in.InstanceID, keyID(in.KeyID), in.Reason)
+	done, err := h.svc.RevokeKey(ctx, c.Caller, in.InstanceID, keyID(in.KeyID), apikey.RevocationReason(in.Reason))
 	if err != nil {
 		return nil, err
 	}

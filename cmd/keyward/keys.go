@@ -254,6 +254,6 @@ func (a *app) keysRevoke() *cobra.Command {
 			})
 		},
 	}
-	c.Flags().StringVar(&reason, "reason", "", "why, for the audit")
+	c.Flags().StringVar(&reason, "reason", "", "keyCompromise, superseded, ownerLeft, unused or other")
 	return c
 }

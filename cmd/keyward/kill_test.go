@@ -62,7 +62,7 @@ func (l *ledger) write(ctx context.Context, c *manage.Client, random *rand.Rand)
 		l.mu.Lock()
 		k.asked = true
 		l.mu.Unlock()
-		if _, err := c.RevokeKey(ctx, "demo", k.id, "kill loop"); err != nil {
+		if _, err := c.RevokeKey(ctx, "demo", k.id, "other"); err != nil {
 			return
 		}
 		l.mu.Lock()
@@ -119,7 +119,8 @@ func TestKillLoop(t *testing.T) {
 				t.Fatal(err)
 			}
 			client = manage.NewClient("http://"+at.manage, apikey.NewSecret(strings.TrimSpace(string(token))), web)
-			if _, err := client.PutInstance(t.Context(), "demo", admin.PolicyInput{}); err != nil {
+			unbounded := admin.PolicyInput{Caps: admin.CapsInput{Instance: new(-1)}, Creation: admin.CreationInput{PerHour: new(-1)}}
+			if _, err := client.PutInstance(t.Context(), "demo", unbounded); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -303,6 +303,8 @@ func (s *service) run(ctx context.Context) error {
 	group.Go(func() error { return s.lastUsed.Run(behind) })
 	group.Go(func() error { return s.redigester.Run(behind) })
 	group.Go(func() error { return s.warnOfBootstrap(behind) })
+	group.Go(func() error { return s.admin.RunSweep(behind, s.replica) })
+	group.Go(func() error { return s.admin.RunLeakReports(behind) })
 	for _, r := range s.reloaders {
 		group.Go(func() error { return r.run(behind) })
 	}

@@ -92,7 +92,7 @@ func (a *app) tour(ctx context.Context, state devState) error {
 	}
 	t.expect("a new key, at once", t.get("/orders", revoked.Secret.Reveal()), http.StatusOK)
 	for _, k := range []manage.CreatedKey{revoked, burst} {
-		if _, err := t.client.RevokeKey(ctx, state.Instance, k.Key.ID, "end of the tour"); err != nil {
+		if _, err := t.client.RevokeKey(ctx, state.Instance, k.Key.ID, "other"); err != nil {
 			return err
 		}
 	}
@@ -145,7 +145,7 @@ func (t *tour) concurrency() error {
 	t.expect("a slow request whose client goes away", gone.get("/orders?delay=1m", one.Secret.Reveal()), 0)
 	t.expect("its place is free again", t.get("/orders", one.Secret.Reveal()), http.StatusOK)
 	for _, k := range []manage.CreatedKey{key, one} {
-		if _, err := t.client.RevokeKey(t.ctx, t.state.Instance, k.Key.ID, "end of the tour"); err != nil {
+		if _, err := t.client.RevokeKey(t.ctx, t.state.Instance, k.Key.ID, "other"); err != nil {
 			return err
 		}
 	}

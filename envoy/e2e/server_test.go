@@ -297,7 +297,7 @@ func (s *server) key(t testing.TB, instance string, in admin.KeyInput) key {
 // revoke returns when the server has said that the key is over.
 func (s *server) revoke(t testing.TB, k key) {
 	t.Helper()
-	done, err := s.client.RevokeKey(t.Context(), k.InstanceID, k.ID, "end to end")
+	done, err := s.client.RevokeKey(t.Context(), k.InstanceID, k.ID, "other")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package sqlite
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -35,14 +37,66 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// child creates keys and revokes every second one, from the number on that it reads first, and says so
-// after each acknowledgement, until it is killed or its parent is gone. Zero: it only holds the store.
+// A step is one transaction in the life of a key.
+type step struct {
+	name  string
+	write func(ctx context.Context, tx admin.Tx, k *apikey.Key) error
+}
+
+// The life of a key in the kill test: one transaction each, in this order, and what it writes. Every
+// second key is removed in the end.
+var life = []step{
+	{"create", func(ctx context.Context, tx admin.Tx, k *apikey.Key) error {
+		if _, err := tx.Instance(ctx, "tenant"); errors.Is(err, apikey.ErrNotFound) {
+			if err := tx.PutInstance(ctx, &apikey.Instance{ID: "tenant", CreatedAt: time.Now()}); err != nil {
+				return err
+			}
+		}
+		return errors.Join(tx.InsertKey(ctx, k), tx.InsertGeneration(ctx, k.ID, apikey.Generation{Number: 1}, digestOf(number(k)), 1))
+	}},
+	{"disable", func(ctx context.Context, tx admin.Tx, k *apikey.Key) error {
+		k.Disabled = true
+		return tx.UpdateKey(ctx, k)
+	}},
+	{"rotate", func(ctx context.Context, tx admin.Tx, k *apikey.Key) error {
+		k.ExpirationDate = time.Now().Add(time.Hour)
+		return errors.Join(tx.UpdateKey(ctx, k), tx.EndGeneration(ctx, k.ID, 1, time.Now(), false),
+			tx.InsertGeneration(ctx, k.ID, apikey.Generation{Number: 2}, digestOf(-number(k)), 1))
+	}},
+	{"revokeGeneration", func(ctx context.Context, tx admin.Tx, k *apikey.Key) error {
+		return tx.EndGeneration(ctx, k.ID, 1, time.Now(), true)
+	}},
+	{"expire", func(ctx context.Context, tx admin.Tx, k *apikey.Key) error {
+		return tx.MarkEnded(ctx, k.ID, time.Now())
+	}},
+	{"revoke", func(ctx context.Context, tx admin.Tx, k *apikey.Key) error {
+		k.RevokedAt = time.Now()
+		return tx.UpdateKey(ctx, k)
+	}},
+	{"remove", func(ctx context.Context, tx admin.Tx, k *apikey.Key) error { return tx.DeleteKey(ctx, "tenant", k.ID) }},
+}
+
+// number is that of a key of this test.
+func number(k *apikey.Key) int {
+	n, err := strconv.Atoi(strings.TrimPrefix(k.Name, "key "))
+	if err != nil {
+		panic(err)
+	}
+	return n
+}
+
+// stages is how many steps of life a key goes through.
+func stages(n int) int { return len(life) - n%2 }
+
+// child leads keys through their lives, from the number on that it reads first, and says so after each
+// acknowledgement, until it is killed or its parent is gone. Zero: it only holds the store.
 func child(path string) error {
+	ctx := context.Background()
 	var n int
 	if _, err := fmt.Scan(&n); err != nil {
 		return err
 	}
-	s, err := Open(context.Background(), Config{Path: path})
+	s, err := Open(ctx, Config{Path: path})
 	if err != nil {
 		return err
 	}
@@ -52,17 +106,17 @@ func child(path string) error {
 		return err
 	}
 	for ; ; n++ {
-		if _, err := createKey(context.Background(), s, n); err != nil {
-			return err
-		}
-		if _, err := fmt.Println("created", n); err != nil {
-			return err // the parent is gone
-		}
-		if n%2 == 0 {
-			if err := revokeKey(context.Background(), s, n); err != nil {
+		k := &apikey.Key{ID: keyID(n), InstanceID: "tenant", Type: apikey.TypeUser, UserPrincipalName: "ann", Name: fmt.Sprint("key ", n), CreatedAt: time.Now()}
+		for stage, step := range life[:stages(n)] {
+			_, err := s.Update(ctx, func(tx admin.Tx) error {
+				return errors.Join(step.write(ctx, tx, k), tx.Audit(ctx, admin.Event{Action: "key." + step.name, Target: k.ID.String()}))
+			})
+			if err != nil {
 				return err
 			}
-			fmt.Println("revoked", n)
+			if _, err := fmt.Println(n, stage); err != nil {
+				return err // the parent is gone
+			}
 		}
 	}
 }
@@ -120,8 +174,8 @@ func TestSecondProcessIsRefused(t *testing.T) {
 // everything that it acknowledged is there, and what it did not is there whole or not at all.
 func TestAcknowledgedSurvivesKill(t *testing.T) {
 	path := file(t)
-	created, revoked := map[int]bool{}, map[int]bool{}
-	next := 1
+	acknowledged := map[int]int{} // the last stage of each key
+	next, steps := 1, 0
 	for round := range *kills {
 		cmd, says := start(t, path, next)
 		wait := time.Duration(rand.IntN(150)) * time.Millisecond
@@ -131,32 +185,28 @@ func TestAcknowledgedSurvivesKill(t *testing.T) {
 				first = false
 				time.AfterFunc(wait, func() { _ = cmd.Process.Kill() })
 			}
-			what, number, _ := strings.Cut(says.Text(), " ")
-			n, err := strconv.Atoi(number)
-			switch {
-			case err == nil && what == "created":
-				created[n] = true
-				next = max(next, n+1)
-			case err == nil && what == "revoked":
-				revoked[n] = true
-			default:
+			var n, stage int
+			if _, err := fmt.Sscan(says.Text(), &n, &stage); err != nil {
 				t.Fatalf("round %d: child: %q", round, says.Text())
 			}
+			acknowledged[n] = stage
+			next = max(next, n+1)
+			steps++
 		}
 		_ = cmd.Wait()
 		if first {
 			t.Fatalf("round %d: the child wrote nothing", round)
 		}
-		next = verify(t, path, created, revoked, next)
+		next = verify(t, path, acknowledged, next)
 		if t.Failed() {
 			t.Fatalf("round %d, killed %v after the first acknowledgement", round, wait)
 		}
 	}
-	t.Logf("%d kills, %d creates and %d revocations acknowledged", *kills, len(created), len(revoked))
+	t.Logf("%d kills, %d steps of %d keys acknowledged", *kills, steps, len(acknowledged))
 }
 
 // verify opens the store as after any crash, and returns the next number that is free.
-func verify(t *testing.T, path string, created, revoked map[int]bool, next int) int {
+func verify(t *testing.T, path string, acknowledged map[int]int, next int) int {
 	t.Helper()
 	ctx := t.Context()
 	s, err := Open(ctx, Config{Path: path})
@@ -176,54 +226,95 @@ func verify(t *testing.T, path string, created, revoked map[int]bool, next int) 
 	if err := s.writer.QueryRowContext(ctx, "SELECT count(*) FROM pragma_foreign_key_check").Scan(&broken); err != nil || broken != 0 {
 		t.Errorf("%d rows point to nothing, error %v", broken, err)
 	}
-	for n := range created {
-		k, _, err := s.FindKey(ctx, digestOf(n))
-		if err != nil {
-			t.Errorf("key %d was acknowledged and is gone: %v", n, err)
-		} else if revoked[n] && k.RevokedAt.IsZero() {
-			t.Errorf("key %d was revoked, acknowledged, and is back", n)
-		}
-	}
-	// Each key has its generation, its digest, its audit event and its change: a mutation is one thing.
-	audited := map[string]int{}
-	all, err := s.Events(ctx, 0, 1_000_000)
+	// The audit says how far each key has come; all else must say the same: a mutation is one thing.
+	events, err := s.Events(ctx, 0, 1_000_000)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, e := range all {
-		audited[e.Action+" "+e.Target]++
+	stage := map[apikey.ID]int{}
+	for _, e := range events {
+		id, err := apikey.ParseID(e.Target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Action != "key."+life[stage[id]].name {
+			t.Fatalf("key %s: %s as step %d of its life", id, e.Action, stage[id])
+		}
+		stage[id]++
 	}
+	newest := map[apikey.ID]apikey.Revision{}
 	changed := map[apikey.ID]int{}
 	changes, head, truncated, err := s.Changes(ctx, 0)
 	if err != nil || truncated {
 		t.Fatalf("changes: truncated %t, error %v", truncated, err)
 	}
+	if int(head) != len(events) {
+		t.Errorf("revision %d after %d transactions", head, len(events))
+	}
 	for _, c := range changes {
 		changed[c.KeyID]++
+		newest[c.KeyID] = c.Revision
 	}
-	keys, err := s.Keys(ctx, "tenant", admin.KeyPlace{}, 1_000_000)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, k := range keys {
-		n, err := strconv.Atoi(strings.TrimPrefix(k.Name, "key "))
-		if err != nil {
-			t.Fatal(err)
+	for n, last := range acknowledged {
+		if stage[keyID(n)] <= last {
+			t.Errorf("key %d: %s was acknowledged and is gone", n, life[last].name)
 		}
+	}
+	var want admin.KeyCounts
+	for id, steps := range stage {
+		n := int(binary.BigEndian.Uint64(id[:8]))
 		next = max(next, n+1)
-		if _, _, err := s.FindKey(ctx, digestOf(n)); errors.Is(err, apikey.ErrNotFound) || len(k.Generations) != 1 {
-			t.Errorf("key %d is there by half: %v, %d generations", n, err, len(k.Generations))
+		done := func(name string) bool {
+			return slices.IndexFunc(life, func(s step) bool { return s.name == name }) < steps
 		}
-		mutations := 1
-		if !k.RevokedAt.IsZero() {
-			mutations = 2
+		listed := steps
+		if done("expire") { // which no cache need hear of
+			listed--
 		}
-		if audited["key.create "+k.ID.String()] != 1 || audited["key.revoke "+k.ID.String()] != mutations-1 || changed[k.ID] != mutations {
-			t.Errorf("key %d has %d mutations, but audit events and changes are not one for each (%d changes)", n, mutations, changed[k.ID])
+		if changed[id] != listed {
+			t.Errorf("key %d: %d changes after %s, want %d", n, changed[id], life[steps-1].name, listed)
+		}
+		if done("remove") {
+			if _, _, err := s.FindKey(ctx, digestOf(n)); !errors.Is(err, apikey.ErrNotFound) {
+				t.Errorf("key %d was removed and is back: %v", n, err)
+			}
+			continue
+		}
+		k, _, err := s.FindKey(ctx, digestOf(n))
+		if err != nil {
+			t.Errorf("key %d is there by half: %v", n, err)
+			continue
+		}
+		_, _, second := s.FindKey(ctx, digestOf(-n))
+		var marked bool
+		if err := s.writer.QueryRowContext(ctx, "SELECT ended_at <> "+neverSQL+" FROM keys WHERE id = ?", id[:]).Scan(&marked); err != nil {
+			t.Error(err)
+		}
+		got := []bool{k.Disabled, second == nil, len(k.Generations) == 2, !k.ExpirationDate.IsZero(), !k.Generations[0].ValidUntil.IsZero(), k.Generations[0].Revoked, marked, !k.RevokedAt.IsZero()}
+		rotated := done("rotate")
+		if want := []bool{done("disable"), rotated, rotated, rotated, rotated, done("revokeGeneration"), done("expire"), done("revoke")}; !slices.Equal(got, want) {
+			t.Errorf("key %d after %s: got %v, want %v", n, life[steps-1].name, got, want)
+		}
+		if k.Revision != newest[id] {
+			t.Errorf("key %d has revision %d, its last change is %d", n, k.Revision, newest[id])
+		}
+		want.Total++
+		switch {
+		case done("revoke"):
+			want.Revoked++
+		case done("expire"):
+			want.Expired++
+		default:
+			want.Usable++
+			if done("disable") {
+				want.Disabled++
+			}
 		}
 	}
-	if int(head) != len(all) {
-		t.Errorf("revision %d after %d transactions", head, len(all))
+	for _, owner := range []admin.KeyOwner{{}, {Type: apikey.TypeUser, Name: "ann"}} {
+		if got, err := s.CountKeys(ctx, "tenant", owner, time.Now()); err != nil || got != want {
+			t.Errorf("%+v: counted %+v, error %v, want %+v", owner, got, err, want)
+		}
 	}
 	return next
 }

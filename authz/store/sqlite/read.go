@@ -27,8 +27,8 @@ type reader struct {
 const (
 	keyColumns = `k.id, k.instance_id, k.type, k.name, k.description, k.agent_name, k.user_principal_name, k.environment,
 	k.scopes, k.allowed_ips, k.limits, k.expires_at, k.inactivity_days, k.not_before, k.metadata, k.disabled,
-	k.revoked_at, k.revoked_reason, k.created_at, k.created_by, k.last_used_at,
-	g.number, g.hint, g.created_at, g.valid_until, g.last_used_at`
+	k.revoked_at, k.revoked_reason, k.leak_reported_at, k.created_at, k.created_by, k.last_used_at, k.idle_from, k.revision,
+	g.number, g.hint, g.created_at, g.valid_until, g.last_used_at, g.revoked`
 
 	findKey = `SELECT (SELECT revision FROM meta WHERE one = 1), d.generation, ` + keyColumns + `
 	FROM key_digests d JOIN keys k ON k.id = d.key_id JOIN generations g ON g.key_id = k.id
@@ -39,11 +39,34 @@ const (
 	oneKey = `SELECT ` + keyColumns + ` FROM keys k LEFT JOIN generations g ON g.key_id = k.id
 	WHERE k.id = ? AND k.instance_id = ? ORDER BY g.number`
 
-	listKeys = `SELECT ` + keyColumns + `
-	FROM (SELECT * FROM keys WHERE instance_id = ? AND (created_at, id) < (?, ?)
-		ORDER BY created_at DESC, id DESC LIMIT ?) k
+	dueKeys = `SELECT ` + keyColumns + ` FROM (
+		SELECT * FROM (SELECT id FROM keys INDEXED BY keys_due_by_time WHERE ` + dueByTime + ` AND expires_at < ?1 LIMIT ?3)
+		UNION
+		SELECT * FROM (SELECT id FROM keys INDEXED BY keys_due_by_idleness WHERE ` + dueByIdleness + ` AND idle_after < ?2 LIMIT ?3)
+		LIMIT ?3) due
+	JOIN keys k ON k.id = due.id LEFT JOIN generations g ON g.key_id = k.id
+	ORDER BY k.id, g.number`
+
+	revokedKeys = `SELECT ` + keyColumns + `
+	FROM (SELECT * FROM keys WHERE instance_id = ? AND revoked_at < ? AND revoked_at <> ` + neverSQL + ` ORDER BY revoked_at LIMIT ?) k
 	LEFT JOIN generations g ON g.key_id = k.id
-	ORDER BY k.created_at DESC, k.id DESC, g.number`
+	ORDER BY k.revoked_at, k.id, g.number`
+
+	// Kept counts, less what has expired by time since anybody marked.
+	countKeys = `SELECT total(c.total), total(c.usable) - o.due, total(c.disabled) - o.disabled, total(c.revoked)
+	FROM (SELECT count(*) AS due, total(disabled) AS disabled FROM keys INDEXED BY keys_due_by_time
+		WHERE ` + dueByTime + ` AND expires_at < ?4 AND instance_id = ?1
+			AND (?2 = '' OR type = ?2 AND ?3 = CASE type WHEN 'agent' THEN agent_name ELSE user_principal_name END)) o
+	LEFT JOIN key_counts c ON c.instance_id = ?1 AND c.type = ?2 AND c.name = ?3`
+
+	creations = `SELECT created_at FROM keys WHERE instance_id = ? AND created_at > ? ORDER BY created_at DESC LIMIT ?`
+
+	creationsBy = `SELECT created_at FROM keys INDEXED BY keys_by_creator
+	WHERE instance_id = ? AND created_at > ? AND created_by = ? ORDER BY created_at DESC LIMIT ?`
+
+	// The conditions of partial indexes, which SQLite wants word for word.
+	dueByTime     = `revoked_at = ` + neverSQL + ` AND ended_at = ` + neverSQL + ` AND expires_at <> ` + neverSQL
+	dueByIdleness = `revoked_at = ` + neverSQL + ` AND ended_at = ` + neverSQL + ` AND inactivity_days > 0`
 
 	listChanges = `SELECT m.revision, m.forgotten, c.revision, c.instance_id, c.key_id, c.digest
 	FROM meta m LEFT JOIN changes c ON c.revision > ?1 AND ?1 BETWEEN m.forgotten AND m.revision
@@ -66,7 +89,7 @@ const (
 	JOIN generations g ON g.key_id = d.key_id AND g.number = d.generation
 	JOIN keys k ON k.id = d.key_id
 	WHERE d.pepper_version = p.version AND k.revoked_at = ?2
-		AND (k.expires_at = ?2 OR k.expires_at >= ?1) AND (g.valid_until = ?2 OR g.valid_until >= ?1)
+		AND (k.expires_at = ?2 OR k.expires_at >= ?1) AND (g.valid_until = ?2 OR g.valid_until >= ?1) AND NOT g.revoked
 		AND NOT EXISTS (SELECT 1 FROM key_digests o
 			WHERE o.key_id = d.key_id AND o.generation = d.generation AND o.pepper_version <> p.version)
 	) + (
@@ -169,12 +192,49 @@ func (r *reader) Key(ctx context.Context, instanceID string, id apikey.ID) (*api
 }
 
 // Keys implements admin.Reader.
-func (r *reader) Keys(ctx context.Context, instanceID string, after admin.KeyPlace, limit int) ([]*apikey.Key, error) {
-	createdAt := micros(after.CreatedAt)
-	if after.CreatedAt.IsZero() && after.ID.IsZero() {
-		createdAt = math.MaxInt64 // above every place
+func (r *reader) Keys(ctx context.Context, instanceID string, q admin.KeyQuery) ([]*apikey.Key, error) {
+	query, args := listKeys(instanceID, q)
+	return r.keys(r.rows(ctx, "list keys", query, args...))
+}
+
+// CountKeys implements admin.Reader.
+func (r *reader) CountKeys(ctx context.Context, instanceID string, owner admin.KeyOwner, now time.Time) (n admin.KeyCounts, err error) {
+	var total, usable, disabled, revoked float64 // SQLite's total()
+	_, err = r.one(ctx, "count keys", countKeys, []any{instanceID, string(owner.Type), owner.Name, micros(now)},
+		&total, &usable, &disabled, &revoked)
+	n = admin.KeyCounts{Total: int(total), Usable: int(usable), Disabled: int(disabled), Revoked: int(revoked)}
+	n.Expired = n.Total - n.Usable - n.Revoked
+	return n, err
+}
+
+// Creations implements admin.Reader.
+func (r *reader) Creations(ctx context.Context, instanceID, createdBy string, since time.Time, limit int) ([]time.Time, error) {
+	query, args := creations, []any{instanceID, micros(since), max(limit, 0)}
+	if createdBy != "" {
+		query, args = creationsBy, []any{instanceID, micros(since), createdBy, max(limit, 0)}
 	}
-	return r.keys(r.rows(ctx, "list keys", listKeys, instanceID, createdAt, after.ID[:], max(limit, 0)))
+	var list []time.Time
+	for row, err := range r.rows(ctx, "list creations", query, args...) {
+		var at time.Time
+		if err == nil {
+			err = r.scan("list creations", row, instant{&at})
+		}
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, at)
+	}
+	return list, nil
+}
+
+// DueKeys implements admin.Reader.
+func (r *reader) DueKeys(ctx context.Context, expired, idle time.Time, limit int) ([]*apikey.Key, error) {
+	return r.keys(r.rows(ctx, "list due keys", dueKeys, micros(expired), micros(idle), max(limit, 0)))
+}
+
+// RevokedKeys implements admin.Reader.
+func (r *reader) RevokedKeys(ctx context.Context, instanceID string, before time.Time, limit int) ([]*apikey.Key, error) {
+	return r.keys(r.rows(ctx, "list revoked keys", revokedKeys, instanceID, micros(before), max(limit, 0)))
 }
 
 // keys reads rows of keyColumns, in which the generations of a key follow each other. lead are columns
@@ -203,12 +263,14 @@ func (r *reader) key(row *sql.Rows, lead ...any) (*apikey.Key, error) {
 	k := &apikey.Key{}
 	var number, createdAt, validUntil, lastUsedAt sql.Null[int64]
 	var hint sql.Null[string]
+	var ended sql.Null[bool]
 	err := row.Scan(append(slices.Clip(lead),
 		exactly(k.ID[:]), &k.InstanceID, &k.Type, &k.Name, &k.Description, &k.AgentName, &k.UserPrincipalName, &k.Environment,
 		document{&k.Scopes}, document{&k.AllowedIPs}, document{&k.Limits}, instant{&k.ExpirationDate}, &k.InactivityDays,
 		instant{&k.NotBefore}, document{&k.Metadata}, &k.Disabled,
-		instant{&k.RevokedAt}, &k.RevokedReason, instant{&k.CreatedAt}, &k.CreatedBy, instant{&k.LastUsedAt},
-		&number, &hint, &createdAt, &validUntil, &lastUsedAt)...)
+		instant{&k.RevokedAt}, &k.RevokedReason, instant{&k.LeakReportedAt}, instant{&k.CreatedAt}, &k.CreatedBy,
+		instant{&k.LastUsedAt}, instant{&k.IdleFrom}, &k.Revision,
+		&number, &hint, &createdAt, &validUntil, &lastUsedAt, &ended)...)
 	if err != nil {
 		return nil, r.fault("read key "+k.ID.String(), err)
 	}
@@ -219,6 +281,7 @@ func (r *reader) key(row *sql.Rows, lead ...any) (*apikey.Key, error) {
 			CreatedAt:  time.UnixMicro(createdAt.V).UTC(),
 			ValidUntil: time.UnixMicro(validUntil.V).UTC(),
 			LastUsedAt: time.UnixMicro(lastUsedAt.V).UTC(),
+			Revoked:    ended.V,
 		}}
 	}
 	return k, nil

@@ -20,6 +20,33 @@ type replicas struct {
 	calls *calls
 	mu    sync.Mutex
 	known map[string]admin.Replica
+	leads map[string]lead // by job
+}
+
+// A lead is who does a job, and until when. It lives in memory for the same reason as the replicas.
+type lead struct {
+	holder string
+	until  time.Time
+}
+
+// Lead implements admin.Store.
+func (r *replicas) Lead(ctx context.Context, job, holder string, ttl time.Duration) (bool, error) {
+	leave, err := r.enter(ctx, "lead "+job)
+	if err != nil {
+		return false, err
+	}
+	defer leave()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	if held, ok := r.leads[job]; ok && held.holder != holder && now.Before(held.until) {
+		return false, nil
+	}
+	if r.leads == nil {
+		r.leads = map[string]lead{}
+	}
+	r.leads[job] = lead{holder, now.Add(ttl)}
+	return ttl > 0, nil
 }
 
 // Register implements admin.Store.

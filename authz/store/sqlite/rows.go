@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"time"
 )
 
@@ -12,8 +13,14 @@ import (
 // year 1, and needs no special case in either direction.
 func micros(t time.Time) int64 { return t.UnixMicro() }
 
-// never is the zero time, for statements that ask for it.
+// never is the zero time, for statements that ask for it; neverSQL is the same in their text, where the
+// condition of an index asks for it word for word. forever is what the columns that order lists have for it.
 var never = micros(time.Time{})
+
+const (
+	neverSQL = "-62135596800000000"
+	forever  = math.MaxInt64
+)
 
 // An instant reads a time.
 type instant struct{ to *time.Time }

@@ -107,6 +107,9 @@ const listChange = `INSERT INTO changes (revision, instance_id, key_id, digest)
 	SELECT ?, k.instance_id, k.id, d.digest FROM keys k LEFT JOIN key_digests d ON d.key_id = k.id `
 
 func (t *tx) keyChanged(ctx context.Context, id apikey.ID) error {
+	if err := t.execOne(ctx, "key", `UPDATE keys SET revision = ? WHERE id = ?`, t.revision, id[:]); err != nil {
+		return err
+	}
 	_, err := t.exec(ctx, "list the change", listChange+`WHERE k.id = ?`, t.revision, id[:])
 	return err
 }
@@ -155,18 +158,14 @@ func (t *tx) DeleteInstance(ctx context.Context, id string) error {
 	if _, err := t.exec(ctx, "list the change", listChange+`WHERE k.instance_id = ?`, t.revision, id); err != nil {
 		return err
 	}
+	// And their counts, or every key would be taken off them one by one.
+	if _, err := t.exec(ctx, "count keys", `DELETE FROM key_counts WHERE instance_id = ?`, id); err != nil {
+		return err
+	}
 	if err := t.execOne(ctx, "instance", `DELETE FROM instances WHERE id = ?`, id); err != nil { // takes its keys along
 		return err
 	}
 	return t.instanceChanged(ctx, id)
-}
-
-// UsableKeys implements admin.Tx.
-func (t *tx) UsableKeys(ctx context.Context, instanceID string, now time.Time) (n int, err error) {
-	_, err = t.one(ctx, "count keys", `SELECT count(*) FROM keys
-		WHERE instance_id = ?1 AND revoked_at = ?2 AND (expires_at = ?2 OR expires_at >= ?3)`,
-		[]any{instanceID, never, micros(now)}, &n)
-	return n, err
 }
 
 // keyDocuments are the columns of a key that hold JSON.
@@ -190,12 +189,12 @@ func (t *tx) InsertKey(ctx context.Context, k *apikey.Key) error {
 	}
 	err = t.execOne(ctx, "insert key", `INSERT INTO keys (id, instance_id, type, name, description, agent_name,
 		user_principal_name, environment, scopes, allowed_ips, limits, expires_at, inactivity_days, not_before, metadata,
-		disabled, revoked_at, revoked_reason, created_at, created_by, last_used_at)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		disabled, revoked_at, revoked_reason, leak_reported_at, created_at, created_by, last_used_at, idle_from)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		k.ID[:], k.InstanceID, string(k.Type), k.Name, k.Description, k.AgentName,
 		k.UserPrincipalName, k.Environment, scopes, allowedIPs, limits, micros(k.ExpirationDate), k.InactivityDays,
-		micros(k.NotBefore), metadata, k.Disabled, micros(k.RevokedAt), k.RevokedReason, micros(k.CreatedAt), k.CreatedBy,
-		micros(k.LastUsedAt))
+		micros(k.NotBefore), metadata, k.Disabled, micros(k.RevokedAt), string(k.RevokedReason), micros(k.LeakReportedAt),
+		micros(k.CreatedAt), k.CreatedBy, micros(k.LastUsedAt), micros(k.IdleFrom))
 	if err != nil {
 		return err
 	}
@@ -208,16 +207,33 @@ func (t *tx) UpdateKey(ctx context.Context, k *apikey.Key) error {
 	if err != nil {
 		return err
 	}
-	err = t.execOne(ctx, "update key", `UPDATE keys SET name = ?, description = ?, environment = ?, scopes = ?, allowed_ips = ?,
-		limits = ?, expires_at = ?, inactivity_days = ?, not_before = ?, metadata = ?, disabled = ?, revoked_at = ?,
-		revoked_reason = ? WHERE id = ? AND instance_id = ?`,
+	err = t.execOne(ctx, "update key", `UPDATE keys SET name = ?1, description = ?2, environment = ?3, scopes = ?4, allowed_ips = ?5,
+		limits = ?6, expires_at = ?7, inactivity_days = ?8, not_before = ?9, metadata = ?10, disabled = ?11, revoked_at = ?12,
+		revoked_reason = ?13, leak_reported_at = ?14, idle_from = ?15,
+		ended_at = CASE WHEN expires_at = ?7 AND inactivity_days = ?8 THEN ended_at ELSE `+neverSQL+` END
+		WHERE id = ?16 AND instance_id = ?17`,
 		k.Name, k.Description, k.Environment, scopes, allowedIPs,
 		limits, micros(k.ExpirationDate), k.InactivityDays, micros(k.NotBefore), metadata, k.Disabled, micros(k.RevokedAt),
-		k.RevokedReason, k.ID[:], k.InstanceID)
+		string(k.RevokedReason), micros(k.LeakReportedAt), micros(k.IdleFrom), k.ID[:], k.InstanceID)
 	if err != nil {
 		return err
 	}
 	return t.keyChanged(ctx, k.ID)
+}
+
+// DeleteKey implements admin.Tx.
+func (t *tx) DeleteKey(ctx context.Context, instanceID string, id apikey.ID) error {
+	// Listed before: once it is gone nobody knows its digests.
+	if _, err := t.exec(ctx, "list the change", listChange+`WHERE k.id = ? AND k.instance_id = ?`, t.revision, id[:], instanceID); err != nil {
+		return err
+	}
+	return t.execOne(ctx, "delete key", `DELETE FROM keys WHERE id = ? AND instance_id = ?`, id[:], instanceID)
+}
+
+// MarkEnded implements admin.Tx.
+func (t *tx) MarkEnded(ctx context.Context, id apikey.ID, at time.Time) error {
+	return t.execOne(ctx, "mark key", `UPDATE keys SET ended_at = CASE ended_at WHEN ?1 THEN ?2 ELSE ended_at END WHERE id = ?3`,
+		never, micros(at), id[:])
 }
 
 // InsertGeneration implements admin.Tx.
@@ -226,14 +242,24 @@ func (t *tx) InsertGeneration(ctx context.Context, id apikey.ID, g apikey.Genera
 	if err := t.free(ctx, "insert generation", `SELECT 1 FROM key_digests WHERE digest = ?`, d); err != nil {
 		return err
 	}
-	err := t.execOne(ctx, "insert generation", `INSERT INTO generations (key_id, number, hint, created_at, valid_until, last_used_at)
-		VALUES (?, ?, ?, ?, ?, ?)`,
-		id[:], g.Number, g.Hint, micros(g.CreatedAt), micros(g.ValidUntil), micros(g.LastUsedAt))
+	err := t.execOne(ctx, "insert generation", `INSERT INTO generations (key_id, number, hint, created_at, valid_until, last_used_at, revoked)
+		VALUES (?, ?, ?, ?, ?, ?, ?)`,
+		id[:], g.Number, g.Hint, micros(g.CreatedAt), micros(g.ValidUntil), micros(g.LastUsedAt), g.Revoked)
 	if err != nil {
 		return err
 	}
 	err = t.execOne(ctx, "insert digest", `INSERT INTO key_digests (digest, key_id, generation, pepper_version) VALUES (?, ?, ?, ?)`,
 		d[:], id[:], g.Number, pepperVersion)
+	if err != nil {
+		return err
+	}
+	return t.keyChanged(ctx, id)
+}
+
+// EndGeneration implements admin.Tx.
+func (t *tx) EndGeneration(ctx context.Context, id apikey.ID, number int, validUntil time.Time, revoked bool) error {
+	err := t.execOne(ctx, "end generation", `UPDATE generations SET valid_until = ?, revoked = ? WHERE key_id = ? AND number = ?`,
+		micros(validUntil), revoked, id[:], number)
 	if err != nil {
 		return err
 	}
@@ -331,7 +357,11 @@ func (t *tx) Audit(ctx context.Context, e admin.Event) error {
 // touch records one use.
 func (t *tx) touch(ctx context.Context, use apikey.Use) error {
 	at := micros(use.At)
-	_, err := t.exec(ctx, "record use", `UPDATE keys SET last_used_at = ?1 WHERE id = ?2 AND last_used_at < ?1`, at, use.KeyID[:])
+	// A use that was written down late takes back the mark of a key that was held for idle. One that is
+	// over by its date stays marked.
+	_, err := t.exec(ctx, "record use", `UPDATE keys SET last_used_at = ?1,
+		ended_at = CASE WHEN inactivity_days > 0 AND ?1 + inactivity_days * 86400000000 >= ?3 AND expiry >= ?3 THEN `+neverSQL+` ELSE ended_at END
+		WHERE id = ?2 AND last_used_at < ?1`, at, use.KeyID[:], micros(time.Now()))
 	if err != nil {
 		return err
 	}

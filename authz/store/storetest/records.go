@@ -32,6 +32,14 @@ func testInstances(t *testing.T, s admin.Store) {
 			},
 			Total:         apikey.Limits{Rate: apikey.Rate{Requests: apikey.Unlimited}},
 			AllowedScopes: apikey.Scopes{"a:b"},
+			Caps:          apikey.Caps{Instance: 1, User: 2, Agent: apikey.Unlimited},
+			Creation:      apikey.Creation{PerHour: 3, PerHourAndUser: 4},
+			Expiration: apikey.Expiration{
+				Default: apikey.ExpiresByTime, Required: true, Life: apikey.Duration(time.Hour),
+				LongestLife: apikey.Duration(48 * time.Hour), InactivityDays: 5,
+			},
+			OnLeak:      apikey.OnLeak{Instance: apikey.LeakFlags, Agent: apikey.LeakRevokes, User: apikey.LeakFlags},
+			KeepRevoked: apikey.Duration(72 * time.Hour),
 		},
 		CreatedAt: noon,
 	}
@@ -74,14 +82,15 @@ func testKeyComesBackWhole(t *testing.T, s admin.Store) {
 	ctx := t.Context()
 	instance(t, s, "tenant")
 	full, bare := fullKey("tenant", 2), &apikey.Key{ID: id(1), InstanceID: "tenant"}
-	wantNoZero(t, *full, "Generations", "Digest", "Generation")
+	wantNoZero(t, *full, "Generations", "Digest", "Generation", "Revision")
 	wantNoZero(t, fullGeneration)
 	wantNoZero(t, full.Limits)
-	update(t, s, func(tx admin.Tx) error {
+	revision := update(t, s, func(tx admin.Tx) error {
 		return errors.Join(
 			tx.InsertKey(ctx, full), tx.InsertGeneration(ctx, full.ID, fullGeneration, digest("full"), 1),
 			tx.InsertKey(ctx, bare))
 	})
+	full.Revision, bare.Revision = revision, revision
 	full.Generations = []apikey.Generation{fullGeneration}
 	for _, want := range []*apikey.Key{full, bare} {
 		got, err := s.Key(ctx, "tenant", want.ID)
@@ -90,7 +99,7 @@ func testKeyComesBackWhole(t *testing.T, s admin.Store) {
 		}
 		wantSame(t, "Key", want, got)
 	}
-	list, err := s.Keys(ctx, "tenant", admin.KeyPlace{}, 10)
+	list, err := s.Keys(ctx, "tenant", admin.KeyQuery{Limit: 10})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,7 +114,8 @@ func testNilIsNotEmpty(t *testing.T, s admin.Store) {
 	instance(t, s, "tenant")
 	empty, absent := plain("tenant", 1), plain("tenant", 2)
 	empty.Scopes, empty.AllowedIPs, empty.Metadata = apikey.Scopes{}, []netip.Prefix{}, map[string]string{}
-	update(t, s, func(tx admin.Tx) error { return errors.Join(tx.InsertKey(ctx, empty), tx.InsertKey(ctx, absent)) })
+	revision := update(t, s, func(tx admin.Tx) error { return errors.Join(tx.InsertKey(ctx, empty), tx.InsertKey(ctx, absent)) })
+	empty.Revision, absent.Revision = revision, revision
 	for _, want := range []*apikey.Key{empty, absent} {
 		got, err := s.Key(ctx, "tenant", want.ID)
 		if err != nil {
@@ -116,7 +126,8 @@ func testNilIsNotEmpty(t *testing.T, s admin.Store) {
 	// An update tells them apart too, in both directions.
 	empty.ID, absent.ID = absent.ID, empty.ID
 	empty.Name, absent.Name = absent.Name, empty.Name
-	update(t, s, func(tx admin.Tx) error { return errors.Join(tx.UpdateKey(ctx, empty), tx.UpdateKey(ctx, absent)) })
+	revision = update(t, s, func(tx admin.Tx) error { return errors.Join(tx.UpdateKey(ctx, empty), tx.UpdateKey(ctx, absent)) })
+	empty.Revision, absent.Revision = revision, revision
 	for _, want := range []*apikey.Key{empty, absent} {
 		got, err := s.Key(ctx, "tenant", want.ID)
 		if err != nil {
@@ -143,12 +154,14 @@ func testTimesToTheMicrosecond(t *testing.T, s admin.Store) {
 		t.Run(c.name, func(t *testing.T) {
 			k := plain("tenant", n+1)
 			k.CreatedAt, k.ExpirationDate, k.NotBefore, k.RevokedAt, k.LastUsedAt = c.in, c.in, c.in, c.in, c.in
-			update(t, s, func(tx admin.Tx) error {
+			k.LeakReportedAt, k.IdleFrom = c.in, c.in
+			revision := update(t, s, func(tx admin.Tx) error {
 				return errors.Join(tx.InsertKey(ctx, k),
 					tx.InsertGeneration(ctx, k.ID, apikey.Generation{Number: 1, CreatedAt: c.in, ValidUntil: c.in, LastUsedAt: c.in}, digest("%d", n), 1))
 			})
 			want := *k
 			want.CreatedAt, want.ExpirationDate, want.NotBefore, want.RevokedAt, want.LastUsedAt = c.want, c.want, c.want, c.want, c.want
+			want.LeakReportedAt, want.IdleFrom, want.Revision = c.want, c.want, revision
 			want.Generations = []apikey.Generation{{Number: 1, CreatedAt: c.want, ValidUntil: c.want, LastUsedAt: c.want}}
 			got, err := s.Key(ctx, "tenant", k.ID)
 			if err != nil {
@@ -174,10 +187,12 @@ func testUpdateKey(t *testing.T, s admin.Store) {
 		Name: "new name", Description: "new", Environment: "test", Scopes: apikey.Scopes{"c"},
 		AllowedIPs: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32")}, Limits: apikey.Limits{Burst: 99},
 		ExpirationDate: noon.Add(time.Hour), InactivityDays: 3, NotBefore: noon.Add(time.Minute), Metadata: map[string]string{"k": "v"},
-		Disabled: false, RevokedAt: noon.Add(2 * time.Hour), RevokedReason: "stolen",
+		Disabled: false, RevokedAt: noon.Add(2 * time.Hour), RevokedReason: "stolen", LeakReportedAt: noon.Add(3 * time.Hour),
+		IdleFrom: noon.Add(4 * time.Hour), Revision: 12345,
 	}
-	update(t, s, func(tx admin.Tx) error { return tx.UpdateKey(ctx, change) })
+	revision := update(t, s, func(tx admin.Tx) error { return tx.UpdateKey(ctx, change) })
 	want := *change
+	want.Revision = revision
 	want.Type, want.AgentName, want.UserPrincipalName = before.Type, before.AgentName, before.UserPrincipalName
 	want.CreatedAt, want.CreatedBy, want.LastUsedAt = before.CreatedAt, before.CreatedBy, before.LastUsedAt
 	want.Generations, want.Digest, want.Generation = []apikey.Generation{fullGeneration}, apikey.Digest{}, 0
@@ -251,7 +266,7 @@ func testPages(t *testing.T, s admin.Store) {
 	var got []apikey.ID
 	place := admin.KeyPlace{}
 	for page := 1; ; page++ {
-		list, err := s.Keys(ctx, "tenant", place, 3)
+		list, err := s.Keys(ctx, "tenant", admin.KeyQuery{After: place, Limit: 3})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -270,7 +285,7 @@ func testPages(t *testing.T, s admin.Store) {
 			}
 		}
 		last := list[len(list)-1]
-		place = admin.KeyPlace{CreatedAt: last.CreatedAt, ID: last.ID}
+		place = admin.OrderNewest.PlaceOf(last)
 		// Meanwhile keys are added: newer than all, and right beside where the page ended.
 		update(t, s, func(tx admin.Tx) error {
 			newer, beside := plain("tenant", 1_000_000+page), plain("tenant", 0)
@@ -282,47 +297,12 @@ func testPages(t *testing.T, s admin.Store) {
 	}
 	wantSame(t, "keys that were there from the first page to the last, newest first", want, got)
 
-	if list, err := s.Keys(ctx, "nowhere", admin.KeyPlace{}, 3); err != nil || len(list) != 0 {
+	if list, err := s.Keys(ctx, "nowhere", admin.KeyQuery{Limit: 3}); err != nil || len(list) != 0 {
 		t.Errorf("keys of no instance: got %v and error %v, want none", list, err)
 	}
-	if list, err := s.Keys(ctx, "tenant", admin.KeyPlace{}, 0); err != nil || len(list) != 0 {
+	if list, err := s.Keys(ctx, "tenant", admin.KeyQuery{}); err != nil || len(list) != 0 {
 		t.Errorf("at most 0 keys: got %d and error %v, want none", len(list), err)
 	}
-}
-
-func testUsableKeys(t *testing.T, s admin.Store) {
-	ctx := t.Context()
-	instance(t, s, "tenant", "other")
-	for n, change := range []func(k *apikey.Key){
-		func(*apikey.Key) {},
-		func(k *apikey.Key) { k.Disabled = true },
-		func(k *apikey.Key) { k.NotBefore = noon.Add(time.Hour) },
-		func(k *apikey.Key) { k.ExpirationDate = noon.Add(time.Microsecond) },
-		func(k *apikey.Key) { k.ExpirationDate = noon }, // valid while now ≤ expiry
-	} {
-		k := plain("tenant", n+1)
-		change(k)
-		update(t, s, func(tx admin.Tx) error { return tx.InsertKey(ctx, k) })
-	}
-	for n, change := range []func(k *apikey.Key){
-		func(k *apikey.Key) { k.ExpirationDate = noon.Add(-time.Microsecond) },
-		func(k *apikey.Key) { k.ExpirationDate = time.Unix(0, 0) },
-		func(k *apikey.Key) { k.RevokedAt = noon },
-		func(k *apikey.Key) { k.RevokedAt = time.Unix(0, 0) },
-		func(k *apikey.Key) { k.InstanceID = "other" },
-	} {
-		k := plain("tenant", n+100)
-		change(k)
-		update(t, s, func(tx admin.Tx) error { return tx.InsertKey(ctx, k) })
-	}
-	update(t, s, func(tx admin.Tx) error {
-		for instance, want := range map[string]int{"tenant": 5, "other": 1, "nowhere": 0} {
-			if n, err := tx.UsableKeys(ctx, instance, noon); err != nil || n != want {
-				t.Errorf("%s: got %d and error %v, want %d", instance, n, err, want)
-			}
-		}
-		return nil
-	})
 }
 
 func testRefusals(t *testing.T, s admin.Store) {
@@ -350,6 +330,11 @@ func testRefusals(t *testing.T, s admin.Store) {
 		{"taken digest", func(tx admin.Tx) error {
 			return tx.InsertGeneration(ctx, id(1), apikey.Generation{Number: 2}, digest("key 1"), 1)
 		}, apikey.ErrConflict},
+		{"end generation of no key", func(tx admin.Tx) error { return tx.EndGeneration(ctx, id(9), 1, noon, true) }, apikey.ErrNotFound},
+		{"end no generation", func(tx admin.Tx) error { return tx.EndGeneration(ctx, id(1), 2, noon, true) }, apikey.ErrNotFound},
+		{"delete no key", func(tx admin.Tx) error { return tx.DeleteKey(ctx, "tenant", id(9)) }, apikey.ErrNotFound},
+		{"delete a key of another instance", func(tx admin.Tx) error { return tx.DeleteKey(ctx, "other", id(1)) }, apikey.ErrNotFound},
+		{"mark no key", func(tx admin.Tx) error { return tx.MarkEnded(ctx, id(9), noon) }, apikey.ErrNotFound},
 		{"taken token id", func(tx admin.Tx) error {
 			return tx.InsertToken(ctx, &admin.Token{ID: id(50)}, digest("another"), 1)
 		}, apikey.ErrConflict},
@@ -417,6 +402,8 @@ func testRefusedWriteDidNothing(t *testing.T, s admin.Store) {
 			tx.InsertKey(ctx, plain("tenant", 1)),
 			tx.InsertGeneration(ctx, id(1), apikey.Generation{Number: 2}, digest("key 1"), 1),
 			tx.DeleteInstance(ctx, "nowhere"),
+			tx.DeleteKey(ctx, "nowhere", id(1)),
+			tx.EndGeneration(ctx, id(1), 7, noon, true),
 		} {
 			if err == nil {
 				t.Error("got no error")

@@ -164,7 +164,7 @@ func testDeleteInstance(t *testing.T, s admin.Store) {
 	}
 	// Its name, ids and digests are free again, and nothing of the old comes back.
 	instance(t, s, "tenant")
-	if list, err := s.Keys(ctx, "tenant", admin.KeyPlace{}, 10); err != nil || len(list) != 0 {
+	if list, err := s.Keys(ctx, "tenant", admin.KeyQuery{Limit: 10}); err != nil || len(list) != 0 {
 		t.Errorf("a new instance of the name: got %v and error %v, want no keys", list, err)
 	}
 	keyOf(t, s, "tenant", 1)

@@ -38,7 +38,16 @@ func Run(t *testing.T, open func(t *testing.T) admin.Store) {
 		{"UpdateKeyChangesOnlyWhatMay", testUpdateKey},
 		{"Generations", testGenerations},
 		{"PagesWithoutGapsOrDoubles", testPages},
-		{"UsableKeys", testUsableKeys},
+		{"EndGeneration", testEndGeneration},
+		{"DeleteKey", testDeleteKey},
+		{"ListsAreWhatTheFilterSays", testLists},
+		{"ListsInPages", testListPages},
+		{"Counts", testCounts},
+		{"CountsUnderChange", testCountsUnderChange},
+		{"Creations", testCreations},
+		{"DueKeysAndMarks", testDueKeys},
+		{"RevokedKeys", testRevokedKeys},
+		{"OneLeads", testLead},
 		{"Refusals", testRefusals},
 		{"RefusedWriteDidNothing", testRefusedWriteDidNothing},
 		{"BystandersStay", testBystandersStay},
@@ -171,7 +180,9 @@ func fullKey(instanceID string, n int) *apikey.Key {
 		Metadata:       map[string]string{"team": "blue", "": "empty name", "quote": `"`},
 		Disabled:       true,
 		RevokedAt:      noon.Add(time.Minute),
-		RevokedReason:  "lost",
+		RevokedReason:  apikey.RevokedOther,
+		LeakReportedAt: noon.Add(2 * time.Minute),
+		IdleFrom:       noon.Add(3 * time.Minute),
 		CreatedAt:      noon,
 		CreatedBy:      "token:x",
 		LastUsedAt:     noon.Add(time.Second),
@@ -181,6 +192,7 @@ func fullKey(instanceID string, n int) *apikey.Key {
 // fullGeneration is a generation in which every field has a value.
 var fullGeneration = apikey.Generation{
 	Number: 1, Hint: "kwa_…wxyz", CreatedAt: noon, ValidUntil: noon.Add(time.Hour), LastUsedAt: noon.Add(time.Second),
+	Revoked: true,
 }
 
 // wantNoZero fails if a field of a fixture has no value, but for the named ones: so a field that is

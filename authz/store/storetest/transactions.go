@@ -24,17 +24,19 @@ type state struct {
 	Digests   map[apikey.Digest]string // what they find
 	Tokens    []*admin.Token
 	Peppers   []admin.PepperRecord
+	Counts    map[string]admin.KeyCounts // of each instance
 }
 
 func dump(t *testing.T, s admin.Reader) state {
 	t.Helper()
 	ctx := t.Context()
-	all := state{Keys: map[string][]*apikey.Key{}, Digests: map[apikey.Digest]string{}}
-	var errs [5]error
+	all := state{Keys: map[string][]*apikey.Key{}, Digests: map[apikey.Digest]string{}, Counts: map[string]admin.KeyCounts{}}
+	var errs [6]error
 	all.Instances, errs[0] = s.Instances(ctx)
 	for _, in := range all.Instances {
 		in.Revision = 0
-		all.Keys[in.ID], errs[1] = s.Keys(ctx, in.ID, admin.KeyPlace{}, 1_000_000)
+		all.Keys[in.ID], errs[1] = s.Keys(ctx, in.ID, admin.KeyQuery{Limit: 1_000_000})
+		all.Counts[in.ID], errs[5] = s.CountKeys(ctx, in.ID, admin.KeyOwner{}, noon)
 	}
 	_, errs[2] = s.Digests(ctx, func(d apikey.Digest) bool {
 		all.Digests[d] = ""
@@ -105,6 +107,10 @@ func writeEverything(ctx context.Context, tx admin.Tx) error {
 		tx.UpdateKey(ctx, changed),
 		tx.InsertGeneration(ctx, id(1), apikey.Generation{Number: 2}, digest("key 1 again"), 2),
 		insert(ctx, tx, plain("new", 2), digest("key 2")),
+		tx.EndGeneration(ctx, id(1), 1, noon, true),
+		tx.MarkEnded(ctx, id(1), noon),
+		tx.DeleteKey(ctx, "new", id(2)),
+		insert(ctx, tx, plain("new", 3), digest("key 3")),
 		tx.DeleteInstance(ctx, "new"),
 		tx.InsertToken(ctx, &admin.Token{ID: id(51)}, digest("token 2"), 2),
 		tx.RevokeToken(ctx, id(50), noon),
@@ -362,7 +368,7 @@ func testBystandersStay(t *testing.T, s admin.Store) {
 	})
 	// bystanders is everything but key 1, token 1 and what is called "target".
 	bystanders := func(all state) state {
-		all.Peppers = nil // Left counts the targets too
+		all.Peppers, all.Counts = nil, nil // they count the targets too
 		all.Keys, all.Digests = maps.Clone(all.Keys), maps.Clone(all.Digests)
 		all.Keys["tenant"] = slices.DeleteFunc(slices.Clone(all.Keys["tenant"]), func(k *apikey.Key) bool { return k.ID == id(1) })
 		all.Tokens = slices.DeleteFunc(slices.Clone(all.Tokens), func(t *admin.Token) bool { return t.ID == id(1) })
@@ -395,6 +401,8 @@ func testBystandersStay(t *testing.T, s admin.Store) {
 			return tx.InsertGeneration(ctx, id(1), apikey.Generation{Number: 2}, digest("key 1 again"), 2)
 		})},
 		{"update key", inUpdate(func(tx admin.Tx) error { return tx.UpdateKey(ctx, revoked) })},
+		{"end generation", inUpdate(func(tx admin.Tx) error { return tx.EndGeneration(ctx, id(1), 1, noon, true) })},
+		{"delete key", inUpdate(func(tx admin.Tx) error { return tx.DeleteKey(ctx, "target", id(2)) })},
 		{"revoke token", inUpdate(func(tx admin.Tx) error { return tx.RevokeToken(ctx, id(1), noon) })},
 		{"mark", inUpdate(func(tx admin.Tx) error { _, err := tx.Mark(ctx, "m"); return err })},
 		{"delete instance", inUpdate(func(tx admin.Tx) error { return tx.DeleteInstance(ctx, "target") })},
@@ -451,10 +459,18 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 		"Instance":  func(ctx context.Context) error { _, err := s.Instance(ctx, "tenant"); return err },
 		"Instances": func(ctx context.Context) error { _, err := s.Instances(ctx); return err },
 		"Key":       func(ctx context.Context) error { _, err := s.Key(ctx, "tenant", id(1)); return err },
-		"Keys":      func(ctx context.Context) error { _, err := s.Keys(ctx, "tenant", admin.KeyPlace{}, 1); return err },
+		"Keys":      func(ctx context.Context) error { _, err := s.Keys(ctx, "tenant", admin.KeyQuery{Limit: 1}); return err },
 		"FindKey":   func(ctx context.Context) error { _, _, err := s.FindKey(ctx, digest("key 1")); return err },
 		"miss":      func(ctx context.Context) error { _, _, err := s.FindKey(ctx, digest("nothing")); return err },
-		"LastUsed":  func(ctx context.Context) error { _, err := s.LastUsed(ctx, id(1)); return err },
+		"CountKeys": func(ctx context.Context) error {
+			_, err := s.CountKeys(ctx, "tenant", admin.KeyOwner{}, noon)
+			return err
+		},
+		"Creations":   func(ctx context.Context) error { _, err := s.Creations(ctx, "tenant", "", noon, 1); return err },
+		"DueKeys":     func(ctx context.Context) error { _, err := s.DueKeys(ctx, noon, noon, 1); return err },
+		"RevokedKeys": func(ctx context.Context) error { _, err := s.RevokedKeys(ctx, "tenant", noon, 1); return err },
+		"Lead":        func(ctx context.Context) error { _, err := s.Lead(ctx, "job", "r", time.Minute); return err },
+		"LastUsed":    func(ctx context.Context) error { _, err := s.LastUsed(ctx, id(1)); return err },
 		"Digests": func(ctx context.Context) error {
 			_, err := s.Digests(ctx, func(apikey.Digest) bool { return true })
 			return err

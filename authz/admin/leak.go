@@ -1,0 +1,196 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+
+	"keyward/authz/apikey"
+	"keyward/limits"
+)
+
+// leaks are the reports of leaked secrets that wait for their turn.
+type leaks struct {
+	queue chan leak
+
+	mu      sync.Mutex
+	sources *simplelru.LRU[netip.Addr, int64] // limits.Rate's state of each address
+	begin   time.Time
+}
+
+// A leak is one report. It holds digests: the secret itself is forgotten when the report is accepted.
+type leak struct {
+	digests   []apikey.Digest
+	from      string
+	requestID string
+}
+
+const (
+	leakQueue   = 1024
+	leakSources = 16_384
+	leakPause   = time.Second // before a store that does not answer is asked again
+)
+
+// leakRate is how often one address may report.
+var leakRate = limits.Rate{Interval: time.Minute, Burst: 30}
+
+func newLeaks() leaks {
+	sources, err := simplelru.NewLRU[netip.Addr, int64](leakSources, nil)
+	if err != nil {
+		panic(err) // only for a size below 1
+	}
+	return leaks{queue: make(chan leak, leakQueue), sources: sources, begin: time.Now()}
+}
+
+// ReportLeaked takes the report that a secret has leaked. Whoever has the secret may say so: it is its own
+// proof, and there is no other. The answer comes before the store is asked, so it tells nobody whether the
+// secret is a key's. What becomes of the key, [Service.RunLeakReports] does.
+//
+// from is where the report came from.
+// Errors: *apikey.InvalidError for what cannot be a key, at no cost; *RateError for too many reports from
+// one address (of IPv6: one /64); *apikey.BusyError while too many wait.
+func (s *Service) ReportLeaked(secret apikey.Secret, from netip.Addr, requestID string) error {
+	sent := secret.Reveal()
+	if kind, err := s.cfg.Format.Check(sent); err != nil || kind == apikey.KindManagement {
+		return apikey.Invalid("secret", "is not an API key: its prefix, length or checksum is wrong")
+	}
+	if err := s.leaks.spend(from); err != nil {
+		return err
+	}
+	l := leak{digests: []apikey.Digest{s.cfg.Peppers.Current.Digest(sent)}, from: from.String(), requestID: requestID}
+	if s.cfg.Peppers.Previous != nil {
+		l.digests = append(l.digests, s.cfg.Peppers.Previous.Digest(sent))
+	}
+	select {
+	case s.leaks.queue <- l:
+		return nil
+	default:
+		return &apikey.BusyError{What: "too many reports of leaked keys wait", RetryAfter: time.Second}
+	}
+}
+
+// spend judges how often an address has reported.
+func (l *leaks) spend(from netip.Addr) error {
+	from = from.Unmap()
+	if from.Is6() { // one subscriber has a whole /64
+		if network, err := from.WithZone("").Prefix(64); err == nil {
+			from = network.Addr()
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	full, _ := l.sources.Get(from)
+	full, wait := leakRate.Take(full, int64(time.Since(l.begin)))
+	l.sources.Add(from, full)
+	if wait > 0 {
+		return &RateError{What: "reports came from one address", Limit: int(leakRate.Burst), Per: time.Duration(leakRate.Burst) * leakRate.Interval, RetryAfter: max(wait, time.Second)}
+	}
+	return nil
+}
+
+// RunLeakReports does what reports of leaked secrets ask for until ctx is done, and then what still waits.
+func (s *Service) RunLeakReports(ctx context.Context) error {
+	var unfinished []leak
+	for ctx.Err() == nil {
+		select {
+		case l := <-s.leaks.queue:
+			if !s.leaked(ctx, l) {
+				unfinished = append(unfinished, l)
+			}
+		case <-ctx.Done():
+		}
+	}
+	// They were accepted, so they are tried once more, for as long as an end may take.
+	rest, cancel := context.WithTimeout(context.WithoutCancel(ctx), updateTimeout)
+	defer cancel()
+	for {
+		for _, l := range unfinished {
+			if !s.leaked(rest, l) {
+				s.log.Error("a report of a leaked key is lost: the store does not answer, and the process ends", slog.String("from", l.from))
+			}
+		}
+		select {
+		case l := <-s.leaks.queue:
+			unfinished = []leak{l}
+		default:
+			return nil
+		}
+	}
+}
+
+// leaked acts on one report. While the store is away it tries on; false if ctx ended before.
+func (s *Service) leaked(ctx context.Context, l leak) bool {
+	for {
+		err := s.endLeaked(ctx, l)
+		if err == nil || isNotFound(err) || errors.Is(err, errNothing) {
+			return true
+		}
+		if ctx.Err() != nil {
+			return false
+		}
+		s.log.Warn("cannot act on the report of a leaked key yet", slog.String("from", l.from), slog.Any("error", err))
+		select {
+		case <-time.After(leakPause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// endLeaked does what the policy says about the secret with one of the digests.
+// Errors: apikey.ErrNotFound if it is nobody's, errNothing if it was done before.
+func (s *Service) endLeaked(ctx context.Context, l leak) error {
+	// Looked for outside first: what nobody knows must not cost a turn of the one writer.
+	var digest apikey.Digest
+	for _, digest = range l.digests {
+		if _, _, err := s.store.FindKey(ctx, digest); err == nil {
+			break
+		} else if !isNotFound(err) || digest == l.digests[len(l.digests)-1] {
+			return err
+		}
+	}
+	caller := Caller{Name: "leak report", RemoteAddr: l.from, RequestID: l.requestID}
+	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
+		old, _, err := tx.FindKey(ctx, digest)
+		if err != nil {
+			return err
+		}
+		in, err := tx.Instance(ctx, old.InstanceID)
+		if err != nil {
+			return err
+		}
+		number := old.Generation
+		old.Digest, old.Generation = apikey.Digest{}, 0
+		at, k := now(), *old
+		k.Generations = slices.Clone(old.Generations)
+		i := slices.IndexFunc(k.Generations, func(g apikey.Generation) bool { return g.Number == number })
+		flags := in.Policy.InForce().OnLeak.Of(k.Type) == apikey.LeakFlags
+		if !k.RevokedAt.IsZero() || flags && !k.LeakReportedAt.IsZero() || k.Generations[i].Revoked {
+			return errNothing
+		}
+		if k.LeakReportedAt.IsZero() {
+			k.LeakReportedAt = at
+		}
+		if !flags {
+			if err := endGeneration(ctx, tx, &k, i, at); err != nil {
+				return err
+			}
+			if len(validGenerations(&k, at)) == 0 {
+				k.RevokedAt, k.RevokedReason = at, apikey.RevokedKeyCompromise
+			}
+		}
+		if err := tx.UpdateKey(ctx, &k); err != nil {
+			return err
+		}
+		return caller.audit(ctx, tx, leakKey, k.InstanceID, k.ID.String(), auditOf(old), auditOf(&k))
+	})
+	if err == nil {
+		s.propagate(ctx, rev, createWait)
+	}
+	return err
+}

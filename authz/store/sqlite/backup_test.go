@@ -1,0 +1,254 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"keyward/authz/admin"
+	"keyward/authz/apikey"
+)
+
+func TestBackupWhileWriting(t *testing.T) {
+	ctx := t.Context()
+	s := open(t, file(t))
+	for n := range 20 {
+		mustCreate(t, s, n+1)
+	}
+	if _, err := s.writer.Exec(`CREATE TABLE IF NOT EXISTS idempotency (id BLOB NOT NULL PRIMARY KEY, sealed BLOB NOT NULL, expires_at INTEGER NOT NULL)`); err != nil {
+		t.Fatal(err)
+	}
+	canary := strings.Repeat("sealed canary ", 100)
+	if _, err := s.writer.Exec(`INSERT INTO idempotency VALUES (x'01', ?, 1)`, []byte(canary)); err != nil {
+		t.Fatal(err)
+	}
+	stop, cancel := context.WithCancel(ctx)
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		for n := 100; stop.Err() == nil; n++ {
+			if _, err := createKey(ctx, s, n); err != nil {
+				t.Errorf("a write during the backup: %v", err)
+				return
+			}
+		}
+	})
+	to := filepath.Join(t.TempDir(), "backup.db")
+	if err := s.Backup(ctx, to); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	writer.Wait()
+	if err := Check(ctx, to); err != nil {
+		t.Error(err)
+	}
+	info, err := os.Stat(to)
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, error %v; want 0600", info.Mode(), err)
+	}
+	names, err := os.ReadDir(filepath.Dir(to))
+	if err != nil || len(names) != 1 {
+		t.Errorf("files beside the backup: %v", names)
+	}
+	content, err := os.ReadFile(to)
+	if err != nil || strings.Contains(string(content), "sealed canary") {
+		t.Errorf("a sealed secret is in the backup (error %v)", err)
+	}
+	wantError(t, s.Backup(ctx, to), to, "is there already")
+
+	restored := file(t)
+	done, err := Restore(ctx, to, restored, "test", false)
+	if err != nil || done.Replaced != "" || time.Since(done.TakenAt) > time.Minute {
+		t.Fatalf("got %+v and error %v", done, err)
+	}
+	r := open(t, restored)
+	keys, err := r.Keys(ctx, "tenant", admin.KeyQuery{Limit: 1_000_000})
+	if err != nil || len(keys) < 20 {
+		t.Fatalf("%d keys are in it, error %v; want at least the 20 from before", len(keys), err)
+	}
+	counts, err := r.CountKeys(ctx, "tenant", admin.KeyOwner{}, time.Now())
+	if err != nil || counts.Total != len(keys) {
+		t.Errorf("it counts %d keys, and has %d (error %v)", counts.Total, len(keys), err)
+	}
+	// A key and its event are of one moment.
+	events, err := r.Events(ctx, 0, 1_000_000)
+	if err != nil || len(events) != len(keys)+1 || events[len(keys)].Action != "store.restore" || events[len(keys)].Actor != "test" {
+		t.Errorf("%d events for %d keys, error %v", len(events), len(keys), err)
+	}
+}
+
+func TestRestoreGoesOnFromTheBackup(t *testing.T) {
+	ctx := t.Context()
+	path := file(t)
+	s := open(t, path)
+	mustCreate(t, s, 1)
+	longAgo := time.Now().Add(-100 * 24 * time.Hour)
+	_, err := s.Update(ctx, func(tx admin.Tx) error {
+		return errors.Join(tx.Audit(ctx, admin.Event{}),
+			tx.InsertKey(ctx, &apikey.Key{ID: keyID(2), InstanceID: "tenant", CreatedAt: longAgo, InactivityDays: 30}))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	backup := filepath.Join(t.TempDir(), "backup.db")
+	if err := s.Backup(ctx, backup); err != nil {
+		t.Fatal(err)
+	}
+	// Used after the backup, which does not know of it.
+	if err := s.Touch(ctx, []apikey.Use{{KeyID: keyID(2), At: time.Now()}}); err != nil {
+		t.Fatal(err)
+	}
+	later := mustCreate(t, s, 3)
+	if _, err := Restore(ctx, backup, path, "test", true); err == nil {
+		t.Fatal("a store in use was replaced")
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = Restore(ctx, backup, path, "test", false)
+	wantError(t, err, path, "is there already")
+	for _, left := range []string{".restoring", ".restoring.partial"} { // by one that was killed
+		if err := os.WriteFile(path+left, []byte("half"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	done, err := Restore(ctx, backup, path, "test", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Check(ctx, done.Replaced); err != nil {
+		t.Errorf("what was there before: %v", err)
+	}
+	for _, name := range []string{path + ".restoring", path + ".restoring.lock", path + "-wal"} {
+		if _, err := os.Stat(name); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", name, err)
+		}
+	}
+	r := open(t, path)
+	if _, err := r.Key(ctx, "tenant", keyID(3)); !errors.Is(err, apikey.ErrNotFound) {
+		t.Errorf("a key from after the backup: %v", err)
+	}
+	if next := mustCreate(t, r, 4); next <= later {
+		t.Errorf("revision %d after the restoration, %d was given before", next, later)
+	}
+	if _, _, truncated, err := r.Changes(ctx, later); err != nil || !truncated {
+		t.Errorf("a replica from before the restoration is not told to forget all it knows: %v", err)
+	}
+	k, err := r.Key(ctx, "tenant", keyID(2))
+	if err != nil || k.IdleAt(time.Now().Add(29*24*time.Hour), k.LastUsedAt) || !k.IdleAt(time.Now().Add(31*24*time.Hour), k.LastUsedAt) {
+		t.Errorf("idle from %v, error %v: lost uses must not end it, and it must end", k.IdleFrom, err)
+	}
+}
+
+func TestDamagedBackupChangesNothing(t *testing.T) {
+	ctx := t.Context()
+	path := file(t)
+	s := open(t, path)
+	for n := range 50 {
+		mustCreate(t, s, n+1)
+	}
+	backup := filepath.Join(t.TempDir(), "backup.db")
+	if err := s.Backup(ctx, backup); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := os.ReadFile(backup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flipped := slices.Clone(whole)
+	for i := 4096 * 3; i < 4096*3+200; i++ {
+		flipped[i] ^= 0xff
+	}
+	for name, content := range map[string][]byte{
+		"cut":                   whole[:len(whole)/2],
+		"flipped":               flipped,
+		"empty":                 nil,
+		"text":                  []byte("not a database at all, however long the text may be"),
+		"another's application": append(append(slices.Clone(whole[:68]), 0, 0, 0, 1), whole[72:]...),
+	} {
+		bad := filepath.Join(t.TempDir(), "bad.db")
+		if err := os.WriteFile(bad, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Restore(ctx, bad, path, "test", true); err == nil {
+			t.Errorf("%s: restored", name)
+		}
+	}
+	if _, err := Restore(ctx, filepath.Join(t.TempDir(), "none"), path, "test", true); err == nil {
+		t.Error("none: restored")
+	}
+	if after, err := os.ReadFile(path); err != nil || !slices.Equal(before, after) {
+		t.Errorf("the store was changed (error %v)", err)
+	}
+	if names, err := os.ReadDir(filepath.Dir(path)); err != nil || len(names) != 2 { // and its lock
+		t.Errorf("files left beside the store: %v, %v", names, err)
+	}
+}
+
+// TestMigrationFromTheFirstSchema: what was written before the second migration comes through it.
+func TestMigrationFromTheFirstSchema(t *testing.T) {
+	ctx := t.Context()
+	path := file(t)
+	if err := create(path); err != nil {
+		t.Fatal(err)
+	}
+	script, err := migrations.ReadFile("migrations/00001_init.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, err := sql.Open("sqlite", uri(path, "rw", "journal_mode(WAL)"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = db.ExecContext(ctx, string(script)+`
+		CREATE TABLE goose_db_version (id INTEGER PRIMARY KEY AUTOINCREMENT, version_id INTEGER NOT NULL, is_applied INTEGER NOT NULL, tstamp TIMESTAMP DEFAULT (datetime('now')));
+		INSERT INTO goose_db_version (version_id, is_applied) VALUES (0, 1), (1, 1);
+		PRAGMA application_id = 1802990180;
+		UPDATE meta SET revision = 7;
+		INSERT INTO instances VALUES ('tenant', '{}', 1, 1);
+		INSERT INTO keys VALUES
+			(x'00000000000000010000000000000000', 'tenant', 'user', 'one', '', '', 'ann', '', 'null', 'null', '{}', -62135596800000000, 0, -62135596800000000, 'null', 1, -62135596800000000, '', 5, 'c', -62135596800000000),
+			(x'00000000000000020000000000000000', 'tenant', 'instance', 'two', '', '', '', '', 'null', 'null', '{}', 99, 3, -62135596800000000, 'null', 0, 8, 'lost', 6, 'c', 7);
+		INSERT INTO generations VALUES (x'00000000000000010000000000000000', 1, 'h', 5, -62135596800000000, -62135596800000000);`)
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	steps, err := Migrations(ctx, path)
+	if err != nil || len(steps) < 2 || steps[0].AppliedAt.IsZero() || !steps[1].AppliedAt.IsZero() {
+		t.Fatalf("before: got %+v and error %v", steps, err)
+	}
+	if steps, err = Migrate(ctx, path); err != nil || steps[1].AppliedAt.IsZero() || time.Since(steps[1].AppliedAt) > time.Hour {
+		t.Fatalf("after: got %+v and error %v", steps, err)
+	}
+	s := open(t, path)
+	keys, err := s.Keys(ctx, "tenant", admin.KeyQuery{Limit: 10})
+	if err != nil || len(keys) != 2 || keys[0].Name != "two" || keys[0].Revision != 7 || keys[1].Generations[0].Revoked || !keys[1].IdleFrom.IsZero() || !keys[1].LeakReportedAt.IsZero() {
+		t.Errorf("got %+v and error %v", keys, err)
+	}
+	for owner, want := range map[admin.KeyOwner]admin.KeyCounts{
+		{}: {Total: 2, Usable: 1, Disabled: 1, Revoked: 1}, {Type: apikey.TypeUser, Name: "ann"}: {Total: 1, Usable: 1, Disabled: 1},
+	} {
+		if got, err := s.CountKeys(ctx, "tenant", owner, time.Now()); err != nil || got != want {
+			t.Errorf("%+v: got %+v and error %v, want %+v", owner, got, err, want)
+		}
+	}
+	if _, err := Migrations(ctx, path); err == nil {
+		t.Error("a store in use was looked into")
+	}
+	if _, err := Migrations(ctx, file(t)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no store: %v", err)
+	}
+}
