@@ -15,12 +15,19 @@ type CreatedKey struct {
 	Key         *apikey.Key
 	Secret      apikey.Secret
 	Propagation Propagation
+	Replayed    bool // an earlier request with the same Idempotency-Key made it
 }
 
 // CreateKey makes a key with its first secret.
 func (s *Service) CreateKey(ctx context.Context, caller Caller, instanceID string, in KeyInput) (CreatedKey, error) {
 	id, err := caller.mayIn(instanceID, createKey)
 	if err != nil {
+		return CreatedKey{}, err
+	}
+	if made, found, err := s.replay(ctx, caller, id); found || err != nil {
+		return made, err
+	}
+	if in, err = caller.own(in); err != nil {
 		return CreatedKey{}, err
 	}
 	k, err := in.key(s.cfg.Format, now())
@@ -46,12 +53,44 @@ func (s *Service) CreateKey(ctx context.Context, caller Caller, instanceID strin
 		if err := tx.InsertGeneration(ctx, k.ID, k.Generations[0], pepper.Digest(secret.Reveal()), pepper.Version()); err != nil {
 			return err
 		}
+		if err := s.keepReplay(ctx, tx, caller, id, k.ID, 1, secret); err != nil {
+			return err
+		}
 		return caller.audit(ctx, tx, createKey, id, k.ID.String(), nil, auditOf(k))
 	})
+	if errors.Is(err, errReplayed) {
+		made, found, err := s.replay(ctx, caller, id)
+		if err == nil && !found {
+			err = apikey.ErrConflict // the other one's time ran out at this very moment
+		}
+		return made, err
+	}
 	if err != nil {
 		return CreatedKey{}, err
 	}
 	return CreatedKey{Key: k, Secret: secret, Propagation: s.propagate(ctx, rev, createWait)}, nil
+}
+
+// own makes a key that a user asks for the user's own. What is not the user's to decide is refused.
+func (c Caller) own(in KeyInput) (KeyInput, error) {
+	if c.Role != RoleUser {
+		return in, nil
+	}
+	if in.Type == "" {
+		in.Type = apikey.TypeUser
+	}
+	if in.UserPrincipalName == "" {
+		in.UserPrincipalName = c.UserPrincipalName
+	}
+	switch {
+	case in.Type != apikey.TypeUser:
+		return in, &ForbiddenError{Field: "type", Reason: "must be user: the role user makes keys of its own only"}
+	case in.UserPrincipalName != c.UserPrincipalName:
+		return in, &ForbiddenError{Field: "userPrincipalName", Reason: "must be the caller's own: the role user makes keys of its own only"}
+	case in.Limits != (LimitsInput{}):
+		return in, &ForbiddenError{Field: "limits", Reason: "are not the role user's to choose: the instance's policy has them"}
+	}
+	return in, nil
 }
 
 // allowed refuses a scope that the policy would take away again at every decision. A key without
@@ -71,7 +110,14 @@ func (s *Service) Key(ctx context.Context, caller Caller, instanceID string, id 
 	if err != nil {
 		return nil, err
 	}
-	return s.store.Key(ctx, instance, id)
+	k, err := s.store.Key(ctx, instance, id)
+	if err != nil {
+		return nil, err
+	}
+	if !caller.owns(k) {
+		return nil, apikey.ErrNotFound
+	}
+	return k, nil
 }
 
 // Keys lists keys of an instance, newest first, at most limit, from the place after which to begin.
@@ -83,8 +129,31 @@ func (s *Service) Keys(ctx context.Context, caller Caller, instanceID string, af
 	if _, err := s.store.Instance(ctx, instance); err != nil {
 		return nil, err // to tell no keys from no instance
 	}
-	return s.store.Keys(ctx, instance, after, limit)
+	if caller.Role != RoleUser {
+		return s.store.Keys(ctx, instance, after, limit)
+	}
+	var own []*apikey.Key
+	for len(own) < limit {
+		page, err := s.store.Keys(ctx, instance, after, keysPage)
+		if err != nil {
+			return nil, err
+		}
+		for _, k := range page {
+			if caller.owns(k) && len(own) < limit {
+				own = append(own, k)
+			}
+		}
+		if len(page) < keysPage {
+			break
+		}
+		last := page[len(page)-1]
+		after = KeyPlace{CreatedAt: last.CreatedAt, ID: last.ID}
+	}
+	return own, nil
 }
+
+// keysPage is how many keys are read at a time where most are not the caller's.
+const keysPage = 1000
 
 // A Revocation is a key that is over.
 type Revocation struct {
@@ -111,6 +180,9 @@ func (s *Service) RevokeKey(ctx context.Context, caller Caller, instanceID strin
 		old, err := tx.Key(ctx, instance, id)
 		if err != nil {
 			return err
+		}
+		if !caller.owns(old) {
+			return apikey.ErrNotFound
 		}
 		if !old.RevokedAt.IsZero() {
 			k = old

@@ -60,7 +60,7 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 		fresh = append(fresh, p)
 	}
 	if len(fresh) == 0 {
-		return nil
+		return resealAudit(ctx, store)
 	}
 	_, err = store.Update(ctx, func(tx Tx) error {
 		for _, p := range fresh {
@@ -79,6 +79,14 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 	})
 	if err != nil {
 		return fmt.Errorf("remember the pepper: %w", err)
+	}
+	return resealAudit(ctx, store)
+}
+
+// resealAudit lets the audit prove itself with the current pepper alone.
+func resealAudit(ctx context.Context, store Store) error {
+	if err := store.ResealAudit(ctx); err != nil {
+		return fmt.Errorf("seal the audit under the current pepper: %w", err)
 	}
 	return nil
 }

@@ -101,7 +101,7 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 	if err != nil {
 		return err
 	}
-	store, err := sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path})
+	store, err := sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path, Audit: admin.NewAuditKeys(peppers)})
 	if err != nil {
 		return err
 	}

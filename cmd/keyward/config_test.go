@@ -209,6 +209,11 @@ credentials: {headers: [x-token]}
 routes:
   - {host: app.example, method: GET, path: "/tenants/{tenant}/orders", mode: optional, scopes: "orders:read",
      instance: "{tenant}", agent: [required, "?agent"], environment: prod}
+oidc:
+  - {issuer: "https://login.example/v2.0", audience: "api://keyward", algorithms: [RS256, ES256], jwksURL: "https://login.example/keys", nonce: ignored,
+     upnClaim: email, upnSuffix: "@example.com",
+     roles: [{claim: roles, value: keyward-owner, role: owner}, {claim: /realm/roles, value: "*", role: user, instance: demo},
+       {claim: groups, value: ops, role: operator, instanceClaim: tenant}]}
 `
 	for how, got := range map[string]func() (*Config, []string){
 		"environment": func() (*Config, []string) { return load(t, lists, environ, nil) },

@@ -3,7 +3,6 @@ package sqlite
 import (
 	"context"
 	"database/sql"
-	"encoding/json"
 	"fmt"
 	"iter"
 	"math"
@@ -51,7 +50,8 @@ const (
 
 	listDigests = `SELECT m.revision, d.digest FROM meta m LEFT JOIN key_digests d WHERE m.one = 1`
 
-	tokenColumns = `t.id, t.name, t.role, t.instance_id, t.hint, t.created_at, t.created_by, t.expires_at, t.revoked_at, t.bootstrap` //nolint:gosec // G101: names of columns
+	tokenColumns = `t.id, t.name, t.role, t.instance_id, t.hint, t.created_at, t.created_by, t.expires_at, t.revoked_at, t.bootstrap,
+	t.user_principal_name, t.last_used_at` //nolint:gosec // G101: names of columns
 
 	oneToken = `SELECT ` + tokenColumns + ` FROM token_digests d JOIN tokens t ON t.id = d.token_id WHERE d.digest = ?`
 
@@ -345,7 +345,7 @@ func (r *reader) tokens(rows iter.Seq2[*sql.Rows, error]) ([]*admin.Token, error
 		}
 		t := &admin.Token{}
 		err := row.Scan(exactly(t.ID[:]), &t.Name, &t.Role, &t.InstanceID, &t.Hint, instant{&t.CreatedAt}, &t.CreatedBy,
-			instant{&t.ExpiresAt}, instant{&t.RevokedAt}, &t.Bootstrap)
+			instant{&t.ExpiresAt}, instant{&t.RevokedAt}, &t.Bootstrap, &t.UserPrincipalName, instant{&t.LastUsedAt})
 		if err != nil {
 			return nil, r.fault("read token "+t.ID.String(), err)
 		}
@@ -368,33 +368,4 @@ func (r *reader) Peppers(ctx context.Context) ([]admin.PepperRecord, error) {
 		list = append(list, p)
 	}
 	return list, nil
-}
-
-// Events implements admin.Reader.
-func (r *reader) Events(ctx context.Context, after int64, limit int) ([]admin.Event, error) {
-	const query = `SELECT sequence, at, actor, remote_addr, action, instance_id, target, request_id, state_before, state_after
-	FROM audit WHERE sequence > ? ORDER BY sequence LIMIT ?`
-	var list []admin.Event
-	for row, err := range r.rows(ctx, "list audit events", query, after, max(limit, 0)) {
-		if err != nil {
-			return nil, err
-		}
-		var e admin.Event
-		var before, afterwards sql.NullString
-		err := row.Scan(&e.Sequence, instant{&e.At}, &e.Actor, &e.RemoteAddr, &e.Action, &e.InstanceID, &e.Target, &e.RequestID,
-			&before, &afterwards)
-		if err != nil {
-			return nil, r.fault(fmt.Sprintf("read audit event %d", e.Sequence), err)
-		}
-		e.Before, e.After = rawOf(before), rawOf(afterwards)
-		list = append(list, e)
-	}
-	return list, nil
-}
-
-func rawOf(s sql.NullString) json.RawMessage {
-	if !s.Valid {
-		return nil
-	}
-	return json.RawMessage(s.String)
 }
