@@ -174,6 +174,12 @@ func (s *Service) Refused(ctx context.Context, caller Caller, target, code strin
 	if a.Foreign { // it belongs to whose the caller is, and tells the other tenant nothing
 		one.instanceID, one.target = caller.InstanceID, strings.Trim(a.InstanceID+"/"+target, "/")
 	}
+	// Both came from the caller. What looks like an id may be a secret in the wrong place.
+	for _, text := range []*string{&one.instanceID, &one.target} {
+		if noSecret(s.cfg.Format, "", *text) != nil {
+			*text = ""
+		}
+	}
 	if !s.refusals.first(one) {
 		return
 	}
