@@ -36,6 +36,14 @@ func EventRecordOf(e Event) EventRecord {
 	}
 }
 
+// Event returns the event that a record shows, as its link was made of.
+func (r *EventRecord) Event() Event {
+	return Event{
+		Sequence: r.Sequence, At: r.At, Actor: r.Actor, RemoteAddr: r.RemoteAddr, Action: r.Action, Refused: r.Refused,
+		InstanceID: r.InstanceID, Target: r.Target, RequestID: r.RequestID, Before: r.Before, After: r.After, Link: r.Link,
+	}
+}
+
 // AuditEvents lists the audit events that a filter lets through, newest first, at most limit, from the
 // place after which to begin. Without an instance in the filter it is about all of them.
 func (s *Service) AuditEvents(ctx context.Context, caller Caller, filter EventFilter, after EventPlace, limit int) ([]Event, error) {

@@ -26,6 +26,7 @@ import (
 const (
 	defaultServer = "http://127.0.0.1:9192"
 	callTimeout   = time.Minute
+	longTimeout   = 24 * time.Hour // of what takes as long as there is data
 )
 
 // clientFlags are those of every command that asks a server to do something.
@@ -52,7 +53,11 @@ func wrapUsage(err error) error {
 
 // withClient gives fn a client, of a server or of the store itself.
 func (a *app) withClient(ctx context.Context, fn func(ctx context.Context, c *manage.Client) error) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	patience := callTimeout
+	if a.long {
+		patience = longTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	if a.offline {
 		return a.withStore(ctx, fn)
