@@ -65,11 +65,11 @@ func (s *Service) AuditEvents(ctx context.Context, caller Caller, filter EventFi
 		if !isNotFound(err) {
 			return nil, err
 		}
-		any, err := s.store.FindEvents(ctx, EventFilter{InstanceID: filter.InstanceID}, EventPlace{}, 1)
+		former, err := s.store.FindEvents(ctx, EventFilter{InstanceID: filter.InstanceID}, EventPlace{}, 1)
 		if err != nil {
 			return nil, err
 		}
-		if len(any) == 0 {
+		if len(former) == 0 {
 			return nil, apikey.ErrNotFound
 		}
 	}
@@ -175,7 +175,7 @@ func (s *Service) pruneAudit(ctx context.Context, caller Caller) error {
 // able to fill the disk.
 func (s *Service) Refused(ctx context.Context, caller Caller, target, code string) {
 	a := caller.Attempt
-	if a == nil || a.Action == "" || strings.HasSuffix(a.Action, ".read") && code == "NotFound" && !a.Foreign {
+	if a == nil || a.Action == "" || strings.HasSuffix(a.Action, ".read") && code != "Forbidden" && !a.Foreign {
 		return
 	}
 	one := refusal{actor: caller.Name, remoteAddr: caller.RemoteAddr, action: a.Action, code: code, instanceID: a.InstanceID, target: target}

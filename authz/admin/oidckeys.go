@@ -94,7 +94,7 @@ func (k *oidcKeys) known(ctx context.Context, suffice func([]jose.JSONWebKey) bo
 	}
 	if k.fetching == nil && time.Since(k.tried) >= keysPause {
 		k.tried, k.fetching = time.Now(), make(chan struct{})
-		go k.fetch()
+		go k.fetch() //nolint:gosec // G118: it outlives the request on purpose, as fetch says
 	}
 	if over := k.fetching; over != nil {
 		k.mu.Unlock()

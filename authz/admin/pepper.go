@@ -59,8 +59,12 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 		}
 		fresh = append(fresh, p)
 	}
+	// Before the first event, and not before the pepper is known to be the right one.
+	if err := store.SealAudit(ctx); err != nil {
+		return fmt.Errorf("seal the audit under the current pepper: %w", err)
+	}
 	if len(fresh) == 0 {
-		return resealAudit(ctx, store)
+		return nil
 	}
 	_, err = store.Update(ctx, func(tx Tx) error {
 		for _, p := range fresh {
@@ -80,14 +84,6 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 	if err != nil {
 		return fmt.Errorf("remember the pepper: %w", err)
 	}
-	return resealAudit(ctx, store)
-}
-
-// resealAudit lets the audit prove itself with the current pepper alone.
-func resealAudit(ctx context.Context, store Store) error {
-	if err := store.ResealAudit(ctx); err != nil {
-		return fmt.Errorf("seal the audit under the current pepper: %w", err)
-	}
 	return nil
 }
 
@@ -106,6 +102,10 @@ func (s *Service) Peppers(ctx context.Context, caller Caller) ([]PepperRecord, e
 // usable keys or tokens are left that were not used since the rotation, and for the newest pepper.
 func (s *Service) RetirePepper(ctx context.Context, caller Caller, version uint32) error {
 	if err := caller.mayAll(retirePepper); err != nil {
+		return err
+	}
+	// A replica that was restarted later than this one may have gone on sealing under the old one.
+	if err := s.store.SealAudit(ctx); err != nil {
 		return err
 	}
 	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {

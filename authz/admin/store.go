@@ -38,9 +38,10 @@ type Store interface {
 	Redigest(ctx context.Context, batch []Redigest) error
 	// TouchTokens is Touch for management tokens.
 	TouchTokens(ctx context.Context, uses []TokenUse) error
-	// ResealAudit gives the segments of the audit whose MAC is right, and of an earlier pepper, one of the
-	// current pepper, so that the earlier one can be forgotten. No mutation either.
-	ResealAudit(ctx context.Context) error
+	// SealAudit chains the events of a store from before there was a chain, and gives the segments whose MAC
+	// is right, and of an earlier pepper, one of the current pepper, so that the earlier one can be
+	// forgotten. No mutation either.
+	SealAudit(ctx context.Context) error
 	// ForgetReplays removes what KeepReplay kept and has run out at now. Backups are made without any of it.
 	ForgetReplays(ctx context.Context, now time.Time) error
 

@@ -336,7 +336,7 @@ func TestUserSeesAndMakesItsOwnKeysOnly(t *testing.T) {
 	d.instance(t, "a")
 	d.instance(t, "b")
 	ann := d.token(t, tokenFor(admin.RoleUser, "a")).Secret
-	make := func(token apikey.Secret, body string) *httptest.ResponseRecorder {
+	create := func(token apikey.Secret, body string) *httptest.ResponseRecorder {
 		return d.send(token, "POST", aKeys, body)
 	}
 	for body, field := range map[string]string{
@@ -348,17 +348,17 @@ func TestUserSeesAndMakesItsOwnKeysOnly(t *testing.T) {
 		`{"name":"n","limits":{"rate":{"requests":100000000,"per":"1s"}}}`:     "limits",
 		`{"name":"n","userPrincipalName":"ann@example.com","type":"instance"}`: "type",
 	} {
-		wantError(t, make(ann, body), 403, CodeForbidden, field)
+		wantError(t, create(ann, body), 403, CodeForbidden, field)
 	}
 	var own []string
 	for _, body := range []string{`{"name":"1"}`, `{"name":"2","type":"user"}`, `{"name":"3","type":"user","userPrincipalName":"ann@example.com"}`} {
-		got := read[createdKey](t, make(ann, body), 201)
+		got := read[createdKey](t, create(ann, body), 201)
 		if got.Key.Type != apikey.TypeUser || got.Key.UserPrincipalName != "ann@example.com" {
 			t.Errorf("got %+v", got.Key)
 		}
 		own = append(own, got.Key.ID.String())
 	}
-	bobs := read[createdKey](t, make(d.owner, `{"name":"n","type":"user","userPrincipalName":"bob@example.com"}`), 201)
+	bobs := read[createdKey](t, create(d.owner, `{"name":"n","type":"user","userPrincipalName":"bob@example.com"}`), 201)
 	// Like a name of hers, but an instance's.
 	d.key(t, "a")
 	var listed []string

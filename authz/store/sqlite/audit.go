@@ -191,9 +191,12 @@ func (t *tx) RemoveAuditSegment(ctx context.Context, number int64, at time.Time)
 	return err
 }
 
-// ResealAudit implements admin.Store.
-func (s *Store) ResealAudit(ctx context.Context) error {
-	return s.write(ctx, "reseal the audit", func(t *tx) error {
+// SealAudit implements admin.Store.
+func (s *Store) SealAudit(ctx context.Context) error {
+	return s.write(ctx, "seal the audit", func(t *tx) error {
+		if err := t.chainOld(ctx); err != nil {
+			return err
+		}
 		all, err := t.AuditSegments(ctx)
 		if err != nil {
 			return err
@@ -214,43 +217,41 @@ func (s *Store) ResealAudit(ctx context.Context) error {
 // chainOld chains the events that were written before there was a chain. They come first, as they are, and
 // are followed by an event that says so: whoever takes a chain apart to have it made anew here cannot take
 // along when that was.
-func (s *Store) chainOld(ctx context.Context) error {
-	return s.write(ctx, "chain the audit", func(t *tx) error {
-		var pending bool
-		_, err := t.one(ctx, "chain the audit", `SELECT NOT EXISTS (SELECT 1 FROM audit_segments) AND EXISTS (SELECT 1 FROM audit)`, nil, &pending)
-		if err != nil || !pending {
-			return err
-		}
-		var segment admin.AuditSegment
-		var count int64
-		for after := int64(math.MinInt64); ; {
-			page, err := t.Events(ctx, after, batch)
-			if err != nil {
-				return err
-			}
-			if len(page) == 0 {
-				break
-			}
-			for i := range page {
-				e := &page[i]
-				segment.Begin(e)
-				if err := t.execOne(ctx, "chain the audit", `UPDATE audit SET link = ? WHERE sequence = ?`, e.Link[:], e.Sequence); err != nil {
-					return err
-				}
-				after = e.Sequence
-				count++
-			}
-		}
-		t.audit.Sign(&segment)
-		if err := t.putSegment(ctx, &segment); err != nil {
-			return err
-		}
-		what, err := json.Marshal(map[string]any{"events": count, "link": segment.Head})
+func (t *tx) chainOld(ctx context.Context) error {
+	var pending bool
+	_, err := t.one(ctx, "chain the audit", `SELECT NOT EXISTS (SELECT 1 FROM audit_segments) AND EXISTS (SELECT 1 FROM audit)`, nil, &pending)
+	if err != nil || !pending {
+		return err
+	}
+	var segment admin.AuditSegment
+	var count int64
+	for after := int64(math.MinInt64); ; {
+		page, err := t.Events(ctx, after, batch)
 		if err != nil {
 			return err
 		}
-		return t.Audit(ctx, admin.Event{At: time.Now(), Actor: "keyward", Action: "audit.begin", After: what})
-	})
+		if len(page) == 0 {
+			break
+		}
+		for i := range page {
+			e := &page[i]
+			segment.Begin(e)
+			if err := t.execOne(ctx, "chain the audit", `UPDATE audit SET link = ? WHERE sequence = ?`, e.Link[:], e.Sequence); err != nil {
+				return err
+			}
+			after = e.Sequence
+			count++
+		}
+	}
+	t.audit.Sign(&segment)
+	if err := t.putSegment(ctx, &segment); err != nil {
+		return err
+	}
+	what, err := json.Marshal(map[string]any{"events": count, "link": segment.Head})
+	if err != nil {
+		return err
+	}
+	return t.Audit(ctx, admin.Event{At: time.Now(), Actor: "keyward", Action: "audit.begin", After: what})
 }
 
 // Replay implements admin.Reader.

@@ -289,7 +289,7 @@ func TestServerDoesNotSealWhatItDidNotWrite(t *testing.T) {
 			if report := verifyAudit(t, s); report.Whole {
 				t.Error("covered up")
 			}
-			if err := s.ResealAudit(t.Context()); err != nil {
+			if err := s.SealAudit(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			if err := s.Close(); err != nil {
@@ -378,6 +378,11 @@ func TestEventsOfTheFirstSchemaAreChained(t *testing.T) {
 		t.Fatal(err)
 	}
 	s = open(t, path)
+	for range 2 { // again is nothing
+		if err := s.SealAudit(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if report := verifyAudit(t, s); !report.Whole || report.Events != 11 {
 		t.Errorf("got %+v", report)
 	}

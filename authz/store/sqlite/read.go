@@ -50,8 +50,7 @@ const (
 
 	listDigests = `SELECT m.revision, d.digest FROM meta m LEFT JOIN key_digests d WHERE m.one = 1`
 
-	tokenColumns = `t.id, t.name, t.role, t.instance_id, t.hint, t.created_at, t.created_by, t.expires_at, t.revoked_at, t.bootstrap,
-	t.user_principal_name, t.last_used_at` //nolint:gosec // G101: names of columns
+	tokenColumns = `t.id, t.name, t.role, t.instance_id, t.hint, t.created_at, t.created_by, t.expires_at, t.revoked_at, t.bootstrap, t.user_principal_name, t.last_used_at` //nolint:gosec // G101: names of columns
 
 	oneToken = `SELECT ` + tokenColumns + ` FROM token_digests d JOIN tokens t ON t.id = d.token_id WHERE d.digest = ?`
 

@@ -106,9 +106,6 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if err := migrate(ctx, s.writer, fresh); err != nil {
 		return nil, s.fault("bring the schema up to date", err)
 	}
-	if err := s.chainOld(ctx); err != nil {
-		return nil, err
-	}
 	if s.readers, err = sql.Open("sqlite", uri(path, "rw", append(pragmas, "query_only(1)")...)); err != nil {
 		return nil, s.fault("open", err)
 	}

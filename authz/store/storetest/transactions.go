@@ -473,7 +473,7 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 		"AuditSegments": func(ctx context.Context) error { _, err := s.AuditSegments(ctx); return err },
 		"Replay":        func(ctx context.Context) error { _, err := s.Replay(ctx, admin.ReplayID{}, noon); return err },
 		"TouchTokens":   func(ctx context.Context) error { return s.TouchTokens(ctx, []admin.TokenUse{{ID: id(1), At: noon}}) },
-		"ResealAudit":   func(ctx context.Context) error { return s.ResealAudit(ctx) },
+		"SealAudit":     func(ctx context.Context) error { return s.SealAudit(ctx) },
 		"ForgetReplays": func(ctx context.Context) error { return s.ForgetReplays(ctx, noon) },
 		"Touch":         func(ctx context.Context) error { return s.Touch(ctx, []apikey.Use{{KeyID: id(1), At: noon}}) },
 		"Redigest":      func(ctx context.Context) error { return s.Redigest(ctx, []admin.Redigest{{Version: 2}}) },

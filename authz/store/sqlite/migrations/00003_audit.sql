@@ -1,7 +1,7 @@
 -- +goose Up
 
 ALTER TABLE audit ADD COLUMN refused TEXT NOT NULL DEFAULT ''; -- why nothing was done; '': it was done
-ALTER TABLE audit ADD COLUMN link BLOB; -- 32 bytes; NULL only until Open has chained the events from before
+ALTER TABLE audit ADD COLUMN link BLOB; -- 32 bytes; NULL only until SealAudit has chained the events from before
 
 -- What is asked for is found without reading the rest; the sequence is part of each, as the row's id.
 CREATE INDEX audit_at ON audit (at);
