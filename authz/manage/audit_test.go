@@ -3,6 +3,7 @@ package manage
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -373,6 +374,10 @@ func TestUserSeesAndMakesItsOwnKeysOnly(t *testing.T) {
 	slices.Reverse(listed)
 	if !slices.Equal(listed, own) {
 		t.Errorf("sees %v, want %v", listed, own)
+	}
+	_, err := d.svc.Keys(t.Context(), admin.Caller{Name: "x", Role: admin.RoleUser}, "a", admin.KeyPlace{}, 10)
+	if _, forbidden := errors.AsType[*admin.ForbiddenError](err); !forbidden {
+		t.Errorf("a user without a name: %v", err)
 	}
 	const nobody = "0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f"
 	for _, method := range []string{"GET", "DELETE"} {

@@ -440,7 +440,6 @@ func TestDiscoveryIsNotBelievedBlindly(t *testing.T) {
 		http.Redirect(w, r, thief.url+"/keys", http.StatusFound)
 	}))
 	for name, change := range map[string]func(*issuer){
-		"keys over plain HTTP elsewhere": func(i *issuer) { i.jwksURI = "http://keys.example/keys" },
 		"keys in a file":                 func(i *issuer) { i.jwksURI = "file:///etc/passwd" },
 		"keys behind a redirect":         func(i *issuer) { i.jwksURI = redirect + "/keys" },
 		"a document of another issuer":   func(i *issuer) { i.name = "https://other.example" },
@@ -458,6 +457,13 @@ func TestDiscoveryIsNotBelievedBlindly(t *testing.T) {
 	}
 	if thief.fetches.Load() != 0 {
 		t.Error("a redirect was followed")
+	}
+	// Who answers at the other address would be believed.
+	i := &issuer{url: "https://login.example", jwksURI: "http://keys.example/keys"}
+	i.publish(s)
+	d := trusting(t, &http.Client{Transport: inBubble{i}}, i.config())
+	if w := d.send(s.sign(t, i.claims("roles", "owners")), "GET", "/instances", ""); w.Code != 503 || i.fetches.Load() != 0 {
+		t.Errorf("keys over plain HTTP: got %d %s", w.Code, w.Body)
 	}
 }
 
