@@ -310,10 +310,10 @@ func TestPrecedence(t *testing.T) {
 
 // TestFaultsOfAllPartsAreReported mixes faults of file, environment and settings.
 func TestFaultsOfAllPartsAreReported(t *testing.T) {
-	_, got := load(t, "logs: 1\n", []string{"KEYWARD_X=1"}, []string{"y=1"})
+	_, got := load(t, "logs: 1\n", []string{"KEYWARD_SOMETHING_ELSE=1"}, []string{"y=1"})
 	want := []string{
 		"-:", `line 1: there is no field "logs" here; did you mean "log"?`,
-		"environment: KEYWARD_X sets nothing", `--set: there is no field "y"`,
+		"environment: KEYWARD_SOMETHING_ELSE sets nothing", `--set: there is no field "y"`,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
