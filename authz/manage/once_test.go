@@ -191,9 +191,18 @@ func TestReplayIsSealed(t *testing.T) {
 	if got := d.once(d.owner, aKeys, `{"name":"n"}`, "idempotency-canary"); got.Code != 201 {
 		t.Fatalf("got %d", got.Code)
 	}
-	// A row that was changed opens nothing.
-	if _, err := db.Exec("SELECT 1"); err != nil {
+	// A row that was changed opens nothing, and makes nothing anew.
+	writable, err := sql.Open("sqlite", "file:"+path)
+	if err != nil {
 		t.Fatal(err)
+	}
+	defer func() { _ = writable.Close() }()
+	if _, err := writable.Exec("UPDATE idempotency SET sealed = randomblob(length(sealed))"); err != nil {
+		t.Fatal(err)
+	}
+	wantError(t, d.once(d.owner, aKeys, `{"name":"n"}`, "idempotency-canary"), 500, CodeInternalError, "")
+	if n := len(d.keysOf(t, "a")); n != 1 || !strings.Contains(d.log.String(), "was the database changed?") {
+		t.Errorf("%d keys; the log says %s", n, d.log)
 	}
 }
 
