@@ -50,6 +50,7 @@ func (p *packer) pack(k *apikey.Key) *apikey.Key {
 
 	p.mu.Lock()
 	to.Type = apikey.Type(p.shared(string(k.Type)))
+	to.RevokedReason = apikey.RevocationReason(p.shared(string(k.RevokedReason)))
 	for _, s := range []*string{&to.InstanceID, &to.Environment, &to.AgentName, &to.CreatedBy} {
 		*s = p.shared(*s)
 	}
@@ -71,7 +72,7 @@ func (p *packer) pack(k *apikey.Key) *apikey.Key {
 	}
 	p.mu.Unlock()
 
-	own := append(make([]*string, 0, 8), &to.Name, &to.Description, &to.UserPrincipalName, &to.RevokedReason)
+	own := append(make([]*string, 0, 8), &to.Name, &to.Description, &to.UserPrincipalName)
 	for i := range to.Generations {
 		own = append(own, &to.Generations[i].Hint)
 	}

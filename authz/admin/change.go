@@ -115,10 +115,8 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 		if reflect.DeepEqual(old, k) {
 			return errNothing
 		}
-		if patch.Limits.Present {
-			if err := caller.mayLimit(&in.Policy, k); err != nil {
-				return err
-			}
+		if caller.Role == RoleUser && k.Limits != old.Limits {
+			return usersLimits()
 		}
 		if caller.Role == RoleUser && old.Disabled && !k.Disabled {
 			return &ForbiddenError{Field: "disabled", Reason: "must stay: who disabled the key may have had a reason, so an operator enables it"}

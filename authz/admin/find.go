@@ -224,12 +224,6 @@ func (c Caller) narrow(f *KeyFilter) bool {
 	return true
 }
 
-// sees reports whether a key exists for the caller.
-func (c Caller) sees(k *apikey.Key) bool {
-	return c.Role != RoleUser ||
-		c.UserPrincipalName != "" && k.Type == apikey.TypeUser && k.UserPrincipalName == c.UserPrincipalName
-}
-
 // all returns every key that a query finds, page by page, until yield returns false.
 func allKeys(ctx context.Context, from Reader, instanceID string, q KeyQuery, yield func(*apikey.Key) bool) error {
 	q.Limit = pageOfAll

@@ -295,13 +295,22 @@ var rfc3339 = regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]
 
 // token checks in and returns the token it describes, without id.
 func (in *TokenInput) token(format apikey.Format, now time.Time) (*Token, error) {
-	t := &Token{Name: in.Name, Role: in.Role, CreatedAt: now}
+	t := &Token{Name: in.Name, Role: in.Role, UserPrincipalName: in.UserPrincipalName, CreatedAt: now}
 	var bad faults
 	bad.add(text("name", in.Name, 1, 128, ""))
 	bad.add(noSecret(format, "name", in.Name))
-	if !slices.Contains([]Role{RoleOwner, RoleOperator, RoleAuditor}, in.Role) {
-		bad.add(apikey.Invalid("role", "must be owner, operator or auditor"))
+	if !slices.Contains([]Role{RoleOwner, RoleOperator, RoleAuditor, RoleUser}, in.Role) {
+		bad.add(apikey.Invalid("role", "must be owner, operator, auditor or user"))
 	}
+	switch upn := in.UserPrincipalName; {
+	case in.Role == RoleUser && upn == "":
+		bad.add(apikey.Invalid("userPrincipalName", "is missing: a token of the role user needs it"))
+	case in.Role != RoleUser && upn != "":
+		bad.add(apikey.Invalid("userPrincipalName", "is for tokens of the role user only"))
+	case upn != "" && !principal.ok(upn):
+		bad.add(apikey.Invalid("userPrincipalName", principal.says))
+	}
+	bad.add(noSecret(format, "userPrincipalName", in.UserPrincipalName))
 	var err error
 	if in.InstanceID != "" {
 		t.InstanceID, err = apikey.CanonicalInstanceID(in.InstanceID)

@@ -21,6 +21,9 @@ func (s *Service) PutInstance(ctx context.Context, caller Caller, instanceID str
 	if _, err := apikey.CanonicalInstanceID(instanceID); err != nil {
 		return PutResult{}, err
 	}
+	if err := noSecret(s.cfg.Format, "instanceId", instanceID); err != nil {
+		return PutResult{}, err
+	}
 	id, err := caller.mayIn(instanceID, putInstance)
 	if err != nil {
 		return PutResult{}, err

@@ -3,7 +3,6 @@ package admin
 import (
 	"cmp"
 	"context"
-	"math"
 	"time"
 
 	"github.com/google/uuid"
@@ -16,6 +15,7 @@ type CreatedKey struct {
 	Key         *apikey.Key
 	Secret      apikey.Secret
 	Propagation Propagation
+	Replayed    bool // an earlier request with the same Idempotency-Key made it
 }
 
 // CreateKey makes a key with its first secret. The caps and the creation rate of the policy are judged in
@@ -26,6 +26,10 @@ func (s *Service) CreateKey(ctx context.Context, caller Caller, instanceID strin
 	if err != nil {
 		return CreatedKey{}, err
 	}
+	return s.once(ctx, caller, id, createWait, func() (CreatedKey, error) { return s.createKey(ctx, caller, id, in) })
+}
+
+func (s *Service) createKey(ctx context.Context, caller Caller, id string, in KeyInput) (CreatedKey, error) {
 	if err := caller.own(&in); err != nil {
 		return CreatedKey{}, err
 	}
@@ -66,6 +70,9 @@ func (s *Service) CreateKey(ctx context.Context, caller Caller, instanceID strin
 		if err := tx.InsertGeneration(ctx, k.ID, k.Generations[0], digest, pepper.Version()); err != nil {
 			return err
 		}
+		if err := s.keepReplay(ctx, tx, caller, id, k.ID, 1, secret); err != nil {
+			return err
+		}
 		return caller.audit(ctx, tx, createKey, id, k.ID.String(), nil, auditOf(k))
 	})
 	if err != nil {
@@ -83,61 +90,29 @@ func (s *Service) newKey(caller Caller, in *KeyInput, instance *apikey.Instance)
 		return nil, err
 	}
 	k.ID, k.InstanceID, k.CreatedBy = newID(), instance.ID, caller.Name
-	return k, caller.mayLimit(&instance.Policy, k)
+	return k, nil
 }
 
-// own makes what a caller with the role user asks for one of its own keys.
+// own makes a key that a user asks for the user's own. What is not the user's to decide is refused.
 func (c Caller) own(in *KeyInput) error {
 	if c.Role != RoleUser {
 		return nil
 	}
 	switch {
-	case c.UserPrincipalName == "":
-		return &ForbiddenError{Reason: "the role user has keys of its own only, and this caller has no user principal name"}
 	case in.Type != "" && in.Type != apikey.TypeUser:
 		return &ForbiddenError{Field: "type", Reason: "must be user: the role user makes keys of its own only"}
 	case in.UserPrincipalName != "" && in.UserPrincipalName != c.UserPrincipalName:
 		return &ForbiddenError{Field: "userPrincipalName", Reason: "must be the caller's own: the role user makes keys of its own only"}
+	case in.Limits != (LimitsInput{}):
+		return usersLimits()
 	}
 	in.Type, in.UserPrincipalName = apikey.TypeUser, c.UserPrincipalName
 	return nil
 }
 
-// mayLimit keeps a caller with the role user from giving its keys more than the policy gives them.
-func (c Caller) mayLimit(p *apikey.Policy, k *apikey.Key) error {
-	if c.Role != RoleUser {
-		return nil
-	}
-	inherited := *k
-	inherited.Limits = apikey.Limits{}
-	own, given := p.LimitsOf(k), p.LimitsOf(&inherited)
-	for _, l := range []struct {
-		field      string
-		own, given float64
-	}{
-		{"limits.rate", perSecond(own.Rate), perSecond(given.Rate)},
-		{"limits.burst", most(own.Burst), most(given.Burst)},
-		{"limits.maxConcurrent", most(own.MaxConcurrent), most(given.MaxConcurrent)},
-	} {
-		if l.own > l.given {
-			return &ForbiddenError{Field: l.field, Reason: "must not be more than the instance's policy gives the keys of users"}
-		}
-	}
-	return nil
-}
-
-func most(n int) float64 {
-	if n == apikey.Unlimited {
-		return math.Inf(1)
-	}
-	return float64(n)
-}
-
-func perSecond(r apikey.Rate) float64 {
-	if r.Requests == apikey.Unlimited {
-		return math.Inf(1)
-	}
-	return float64(r.Requests) / r.Per.Std().Seconds()
+// usersLimits refuses limits, lower ones too: they would stay where they are when the policy's go down.
+func usersLimits() error {
+	return &ForbiddenError{Field: "limits", Reason: "are not the role user's to choose: the instance's policy has them"}
 }
 
 // allowed refuses a scope that the policy would take away again at every decision. A key without
@@ -163,7 +138,7 @@ func (s *Service) Key(ctx context.Context, caller Caller, instanceID string, id 
 // key returns a key that exists for the caller.
 func (s *Service) key(ctx context.Context, from Reader, caller Caller, instance string, id apikey.ID) (*apikey.Key, error) {
 	k, err := from.Key(ctx, instance, id)
-	if err == nil && !caller.sees(k) {
+	if err == nil && !caller.owns(k) {
 		return nil, apikey.ErrNotFound
 	}
 	return k, err

@@ -66,6 +66,10 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 		}
 		fresh = append(fresh, p)
 	}
+	// Before the first event, and not before the pepper is known to be the right one.
+	if err := store.SealAudit(ctx); err != nil {
+		return fmt.Errorf("seal the audit under the current pepper: %w", err)
+	}
 	if len(fresh) == 0 {
 		return nil
 	}
@@ -124,6 +128,10 @@ func (s *Service) Peppers(ctx context.Context, caller Caller) ([]PepperStatus, e
 // usable keys or tokens are left that were not used since the rotation, and for the newest pepper.
 func (s *Service) RetirePepper(ctx context.Context, caller Caller, version uint32) error {
 	if err := caller.mayAll(retirePepper); err != nil {
+		return err
+	}
+	// A replica that was restarted later than this one may have gone on sealing under the old one.
+	if err := s.store.SealAudit(ctx); err != nil {
 		return err
 	}
 	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {

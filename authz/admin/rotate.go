@@ -34,6 +34,10 @@ func (s *Service) RotateKey(ctx context.Context, caller Caller, instanceID strin
 	if err != nil {
 		return CreatedKey{}, err
 	}
+	return s.once(ctx, caller, instance, revokeWait, func() (CreatedKey, error) { return s.rotateKey(ctx, caller, instance, id, in, ifMatch) })
+}
+
+func (s *Service) rotateKey(ctx context.Context, caller Caller, instance string, id apikey.ID, in RotateInput, ifMatch apikey.Revision) (CreatedKey, error) {
 	grace, err := in.grace()
 	if err != nil {
 		return CreatedKey{}, err
@@ -102,6 +106,9 @@ func (s *Service) RotateKey(ctx context.Context, caller Caller, instanceID strin
 			newest.Number = last.Number + 1
 		}
 		if err := tx.InsertGeneration(ctx, id, newest, digest, pepper.Version()); err != nil {
+			return err
+		}
+		if err := s.keepReplay(ctx, tx, caller, instance.ID, id, newest.Number, secret); err != nil {
 			return err
 		}
 		rotated.Generations = append(rotated.Generations, newest)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 
 	"keyward/authz/apikey"
@@ -24,6 +25,10 @@ type Service struct {
 	replicas Propagator
 	log      *slog.Logger
 	leaks    leaks
+	audit    AuditKeys
+	refusals refusals
+	uses     tokenUses
+	verifies sync.Mutex // held while the audit is verified
 }
 
 // Config says how the service makes secrets and finds them.
@@ -31,6 +36,9 @@ type Config struct {
 	Format  apikey.Format
 	Peppers apikey.Peppers // Current is needed
 	Leases  Leases         // nil in a process that answers no Checks
+	OIDC    *OIDC          // nil: management tokens only
+	// AuditKeep is how long audit events are kept at least; 0: for good.
+	AuditKeep time.Duration
 }
 
 // A Propagator is the cache of this process. CatchUp returns when it serves nothing older than a
@@ -41,18 +49,27 @@ type Propagator interface {
 
 // New makes a service. replicas is nil in a process that answers no Checks.
 func New(store Store, cfg Config, replicas Propagator, log *slog.Logger) *Service {
-	return &Service{store: store, cfg: cfg, replicas: replicas, log: log, leaks: newLeaks()}
+	return &Service{store: store, cfg: cfg, replicas: replicas, log: log, leaks: newLeaks(), audit: NewAuditKeys(cfg.Peppers)}
 }
 
 // A Caller is who asks. Whoever makes one vouches for it: [Service.Authenticate] does for a token.
 type Caller struct {
-	Name       string // for the audit, e.g. "token:0192f0c1-…", "keyward dev"
+	Name       string // for the audit, e.g. "token:0192f0c1-…", "oidc:https://login.example#sub", "keyward dev"
 	Role       Role
 	InstanceID string // canonical; "": all instances
 	// UserPrincipalName is whose keys a caller with the role user has to do with: no others exist for it.
 	UserPrincipalName string
 	RemoteAddr        string // "" for the process itself
 	RequestID         string
+	Once              *Once    // nil: a request without an Idempotency-Key
+	Attempt           *Attempt // nil: nobody wants to know
+}
+
+// An Attempt is what a caller tried, as far as that was found out before it was refused.
+type Attempt struct {
+	Action     string // "": nothing that needs a right
+	InstanceID string // canonical; "" where no instance is concerned, or no such one can be
+	Foreign    bool   // it is not the caller's, who is told that it does not exist
 }
 
 // What can be done. The names of what changes something are those of the audit.
@@ -80,6 +97,9 @@ const (
 	retirePepper = "pepper.retire"
 	readInFlight = "inflight.read"
 	endInFlight  = "inflight.end"
+	readAudit    = "audit.read"
+	removeAudit  = "audit.remove"
+	authenticate = "authenticate"
 )
 
 // may is the one place that says which role may do what.
@@ -87,7 +107,7 @@ var may = map[string][]Role{
 	readInstances:  {RoleOwner, RoleOperator, RoleAuditor},
 	putInstance:    {RoleOwner, RoleOperator},
 	deleteInstance: {RoleOwner},
-	readKeys:       {RoleOwner, RoleOperator, RoleAuditor, RoleUser},
+	readKeys:       {RoleOwner, RoleOperator, RoleAuditor, RoleUser}, // RoleUser: where owns says so
 	createKey:      {RoleOwner, RoleOperator, RoleUser},
 	updateKey:      {RoleOwner, RoleOperator, RoleUser},
 	rotateKey:      {RoleOwner, RoleOperator, RoleUser},
@@ -99,6 +119,7 @@ var may = map[string][]Role{
 	retirePepper:   {RoleOwner},
 	readInFlight:   {RoleOwner, RoleOperator, RoleAuditor},
 	endInFlight:    {RoleOwner, RoleOperator},
+	readAudit:      {RoleOwner, RoleAuditor},
 }
 
 // A ForbiddenError says that the caller may not do this, or not with this value.
@@ -156,8 +177,14 @@ func (e *RateError) Error() string {
 }
 
 func (c Caller) may(action string) error {
-	if !slices.Contains(may[action], c.Role) {
+	if c.Attempt != nil {
+		c.Attempt.Action = action
+	}
+	switch {
+	case !slices.Contains(may[action], c.Role):
 		return &ForbiddenError{Reason: fmt.Sprintf("the role %s has no right to %s", c.Role, action)}
+	case c.Role == RoleUser && c.UserPrincipalName == "":
+		return &ForbiddenError{Reason: "the role user needs a user principal name, and the caller has none"}
 	}
 	return nil
 }
@@ -165,6 +192,7 @@ func (c Caller) may(action string) error {
 // mayAll is for what concerns all instances: to a caller of one it does not exist.
 func (c Caller) mayAll(action string) error {
 	if c.InstanceID != "" {
+		c.foreign(action, "")
 		return apikey.ErrNotFound
 	}
 	return c.may(action)
@@ -175,9 +203,25 @@ func (c Caller) mayAll(action string) error {
 func (c Caller) mayIn(instanceID, action string) (string, error) {
 	id, err := apikey.CanonicalInstanceID(instanceID)
 	if err != nil || c.InstanceID != "" && id != c.InstanceID {
+		c.foreign(action, id)
 		return "", apikey.ErrNotFound
 	}
+	if c.Attempt != nil {
+		c.Attempt.InstanceID = id
+	}
 	return id, c.may(action)
+}
+
+// foreign notes an attempt at what does not exist for the caller.
+func (c Caller) foreign(action, instanceID string) {
+	if c.Attempt != nil {
+		*c.Attempt = Attempt{Action: action, InstanceID: instanceID, Foreign: c.InstanceID != ""}
+	}
+}
+
+// owns reports whether a key is the caller's to see and to change: to a user, its own alone.
+func (c Caller) owns(k *apikey.Key) bool {
+	return c.Role != RoleUser || k.Type == apikey.TypeUser && k.UserPrincipalName == c.UserPrincipalName
 }
 
 // event makes an audit event of the caller's. before and after are marshalled; nil where there is none.

@@ -474,15 +474,22 @@ func TestTokenMovesToTheNewPepper(t *testing.T) {
 
 func TestTokenInputRefused(t *testing.T) {
 	d := open(t)
-	for field, in := range map[string]admin.TokenInput{
-		"name":       {Role: admin.RoleOwner},
-		"role":       {Name: "n", Role: "user"},
-		"instanceId": {Name: "n", Role: admin.RoleOwner, InstanceID: "nobody"},
-		"expiresIn":  {Name: "n", Role: admin.RoleOwner, ExpiresIn: "never"},
+	for _, tt := range []struct {
+		field string
+		in    admin.TokenInput
+	}{
+		{"name", admin.TokenInput{Role: admin.RoleOwner}},
+		{"role", admin.TokenInput{Name: "n", Role: "users"}},
+		{"role", admin.TokenInput{Name: "n"}},
+		{"userPrincipalName", admin.TokenInput{Name: "n", Role: admin.RoleUser}},
+		{"userPrincipalName", admin.TokenInput{Name: "n", Role: admin.RoleUser, UserPrincipalName: "a b"}},
+		{"userPrincipalName", admin.TokenInput{Name: "n", Role: admin.RoleOwner, UserPrincipalName: "ann@example.com"}},
+		{"instanceId", admin.TokenInput{Name: "n", Role: admin.RoleOwner, InstanceID: "nobody"}},
+		{"expiresIn", admin.TokenInput{Name: "n", Role: admin.RoleOwner, ExpiresIn: "never"}},
 	} {
-		_, err := d.CreateToken(t.Context(), root, in)
-		if bad, ok := errors.AsType[*apikey.InvalidError](err); !ok || bad.Field != field {
-			t.Errorf("got %v, want an invalid %s", err, field)
+		_, err := d.CreateToken(t.Context(), root, tt.in)
+		if bad, ok := errors.AsType[*apikey.InvalidError](err); !ok || bad.Field != tt.field {
+			t.Errorf("%+v: got %v, want an invalid %s", tt.in, err, tt.field)
 		}
 	}
 }

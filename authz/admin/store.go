@@ -36,6 +36,14 @@ type Store interface {
 	// New under version Version; both find them until the earlier pepper is retired. Generations that no
 	// longer have Old are skipped. No mutation either.
 	Redigest(ctx context.Context, batch []Redigest) error
+	// TouchTokens is Touch for management tokens.
+	TouchTokens(ctx context.Context, uses []TokenUse) error
+	// SealAudit chains the events of a store from before there was a chain, and gives the segments whose MAC
+	// is right, and of an earlier pepper, one of the current pepper, so that the earlier one can be
+	// forgotten. No mutation either.
+	SealAudit(ctx context.Context) error
+	// ForgetReplays removes what KeepReplay kept and has run out at now. Backups are made without any of it.
+	ForgetReplays(ctx context.Context, now time.Time) error
 
 	// Register makes a replica known: from now on revocations wait for it. It is known until ttl after
 	// its last Register or Confirm, by the store's clock.
@@ -114,6 +122,15 @@ type Reader interface {
 	// Events lists audit events in the order in which they were written, at most limit, after the
 	// event with the given sequence number (0: from the first).
 	Events(ctx context.Context, after int64, limit int) ([]Event, error)
+	// FindEvents lists the audit events that a filter lets through, newest first (At, then Sequence, both
+	// falling), at most limit, from the given place on; the zero place is the beginning.
+	FindEvents(ctx context.Context, filter EventFilter, after EventPlace, limit int) ([]Event, error)
+	// AuditSegments lists the segments of the audit by number.
+	AuditSegments(ctx context.Context) ([]AuditSegment, error)
+
+	// Replay returns what a Tx kept under an id by KeepReplay, unless it has run out at now.
+	// Errors: apikey.ErrNotFound.
+	Replay(ctx context.Context, id ReplayID, now time.Time) (sealed []byte, err error)
 }
 
 // A Tx is a transaction. Its reads see its writes. Every write that touches a key or an instance is
@@ -168,8 +185,16 @@ type Tx interface {
 	// Mark sets a named mark that can be set once; first reports whether this call did.
 	Mark(ctx context.Context, name string) (first bool, err error)
 
-	// Audit writes an audit event. Its Sequence is given by the store and grows.
+	// Audit writes an audit event and puts it at the end of the chain: its Sequence, which grows by one,
+	// and its Link are given by AuditKeys.Extend. Before and After come back byte for byte.
 	Audit(ctx context.Context, e Event) error
+	// RemoveAuditSegment removes the events of a sealed segment. The segment stays.
+	// Errors: apikey.ErrNotFound if there is no such sealed segment, or its MAC is wrong.
+	RemoveAuditSegment(ctx context.Context, number int64, at time.Time) error
+
+	// KeepReplay keeps a sealed text under an id until it runs out.
+	// Errors: apikey.ErrConflict if there is one that has not run out at now.
+	KeepReplay(ctx context.Context, id ReplayID, sealed []byte, now, until time.Time) error
 }
 
 // A Replica is one keyward process that answers Checks from this store.
@@ -201,8 +226,11 @@ type Token struct {
 	Hint       string
 	CreatedAt  time.Time
 	CreatedBy  string
-	ExpiresAt  time.Time // zero: never
-	RevokedAt  time.Time // zero: not revoked
+	// UserPrincipalName is on whose behalf the holder acts: set for RoleUser, and only for that.
+	UserPrincipalName string
+	ExpiresAt         time.Time // zero: never
+	RevokedAt         time.Time // zero: not revoked
+	LastUsedAt        time.Time // up to a minute behind; zero: never
 	// Bootstrap marks the token that serve makes for itself on a new store.
 	Bootstrap bool
 }
@@ -225,9 +253,50 @@ type Event struct {
 	Actor      string    // e.g. "token:0192f0c1-…", "keyward serve"
 	RemoteAddr string    // where the call came from; "" for the process itself
 	Action     string    // e.g. "key.create"
+	Refused    string    // why nothing was done; "" if it was done
 	InstanceID string    // "" where no instance is concerned
 	Target     string    // id of what was changed
 	RequestID  string
 	Before     json.RawMessage // nil where there was nothing
 	After      json.RawMessage // nil where nothing is left
+	Link       Link            // SHA-256 over all of the above and the link of the event before
 }
+
+// An EventFilter says which audit events are wanted. What is zero does not matter.
+type EventFilter struct {
+	Actor, Action, InstanceID, Target string
+	From, To                          time.Time // both inclusive
+	Outcome                           Outcome
+}
+
+// An Outcome is how an attempt ended.
+type Outcome string
+
+// The outcomes.
+const (
+	OutcomeDone    Outcome = "done"
+	OutcomeRefused Outcome = "refused"
+)
+
+// Outcome is whether what the event tells of was done.
+func (e *Event) Outcome() Outcome {
+	if e.Refused != "" {
+		return OutcomeRefused
+	}
+	return OutcomeDone
+}
+
+// An EventPlace is a place in the order of [Reader.FindEvents].
+type EventPlace struct {
+	At       time.Time
+	Sequence int64
+}
+
+// A TokenUse is a use of a management token.
+type TokenUse struct {
+	ID apikey.ID
+	At time.Time
+}
+
+// A ReplayID is how the answer to a request with an Idempotency-Key is found again.
+type ReplayID [32]byte

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 
 	"keyward/authz/apikey"
@@ -13,9 +14,11 @@ import (
 // A TokenInput is what a new management token is to be.
 type TokenInput struct {
 	Name       string `json:"name" minLength:"1" maxLength:"128" doc:"1 to 128 printable characters."`
-	Role       Role   `json:"role" enum:"owner,operator,auditor"`
+	Role       Role   `json:"role" enum:"owner,operator,auditor,user"`
 	InstanceID string `json:"instanceId,omitempty" doc:"Absent: all instances."`
 	ExpiresIn  string `json:"expiresIn,omitempty" doc:"A duration such as 90d, at most 365d. Absent: never."`
+	// UserPrincipalName is whose keys the holder sees and makes.
+	UserPrincipalName string `json:"userPrincipalName,omitempty" minLength:"1" maxLength:"256" doc:"Needed for the role user, refused for others: whose keys its holder sees and makes."`
 }
 
 // A CreatedToken is a new token with its secret, which is nowhere else.
@@ -131,10 +134,14 @@ func endToken(ctx context.Context, tx Tx, caller Caller, t *Token) error {
 // ErrUnauthenticated: no token, none of ours, or one that is over. Which of them is nobody's business.
 var ErrUnauthenticated = errors.New("not a valid management token")
 
-// Authenticate returns the holder of a management token as a caller, without its RemoteAddr and
-// RequestID. Errors: [ErrUnauthenticated]; anything else is an outage.
+// Authenticate returns the holder of a management token, or of a token of an OIDC issuer, as a caller,
+// without its RemoteAddr and RequestID. Errors: [ErrUnauthenticated]; *ForbiddenError for who is known to
+// an issuer and has no role here, with the caller's Name; anything else is an outage.
 func (s *Service) Authenticate(ctx context.Context, secret apikey.Secret) (Caller, error) {
 	sent := secret.Reveal()
+	if s.cfg.OIDC != nil && isJWT(sent) {
+		return s.cfg.OIDC.authenticate(ctx, sent)
+	}
 	// Shape and checksum first: garbage costs no hash and no look-up.
 	if kind, err := s.cfg.Format.Check(sent); err != nil || kind != apikey.KindManagement {
 		return Caller{}, ErrUnauthenticated
@@ -162,7 +169,48 @@ func (s *Service) Authenticate(ctx context.Context, secret apikey.Secret) (Calle
 			s.log.Warn("cannot give a management token its new digest", slog.String("token", t.ID.String()), slog.Any("error", err))
 		}
 	}
-	return Caller{Name: "token:" + t.ID.String(), Role: t.Role, InstanceID: t.InstanceID}, nil
+	s.uses.note(t.ID, time.Now())
+	return Caller{Name: "token:" + t.ID.String(), Role: t.Role, InstanceID: t.InstanceID, UserPrincipalName: t.UserPrincipalName}, nil
+}
+
+// tokenUses remembers when tokens were last used until that is written. Safe for concurrent use; the zero
+// value works. It holds no more than there are tokens.
+type tokenUses struct {
+	mu   sync.Mutex
+	last map[apikey.ID]time.Time
+}
+
+func (u *tokenUses) note(id apikey.ID, at time.Time) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.last == nil {
+		u.last = map[apikey.ID]time.Time{}
+	}
+	if at.After(u.last[id]) {
+		u.last[id] = at
+	}
+}
+
+// writeUses writes when tokens were last used: no event, no revision.
+func (s *Service) writeUses(ctx context.Context) error {
+	s.uses.mu.Lock()
+	pending := s.uses.last
+	s.uses.last = nil
+	s.uses.mu.Unlock()
+	if len(pending) == 0 {
+		return nil
+	}
+	uses := make([]TokenUse, 0, len(pending))
+	for id, at := range pending {
+		uses = append(uses, TokenUse{id, at})
+	}
+	err := s.store.TouchTokens(ctx, uses)
+	if err != nil {
+		for _, use := range uses {
+			s.uses.note(use.ID, use.At)
+		}
+	}
+	return err
 }
 
 // statusAt is active, revoked or expired. Like a key, a token is valid while now ≤ expiry.
@@ -180,22 +228,25 @@ func (t *Token) statusAt(now time.Time) string {
 type TokenRecord struct {
 	ID         apikey.ID `json:"id" format:"uuid"`
 	Name       string    `json:"name"`
-	Role       Role      `json:"role" enum:"owner,operator,auditor"`
+	Role       Role      `json:"role" enum:"owner,operator,auditor,user"`
 	InstanceID string    `json:"instanceId,omitempty" doc:"Absent: all instances."`
-	Status     string    `json:"status" enum:"active,revoked,expired"`
-	Hint       string    `json:"hint" doc:"Prefix and last four characters."`
-	CreatedAt  time.Time `json:"createdAt"`
-	CreatedBy  string    `json:"createdBy"`
-	ExpiresAt  time.Time `json:"expiresAt,omitzero" doc:"Absent: never."`
-	RevokedAt  time.Time `json:"revokedAt,omitzero"`
-	Bootstrap  bool      `json:"bootstrap,omitempty" doc:"The server made it for itself on a new store."`
+	// UserPrincipalName is whose keys its holder sees and makes.
+	UserPrincipalName string    `json:"userPrincipalName,omitempty" doc:"Set for the role user only."`
+	Status            string    `json:"status" enum:"active,revoked,expired"`
+	Hint              string    `json:"hint" doc:"Prefix and last four characters."`
+	CreatedAt         time.Time `json:"createdAt"`
+	CreatedBy         string    `json:"createdBy"`
+	ExpiresAt         time.Time `json:"expiresAt,omitzero" doc:"Absent: never."`
+	RevokedAt         time.Time `json:"revokedAt,omitzero"`
+	LastUsedAt        time.Time `json:"lastUsedAt,omitzero" doc:"Up to a minute behind."`
+	Bootstrap         bool      `json:"bootstrap,omitempty" doc:"The server made it for itself on a new store."`
 }
 
 // TokenRecordOf returns t as people read it at a time.
 func TokenRecordOf(t *Token, at time.Time) TokenRecord {
 	return TokenRecord{
 		ID: t.ID, Name: t.Name, Role: t.Role, InstanceID: t.InstanceID, Status: t.statusAt(at), Hint: t.Hint,
-		CreatedAt: t.CreatedAt.UTC(), CreatedBy: t.CreatedBy,
+		CreatedAt: t.CreatedAt.UTC(), CreatedBy: t.CreatedBy, UserPrincipalName: t.UserPrincipalName, LastUsedAt: t.LastUsedAt.UTC(),
 		ExpiresAt: t.ExpiresAt.UTC(), RevokedAt: t.RevokedAt.UTC(), Bootstrap: t.Bootstrap,
 	}
 }

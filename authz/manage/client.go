@@ -169,6 +169,9 @@ func send[T any](ctx context.Context, c *Client, method, path string, query url.
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
+	if once, ok := ctx.Value(onceKey{}).(string); ok && method == http.MethodPost {
+		req.Header.Set(onceHeader, once)
+	}
 	req.Header.Set("Authorization", "Bearer "+c.token.Reveal())
 	resp, err := c.http.Do(req)
 	if err != nil {

@@ -21,21 +21,30 @@ const maxBody = 1 << 20
 // readBody reads the JSON body of a request into a value. Errors: errMediaType, errTooLarge,
 // *apikey.InvalidError.
 func readBody(w http.ResponseWriter, r *http.Request, into any) error {
+	data, err := readData(w, r)
+	if err != nil {
+		return err
+	}
+	return decode(data, into)
+}
+
+// readData reads the body of a request as it is.
+func readData(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || kind != "application/json" || r.Header.Get("Content-Encoding") != "" {
-		return errMediaType
+		return nil, errMediaType
 	}
 	if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
-		return errMediaType
+		return nil, errMediaType
 	}
 	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
-		return errTooLarge
+		return nil, errTooLarge
 	}
 	if err != nil {
-		return apikey.Invalid("", "the body did not arrive in full")
+		return nil, apikey.Invalid("", "the body did not arrive in full")
 	}
-	return decode(data, into)
+	return data, nil
 }
 
 // decode reads one JSON document, strictly: UTF-8 without a byte order mark, nothing after it, every

@@ -11,26 +11,59 @@ import (
 	"keyward/authz/apikey"
 )
 
-// The codes of errors. They are part of the API: none changes its meaning, new ones may come.
+// The codes of errors. They are part of the API: none changes its meaning, new ones may come. [Codes] says
+// what each means.
 const (
-	CodeInvalidRequest       = "InvalidRequest"       // 400: target names the field or parameter
-	CodeUnauthorized         = "Unauthorized"         // 401: no management token, or none that works
-	CodeForbidden            = "Forbidden"            // 403: the role, or a value that the policy does not allow
-	CodeNotFound             = "NotFound"             // 404: no such thing, or not the caller's to see
-	CodeMethodNotAllowed     = "MethodNotAllowed"     // 405: Allow lists those that are
-	CodeConflict             = "Conflict"             // 409: another change got there first
-	CodeInstanceInUse        = "InstanceInUse"        // 409: it has usable keys
-	CodePepperInUse          = "PepperInUse"          // retiring a pepper that something needs
-	CodeQuotaExceeded        = "QuotaExceeded"        // 409: the policy allows no more keys
-	CodeKeyState             = "KeyState"             // 409: not with a key as this one is
-	CodeConfirmationNeeded   = "ConfirmationNeeded"   // 409: repeat it with the count that the message tells
-	CodePreconditionFailed   = "PreconditionFailed"   // 412: it has changed since it was read
-	CodeTooManyRequests      = "TooManyRequests"      // 429: Retry-After says when to come again
-	CodePayloadTooLarge      = "PayloadTooLarge"      // 413: more than 1 MiB
-	CodeUnsupportedMediaType = "UnsupportedMediaType" // 415: not application/json in UTF-8
-	CodeInternalError        = "InternalError"        // 500: a bug; the log knows it by the request id
-	CodeServiceUnavailable   = "ServiceUnavailable"   // 503: the store is away; Retry-After says when to come again
+	CodeInvalidRequest        = "InvalidRequest"
+	CodeUnauthorized          = "Unauthorized"
+	CodeForbidden             = "Forbidden"
+	CodeNotFound              = "NotFound"
+	CodeMethodNotAllowed      = "MethodNotAllowed"
+	CodeConflict              = "Conflict"
+	CodeInstanceInUse         = "InstanceInUse"
+	CodePepperInUse           = "PepperInUse"
+	CodeQuotaExceeded         = "QuotaExceeded"
+	CodeKeyState              = "KeyState"
+	CodeConfirmationNeeded    = "ConfirmationNeeded"
+	CodeIdempotencyResultGone = "IdempotencyResultGone"
+	CodePreconditionFailed    = "PreconditionFailed"
+	CodePayloadTooLarge       = "PayloadTooLarge"
+	CodeUnsupportedMediaType  = "UnsupportedMediaType"
+	CodeIdempotencyKeyReused  = "IdempotencyKeyReused"
+	CodeTooManyRequests       = "TooManyRequests"
+	CodeInternalError         = "InternalError"
+	CodeServiceUnavailable    = "ServiceUnavailable"
 )
+
+// A CodeMeaning says what a code of an error means.
+type CodeMeaning struct {
+	Code    string
+	Status  int // of HTTP
+	Meaning string
+}
+
+// Codes lists every code of an error, by status. docs/error-codes.md is made of it.
+var Codes = []CodeMeaning{
+	{CodeInvalidRequest, http.StatusBadRequest, "The request cannot be accepted as it is. `target` names the field or parameter; `details` lists all that is wrong."},
+	{CodeUnauthorized, http.StatusUnauthorized, "There is no management token, or none that works."},
+	{CodeForbidden, http.StatusForbidden, "The caller's role does not allow it, or the instance's policy does not allow the value that `target` names."},
+	{CodeNotFound, http.StatusNotFound, "There is no such thing, or it is not the caller's to see."},
+	{CodeMethodNotAllowed, http.StatusMethodNotAllowed, "There is something at this address, but it does not take the method; the header `Allow` lists those that it takes."},
+	{CodeConflict, http.StatusConflict, "Another change got there first. Look how things are now, and try again."},
+	{CodeInstanceInUse, http.StatusConflict, "The instance has usable keys: revoke them, or delete it with `revokeKeys=true`."},
+	{CodePepperInUse, http.StatusConflict, "The pepper is the newest, or something can only be found with it."},
+	{CodeQuotaExceeded, http.StatusConflict, "The instance's policy allows no more keys: the message names the cap, its size and how many are used."},
+	{CodeKeyState, http.StatusConflict, "Not with a key as this one is, such as a revoked one: the message says what is in the way."},
+	{CodeConfirmationNeeded, http.StatusConflict, "It would revoke many keys, or keys that are in use. Repeat it with the count that the message tells."},
+	{CodeIdempotencyResultGone, http.StatusConflict, "What the first request with this `Idempotency-Key` made is revoked, has ended or is gone. Send a new request with a new key."},
+	{CodePreconditionFailed, http.StatusPreconditionFailed, "It has changed since it was read. Read it again, and decide anew."},
+	{CodePayloadTooLarge, http.StatusRequestEntityTooLarge, "The body has more than 1 MiB."},
+	{CodeUnsupportedMediaType, http.StatusUnsupportedMediaType, "The body is not `application/json` in UTF-8, or is compressed."},
+	{CodeIdempotencyKeyReused, http.StatusUnprocessableEntity, "The `Idempotency-Key` was used with another body within the last ten minutes."},
+	{CodeTooManyRequests, http.StatusTooManyRequests, "As many keys as the instance's policy allows were made within the last hour. `Retry-After` says when the next one may be."},
+	{CodeInternalError, http.StatusInternalServerError, "A bug. The server's log knows the request by the id in `X-Request-Id`."},
+	{CodeServiceUnavailable, http.StatusServiceUnavailable, "It cannot be decided or done now, because the store or an OIDC issuer does not answer. `Retry-After` says when to come again."},
+}
 
 // An Error is the API's answer where it is not a success, as the client returns it.
 type Error struct {
@@ -136,6 +169,10 @@ func statusOf(err error) *failure {
 		return fail(http.StatusRequestEntityTooLarge, CodePayloadTooLarge, errTooLarge.Error())
 	case errors.Is(err, errMediaType):
 		return fail(http.StatusUnsupportedMediaType, CodeUnsupportedMediaType, errMediaType.Error())
+	case errors.Is(err, admin.ErrReplayBody):
+		return fail(http.StatusUnprocessableEntity, CodeIdempotencyKeyReused, "the Idempotency-Key was used with another body: take a new one")
+	case errors.Is(err, admin.ErrReplayGone):
+		return fail(http.StatusConflict, CodeIdempotencyResultGone, "what the first request with this Idempotency-Key made does not work any more: take a new one")
 	case errors.Is(err, admin.ErrUnauthenticated):
 		return fail(http.StatusUnauthorized, CodeUnauthorized, "a management token is needed: Authorization: Bearer <token>")
 	case errors.Is(err, apikey.ErrNotFound):
@@ -147,7 +184,7 @@ func statusOf(err error) *failure {
 	case errors.Is(err, apikey.ErrConflict):
 		return fail(http.StatusConflict, CodeConflict, "another change got there first: look, and try again")
 	case errors.Is(err, apikey.ErrUndecided):
-		f := fail(http.StatusServiceUnavailable, CodeServiceUnavailable, "the store does not answer now: try again")
+		f := fail(http.StatusServiceUnavailable, CodeServiceUnavailable, "it cannot be decided or done now: try again")
 		retry := time.Second
 		if busy, ok := errors.AsType[*apikey.BusyError](err); ok {
 			retry = max(retry, busy.RetryAfter)

@@ -54,7 +54,7 @@ func New(svc *admin.Service, cfg Config) http.Handler {
 			Components: &huma.Components{
 				Schemas: huma.NewMapRegistry("#/components/schemas/", huma.DefaultSchemaNamer),
 				SecuritySchemes: map[string]*huma.SecurityScheme{
-					"token": {Type: "http", Scheme: "bearer", Description: "A management token, kwm_…"},
+					"token": {Type: "http", Scheme: "bearer", Description: "A management token, kwm_…, or a JWT of a configured OIDC issuer"},
 				},
 			},
 			Security: []map[string][]string{{"token": {}}},
@@ -104,14 +104,23 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	caller := admin.Caller{RequestID: id}
 	if r.URL.Path != documentPath {
 		var err error
-		if caller, err = h.authenticate(r); err != nil {
-			h.refuse(answer, r, id, statusOf(err))
-			return
-		}
-		caller.RequestID = id
-		caller.RemoteAddr = r.RemoteAddr
+		caller, err = h.authenticate(r)
+		caller.RequestID, caller.RemoteAddr = id, r.RemoteAddr
 		if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
 			caller.RemoteAddr = host
+		}
+		caller.Attempt = new(admin.Attempt)
+		if err != nil {
+			f := statusOf(err)
+			switch f.status {
+			case http.StatusUnauthorized:
+				h.svc.Unauthenticated(caller.RemoteAddr)
+			case http.StatusForbidden: // an identity that is good, and has no role
+				caller.Attempt.Action = "authenticate"
+				h.svc.Refused(r.Context(), caller, "", f.ErrorBody.Error.Code)
+			}
+			h.refuse(answer, r, id, f)
+			return
 		}
 	}
 	// ServeMux would redirect a path that is not clean; there is nothing at such a path.
@@ -204,13 +213,8 @@ func (h *handler) panicked(w *answer, r *http.Request, id string, v any) {
 // requestID is the client's own if it can be repeated safely, otherwise a new one.
 func (h *handler) requestID(r *http.Request) string {
 	sent := r.Header.Values("X-Request-Id")
-	if len(sent) != 1 || sent[0] == "" || len(sent[0]) > 128 {
+	if len(sent) != 1 || !printable(sent[0], 128) {
 		return uuid.NewString()
-	}
-	for i := range len(sent[0]) {
-		if c := sent[0][i]; c <= ' ' || c > '~' {
-			return uuid.NewString()
-		}
 	}
 	if _, ours := h.cfg.Format.Owns(sent[0]); ours {
 		return uuid.NewString()

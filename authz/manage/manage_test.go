@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -46,7 +47,9 @@ type desk struct {
 
 func open(t *testing.T) *desk {
 	t.Helper()
-	store, err := sqlite.Open(context.Background(), sqlite.Config{Path: filepath.Join(t.TempDir(), "keyward.db")})
+	store, err := sqlite.Open(context.Background(), sqlite.Config{
+		Path: filepath.Join(t.TempDir(), "keyward.db"), Audit: admin.NewAuditKeys(apikey.Peppers{Current: pepper}),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -169,22 +172,28 @@ var sweep = []struct {
 	method, target, body       string
 	owner, operator, auditor   int // statuses for a token of all instances
 	ownOwner, ownOper, ownAudi int // and for one of instance a
+	user, ownUser              int // and for both kinds of a user's token; {key} is not the user's
 }{
-	{"GET", "/instances", "", 200, 200, 200, 200, 200, 200},
-	{"PUT", "/instances/a", `{"policy":{}}`, 200, 200, 403, 200, 200, 403},
-	{"GET", "/instances/a", "", 200, 200, 200, 200, 200, 200},
-	{"DELETE", "/instances/a?revokeKeys=true", "", 200, 403, 403, 200, 403, 403},
-	{"GET", "/instances/a/apiKeys", "", 200, 200, 200, 200, 200, 200},
-	{"POST", "/instances/a/apiKeys", `{"name":"n"}`, 201, 201, 403, 201, 201, 403},
-	{"GET", "/instances/a/apiKeys/{key}", "", 200, 200, 200, 200, 200, 200},
-	{"DELETE", "/instances/a/apiKeys/{key}", "", 200, 200, 403, 200, 200, 403},
-	{"GET", "/instances/a/inFlight", "", 200, 200, 200, 200, 200, 200},
-	{"DELETE", "/instances/a/inFlight/none", "", 404, 404, 403, 404, 404, 403},
-	{"GET", "/tokens", "", 200, 403, 200, 200, 403, 200},
-	{"POST", "/tokens", `{"name":"n","role":"auditor","instanceId":"a"}`, 201, 403, 403, 201, 403, 403},
-	{"DELETE", "/tokens/{token}", "", 200, 403, 403, 200, 403, 403},
-	{"GET", "/peppers", "", 200, 403, 200, 404, 404, 404},
-	{"DELETE", "/peppers/1", "", 409, 403, 403, 404, 404, 404},
+	{"GET", "/instances", "", 200, 200, 200, 200, 200, 200, 403, 403},
+	{"PUT", "/instances/a", `{"policy":{}}`, 200, 200, 403, 200, 200, 403, 403, 403},
+	{"GET", "/instances/a", "", 200, 200, 200, 200, 200, 200, 403, 403},
+	{"DELETE", "/instances/a?revokeKeys=true", "", 200, 403, 403, 200, 403, 403, 403, 403},
+	{"GET", "/instances/a/apiKeys", "", 200, 200, 200, 200, 200, 200, 200, 200},
+	{"POST", "/instances/a/apiKeys", `{"name":"n"}`, 201, 201, 403, 201, 201, 403, 201, 201},
+	{"GET", "/instances/a/apiKeys/{key}", "", 200, 200, 200, 200, 200, 200, 404, 404},
+	{"DELETE", "/instances/a/apiKeys/{key}", "", 200, 200, 403, 200, 200, 403, 404, 404},
+	{"GET", "/instances/a/inFlight", "", 200, 200, 200, 200, 200, 200, 403, 403},
+	{"DELETE", "/instances/a/inFlight/none", "", 404, 404, 403, 404, 404, 403, 403, 403},
+	{"GET", "/tokens", "", 200, 403, 200, 200, 403, 200, 403, 403},
+	{"POST", "/tokens", `{"name":"n","role":"auditor","instanceId":"a"}`, 201, 403, 403, 201, 403, 403, 403, 403},
+	{"DELETE", "/tokens/{token}", "", 200, 403, 403, 200, 403, 403, 403, 403},
+	{"GET", "/peppers", "", 200, 403, 200, 404, 404, 404, 403, 404},
+	{"DELETE", "/peppers/1", "", 409, 403, 403, 404, 404, 404, 403, 404},
+	{"GET", "/instances/a/auditEvents", "", 200, 403, 200, 200, 403, 200, 403, 403},
+	{"GET", "/auditEvents", "", 200, 403, 200, 404, 404, 404, 403, 404},
+	{"GET", "/audit/chain", "", 200, 403, 200, 404, 404, 404, 403, 404},
+	{"GET", "/audit/head", "", 200, 403, 200, 404, 404, 404, 403, 404},
+	{"GET", "/audit/verify", "", 200, 403, 200, 404, 404, 404, 403, 404},
 }
 
 func TestEveryRouteWantsAToken(t *testing.T) {
@@ -251,6 +260,15 @@ func ids(target string, key admin.CreatedKey, token admin.CreatedToken) string {
 	return strings.NewReplacer("{key}", key.Key.ID.String(), "{token}", token.Token.ID.String()).Replace(target)
 }
 
+// tokenFor describes a token of a role; that of a user is ann's.
+func tokenFor(role admin.Role, instance string) admin.TokenInput {
+	in := admin.TokenInput{Name: "n", Role: role, InstanceID: instance}
+	if role == admin.RoleUser {
+		in.UserPrincipalName = "ann@example.com"
+	}
+	return in
+}
+
 func TestRolesOnEveryRoute(t *testing.T) {
 	d := open(t)
 	for _, route := range sweep {
@@ -261,9 +279,10 @@ func TestRolesOnEveryRoute(t *testing.T) {
 		}{
 			{admin.RoleOwner, "", route.owner}, {admin.RoleOperator, "", route.operator}, {admin.RoleAuditor, "", route.auditor},
 			{admin.RoleOwner, "a", route.ownOwner}, {admin.RoleOperator, "a", route.ownOper}, {admin.RoleAuditor, "a", route.ownAudi},
+			{admin.RoleUser, "", route.user}, {admin.RoleUser, "a", route.ownUser},
 		} {
 			d.instance(t, "a")
-			caller := d.token(t, admin.TokenInput{Name: "n", Role: who.role, InstanceID: who.instance})
+			caller := d.token(t, tokenFor(who.role, who.instance))
 			target := ids(route.target, d.key(t, "a"), d.token(t, admin.TokenInput{Name: "n", Role: admin.RoleAuditor, InstanceID: "a"}))
 			w := d.send(caller.Secret, route.method, target, route.body)
 			if w.Code != who.want {
@@ -284,8 +303,8 @@ func TestTenantsCannotSeeEachOther(t *testing.T) {
 	foreign, own := d.key(t, "a"), d.key(t, "b")
 	foreignToken := d.token(t, admin.TokenInput{Name: "n", Role: admin.RoleAuditor, InstanceID: "a"})
 	const nobody = "0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f"
-	for _, role := range []admin.Role{admin.RoleOwner, admin.RoleOperator, admin.RoleAuditor} {
-		caller := d.token(t, admin.TokenInput{Name: "n", Role: role, InstanceID: "b"})
+	for _, role := range []admin.Role{admin.RoleOwner, admin.RoleOperator, admin.RoleAuditor, admin.RoleUser} {
+		caller := d.token(t, tokenFor(role, "b"))
 		for _, route := range sweep {
 			if !strings.Contains(route.target, "/a") && !strings.Contains(route.target, "{token}") {
 				continue
@@ -303,6 +322,9 @@ func TestTenantsCannotSeeEachOther(t *testing.T) {
 		// Another's key under one's own instance.
 		w := d.send(caller.Secret, "GET", "/instances/b/apiKeys/"+foreign.Key.ID.String(), "")
 		wantError(t, w, 404, CodeNotFound, "")
+		if role == admin.RoleUser {
+			continue // who sees no list but that of its own keys
+		}
 		// Lists.
 		page := read[list[admin.KeyRecord]](t, d.send(caller.Secret, "GET", "/instances/b/apiKeys", ""), 200)
 		if len(page.Value) != 1 || page.Value[0].ID != own.Key.ID {
@@ -923,12 +945,27 @@ func TestOpenAPIDocument(t *testing.T) {
 	if !strings.HasPrefix(doc.OpenAPI, "3.1") {
 		t.Errorf("version %q", doc.OpenAPI)
 	}
-	operations := 0
-	for _, item := range doc.Paths {
-		operations += len(item)
+	swept := map[string]bool{}
+	for path, item := range doc.Paths {
+		pattern := regexp.MustCompile(`^` + regexp.MustCompile(`\{[^/]+?\}`).ReplaceAllString(path, `[^/]+`) + `$`)
+		for method := range item {
+			found := false
+			for _, route := range sweep {
+				target, _, _ := strings.Cut(route.target, "?")
+				if strings.EqualFold(route.method, method) && pattern.MatchString(target) {
+					found = true
+					swept[route.method+route.target] = true
+				}
+			}
+			if !found {
+				t.Errorf("%s %s is not in the sweep: say there what each role is answered", method, path)
+			}
+		}
 	}
-	if operations != len(sweep) {
-		t.Errorf("%d operations, want %d: does the sweep know all?", operations, len(sweep))
+	for _, route := range sweep {
+		if !swept[route.method+route.target] {
+			t.Errorf("%s %s is in the sweep, but there is no such operation", route.method, route.target)
+		}
 	}
 	for _, part := range strings.Split(w.Body.String(), `"#/components/schemas/`)[1:] {
 		name, _, _ := strings.Cut(part, `"`)

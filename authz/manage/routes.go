@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"reflect"
+	"slices"
 	"strconv"
 	"time"
 
@@ -48,12 +49,28 @@ type (
 // Parameters that are documented as what they are, but arrive as text: if huma read them, its errors
 // would repeat them.
 type (
-	number string
-	yesNo  string
+	number      string // from 1
+	wholeNumber string // from 0
+	yesNo       string
 )
 
 func (number) Schema(huma.Registry) *huma.Schema {
 	return &huma.Schema{Type: huma.TypeInteger, Minimum: new(1.0)}
+}
+
+func (wholeNumber) Schema(huma.Registry) *huma.Schema {
+	return &huma.Schema{Type: huma.TypeInteger, Minimum: new(0.0)}
+}
+
+func (n wholeNumber) value(name string) (int64, error) {
+	if n == "" {
+		return 0, nil
+	}
+	v, err := strconv.ParseUint(string(n), 10, 63)
+	if err != nil {
+		return 0, apikey.Invalid(name, "must be a whole number from 0")
+	}
+	return int64(v), nil
 }
 
 func (yesNo) Schema(huma.Registry) *huma.Schema { return &huma.Schema{Type: huma.TypeBoolean} }
@@ -62,6 +79,7 @@ func (yesNo) Schema(huma.Registry) *huma.Schema { return &huma.Schema{Type: huma
 type out[T any] struct {
 	Status   int
 	Location string `header:"Location"`
+	Replayed string `header:"Idempotent-Replayed"` // "true", or absent
 	Body     T
 }
 
@@ -88,6 +106,11 @@ func (h *handler) routes(api huma.API) {
 		inFlight  = instance + "/inFlight"
 		lease     = inFlight + "/{leaseId}"
 	)
+	route(h, api, http.MethodGet, instance+"/auditEvents", "listAuditEvents", "List the audit events of an instance, newest first", nil, h.listEvents)
+	route(h, api, http.MethodGet, "/auditEvents", "listAllAuditEvents", "List the audit events of all instances, newest first", nil, h.listAllEvents)
+	route(h, api, http.MethodGet, "/audit/chain", "getAuditChain", "List the audit events of all instances in the order of their chain, to keep a copy", nil, h.auditChain)
+	route(h, api, http.MethodGet, "/audit/head", "getAuditHead", "Get the end of the audit's chain, to keep it elsewhere", nil, h.auditHead)
+	route(h, api, http.MethodGet, "/audit/verify", "verifyAudit", "Follow the audit's chain from its beginning, and report what is wrong with it", nil, h.auditVerify)
 	route(h, api, http.MethodGet, instances, "listInstances", "List instances", nil, h.listInstances)
 	route(h, api, http.MethodPut, instance, "putInstance", "Create an instance or replace its policy", InstanceInput{}, h.putInstance, 201, 202)
 	route(h, api, http.MethodGet, instance, "getInstance", "Get an instance", nil, h.getInstance)
@@ -124,17 +147,27 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 			Content:     map[string]*huma.MediaType{"application/json": {Schema: schemas.Schema(reflect.TypeFor[ErrorBody](), true, "")}},
 		}},
 	}
+	op.Parameters = append(op.Parameters, versionParameter)
+	if onceOperations[id] {
+		op.Parameters = append(op.Parameters, onceParameter)
+	}
 	params := queryParams(reflect.TypeFor[I]())
 	huma.Register(api, op, func(ctx context.Context, in *I) (*out[T], error) {
 		c := ctx.Value(callKey{}).(*call)
 		var answer *out[T]
 		err := checkQuery(c.r.URL.RawQuery, params)
 		if err == nil {
+			err = refuseOnce(&op, c.r)
+		}
+		if err == nil {
 			answer, err = do(ctx, c, in)
 		}
 		if err != nil {
 			f := statusOf(err)
 			h.logCause(c.r, c.RequestID, f)
+			if slices.Contains(refusals, f.status) {
+				h.svc.Refused(ctx, c.Caller, c.target(), f.ErrorBody.Error.Code)
+			}
 			return nil, f
 		}
 		return answer, nil
@@ -160,9 +193,34 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 	}
 }
 
+// refusals are the statuses of what was understood and not done.
+var refusals = []int{
+	http.StatusForbidden, http.StatusNotFound, http.StatusConflict, http.StatusPreconditionFailed, http.StatusUnprocessableEntity, http.StatusTooManyRequests,
+}
+
+// target is the id of what a request is about, for the audit; "" where the path has none, or something
+// else in its place, which may be a secret.
+func (c *call) target() string {
+	for _, name := range []string{"keyId", "tokenId"} {
+		if id, err := apikey.ParseID(c.r.PathValue(name)); err == nil {
+			return id.String()
+		}
+	}
+	return ""
+}
+
+// apiVersion is the one version of the API that there is. A client may name it, so that a later server
+// that has others can tell what it means.
+const apiVersion = "2026-11-01"
+
+var versionParameter = &huma.Param{
+	Name: "api-version", In: "query", Description: "The version of the API; absent: the newest.",
+	Schema: &huma.Schema{Type: huma.TypeString, Enum: []any{apiVersion}},
+}
+
 // queryParams are the names of the query parameters of an input.
 func queryParams(input reflect.Type) map[string]bool {
-	names := map[string]bool{}
+	names := map[string]bool{versionParameter.Name: true}
 	for field := range input.Fields() {
 		if name := field.Tag.Get("query"); name != "" {
 			names[name] = true
@@ -185,6 +243,8 @@ func checkQuery(raw string, known map[string]bool) error {
 			return apikey.Invalid("", "the query has an unknown parameter")
 		case len(values) > 1:
 			return apikey.Invalid(name, "is given twice")
+		case name == versionParameter.Name && values[0] != apiVersion:
+			return apikey.Invalid(name, "must be "+apiVersion+", or absent")
 		}
 	}
 	return nil
@@ -251,13 +311,9 @@ const (
 )
 
 func (h *handler) listKeys(ctx context.Context, c *call, in *keyList) (*out[list[admin.KeyRecord]], error) {
-	size := usualPage
-	if in.MaxPageSize != "" {
-		n, err := strconv.ParseUint(string(in.MaxPageSize), 10, 31)
-		if err != nil || n == 0 {
-			return nil, apikey.Invalid("maxpagesize", "must be a number from 1")
-		}
-		size = min(int(n), maxPage)
+	size, err := pageSizeOf(in.MaxPageSize)
+	if err != nil {
+		return nil, err
 	}
 	// The cursor holds for the instance, however its id is spelled.
 	id, err := apikey.CanonicalInstanceID(in.InstanceID)
@@ -287,7 +343,10 @@ func (h *handler) listKeys(ctx context.Context, c *call, in *keyList) (*out[list
 }
 
 // nextLink is the request's own address with another cursor.
-func nextLink(r *http.Request, cursor string) string {
+func nextLink(r *http.Request, cursor string) string { return nextLinkWith(r, "cursor", cursor) }
+
+// nextLinkWith is the same with another value of a parameter.
+func nextLinkWith(r *http.Request, name, value string) string {
 	u := *r.URL
 	if r.Host != "" {
 		u.Scheme, u.Host = "http", r.Host
@@ -296,22 +355,27 @@ func nextLink(r *http.Request, cursor string) string {
 		}
 	}
 	query := u.Query()
-	query.Set("cursor", cursor)
+	query.Set(name, value)
 	u.RawQuery = query.Encode()
 	return u.String()
 }
 
 func (h *handler) createKey(ctx context.Context, c *call, in *atInstance) (*out[createdKey], error) {
 	var body admin.KeyInput
-	if err := readBody(c.w, c.r, &body); err != nil {
+	if err := c.readOnce(&body); err != nil {
 		return nil, err
 	}
 	made, err := h.svc.CreateKey(ctx, c.Caller, in.InstanceID, body)
 	if err != nil {
 		return nil, err
 	}
+	replayed := ""
+	if made.Replayed {
+		replayed = "true"
+	}
 	return &out[createdKey]{
 		Status:   http.StatusCreated,
+		Replayed: replayed,
 		Location: "/instances/" + made.Key.InstanceID + "/apiKeys/" + made.Key.ID.String(),
 		Body:     createdKey{admin.RecordOf(made.Key, time.Now()), made.Secret.Reveal()},
 	}, nil

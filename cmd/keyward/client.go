@@ -27,6 +27,7 @@ import (
 const (
 	defaultServer = "http://127.0.0.1:9192"
 	callTimeout   = time.Minute
+	longTimeout   = 24 * time.Hour // of what takes as long as there is data
 )
 
 // clientFlags are those of every command that asks a server to do something.
@@ -58,7 +59,11 @@ func wrapUsage(err error) error {
 
 // withClient gives fn a client, of a server or of the store itself.
 func (a *app) withClient(ctx context.Context, fn func(ctx context.Context, c *manage.Client) error) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	patience := callTimeout
+	if a.long {
+		patience = longTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	if a.offline {
 		return a.withStore(ctx, fn)
@@ -118,7 +123,7 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 	if err != nil {
 		return err
 	}
-	store, err := sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path})
+	store, err := sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path, Audit: admin.NewAuditKeys(peppers)})
 	if err != nil {
 		return err
 	}

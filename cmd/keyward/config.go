@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"keyward/authz"
+	"keyward/authz/admin"
 	"keyward/authz/apikey"
 	"keyward/cache"
 	"keyward/envoy/check"
@@ -32,6 +33,8 @@ type Config struct {
 	Concurrency     Concurrency     `yaml:"concurrency"`
 	Errors          string          `yaml:"errors"` // rpc | error_response
 	Envoy           EnvoyFacts      `yaml:"envoy"`
+	OIDC            []OIDCIssuer    `yaml:"oidc"` // who else than holders of a token may use the Management API
+	Audit           Audit           `yaml:"audit"`
 	Log             Log             `yaml:"log"`
 	Runtime         Runtime         `yaml:"runtime"`
 }
@@ -161,6 +164,33 @@ type EnvoyFacts struct {
 	MinVersion string `yaml:"minVersion"` // e.g. "1.37"; needed for errors: error_response
 }
 
+// An OIDCIssuer is who may say, in signed tokens, who a caller of the Management API is.
+type OIDCIssuer struct {
+	Issuer     string   `yaml:"issuer"` // as tokens name it
+	Audience   string   `yaml:"audience"`
+	Algorithms []string `yaml:"algorithms"` // asymmetric only; RS256 if empty
+	JWKSURL    string   `yaml:"jwksURL"`    // "": where the issuer's discovery document says
+	// Roles are tried in order, and the first that fits decides. There is no role for who fits none.
+	Roles     []OIDCRole `yaml:"roles"`
+	UPNClaim  string     `yaml:"upnClaim"`
+	UPNSuffix string     `yaml:"upnSuffix"` // e.g. "@example.com"; needed where there are several issuers
+	Nonce     string     `yaml:"nonce"`     // refused | ignored; "": refused
+}
+
+// An OIDCRole gives a role to who has a claim with a value.
+type OIDCRole struct {
+	Claim         string `yaml:"claim"` // a name, or a JSON pointer such as /realm_access/roles
+	Value         string `yaml:"value"` // exactly; "*" for any, except for owner
+	Role          string `yaml:"role"`
+	Instance      string `yaml:"instance"`      // the one instance that it is for; all if neither is set
+	InstanceClaim string `yaml:"instanceClaim"` // the claim that names it
+}
+
+// Audit says how long the audit is kept.
+type Audit struct {
+	Keep apikey.Duration `yaml:"keep"` // at least; 0: for good
+}
+
 // Log says what is logged, to standard error.
 type Log struct {
 	Level              string `yaml:"level"`              // debug | info | warn | error
@@ -245,6 +275,12 @@ func (c *Config) validate() error {
 	}
 	if v := c.Envoy.MinVersion; v != "" && !atLeast(v, 0, 0) {
 		fault("envoy.minVersion", "must be a version such as \"1.37\"")
+	}
+	if keep := c.Audit.Keep.Std(); keep != 0 && keep < 24*time.Hour {
+		fault("audit.keep", "must be at least 1d, or 0 to keep it for good")
+	}
+	if _, err := c.oidc(); err != nil {
+		faults = append(faults, err)
 	}
 	identity := check.Identity(c.IdentityHeaders).Names()
 	for _, name := range identity {
@@ -346,6 +382,32 @@ func (r Route) rule() (authz.Rule, error) {
 	rule.Agent = sources("agent", agents)
 	rule.Environment = sources("environment", r.Environment)
 	return rule, errors.Join(faults...)
+}
+
+// oidc translates the issuers; nil where there are none. Nothing is fetched yet.
+func (c *Config) oidc() (*admin.OIDC, error) {
+	if len(c.OIDC) == 0 {
+		return nil, nil
+	}
+	var faults []error
+	var issuers []admin.OIDCIssuer
+	for i, one := range c.OIDC {
+		if one.Nonce != "" {
+			faults = append(faults, oneOf(fmt.Sprintf("oidc[%d].nonce", i), one.Nonce, "refused", "ignored"))
+		}
+		issuer := admin.OIDCIssuer{
+			Issuer: one.Issuer, Audience: one.Audience, Algorithms: one.Algorithms, JWKSURL: one.JWKSURL,
+			UPNClaim: one.UPNClaim, UPNSuffix: one.UPNSuffix, AllowNonce: one.Nonce == "ignored",
+		}
+		for _, r := range one.Roles {
+			issuer.Rules = append(issuer.Rules, admin.OIDCRule{
+				Claim: r.Claim, Value: r.Value, Role: admin.Role(r.Role), InstanceID: r.Instance, InstanceClaim: r.InstanceClaim,
+			})
+		}
+		issuers = append(issuers, issuer)
+	}
+	issuersOf, err := admin.NewOIDC(issuers, nil)
+	return issuersOf, errors.Join(append(faults, err)...)
 }
 
 // checkConfig translates what concerns answers to Envoy.

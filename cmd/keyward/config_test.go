@@ -209,6 +209,11 @@ credentials: {headers: [x-token]}
 routes:
   - {host: app.example, method: GET, path: "/tenants/{tenant}/orders", mode: optional, scopes: "orders:read",
      instance: "{tenant}", agent: [required, "?agent"], environment: prod}
+oidc:
+  - {issuer: "https://login.example/v2.0", audience: "api://keyward", algorithms: [RS256, ES256], jwksURL: "https://login.example/keys", nonce: ignored,
+     upnClaim: email, upnSuffix: "@example.com",
+     roles: [{claim: roles, value: keyward-owner, role: owner}, {claim: /realm/roles, value: "*", role: user, instance: demo},
+       {claim: groups, value: ops, role: operator, instanceClaim: tenant}]}
 `
 	for how, got := range map[string]func() (*Config, []string){
 		"environment": func() (*Config, []string) { return load(t, lists, environ, nil) },
@@ -305,10 +310,10 @@ func TestPrecedence(t *testing.T) {
 
 // TestFaultsOfAllPartsAreReported mixes faults of file, environment and settings.
 func TestFaultsOfAllPartsAreReported(t *testing.T) {
-	_, got := load(t, "logs: 1\n", []string{"KEYWARD_X=1"}, []string{"y=1"})
+	_, got := load(t, "logs: 1\n", []string{"KEYWARD_SOMETHING_ELSE=1"}, []string{"y=1"})
 	want := []string{
 		"-:", `line 1: there is no field "logs" here; did you mean "log"?`,
-		"environment: KEYWARD_X sets nothing", `--set: there is no field "y"`,
+		"environment: KEYWARD_SOMETHING_ELSE sets nothing", `--set: there is no field "y"`,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)

@@ -54,6 +54,7 @@ type app struct {
 	piped      []byte // the configuration that came by standard input, which can be read once
 	settings   []string
 	yes        bool
+	long       bool // the command takes as long as there is data
 }
 
 // run is the program. It returns the exit code.
@@ -124,7 +125,7 @@ func (a *app) root() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		a.serveCommand(), a.devCommand(),
-		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.inFlightCommand(), a.pepperCommand(),
+		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.auditCommand(), a.inFlightCommand(), a.pepperCommand(),
 		a.envoyCommand(), a.benchCommand(), a.configCommand(), a.versionCommand(),
 	)
 	root.InitDefaultCompletionCmd()

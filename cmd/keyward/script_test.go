@@ -30,6 +30,7 @@ import (
 //	check STATUS FILE METHOD PATH  ask the server as Envoy would, with the secret in FILE (- for none)
 //	capture VAR stdout|FILE   keep the text, without space around it, in a variable
 //	mode PERM FILE...         files have to have this mode
+//	sql FILE STATEMENT        change a store behind its back
 //	newerschema FILE          make a store look as if a newer keyward wrote it
 //
 // A script has ports of its own: the variables that make a server listen there and a client call it are
@@ -150,6 +151,13 @@ func TestScript(t *testing.T) {
 						ts.Fatalf("%s has mode %#o, want %#o", name, got, want)
 					}
 				}
+			},
+			"sql": func(ts *testscript.TestScript, neg bool, args []string) {
+				serverOf(ts, neg, len(args) == 2)
+				db, err := sql.Open("sqlite", ts.MkAbs(args[0]))
+				ts.Check(err)
+				_, err = db.Exec(args[1])
+				ts.Check(errors.Join(err, db.Close()))
 			},
 			"newerschema": func(ts *testscript.TestScript, neg bool, args []string) {
 				serverOf(ts, neg, len(args) == 1)

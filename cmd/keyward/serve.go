@@ -122,7 +122,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.pepper = peppers.Current
-	if s.store, err = sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path}); err != nil {
+	if s.store, err = sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path, Audit: admin.NewAuditKeys(peppers)}); err != nil {
 		return nil, err
 	}
 	if err := admin.OpenPeppers(ctx, s.store, peppers, serveActor); err != nil {
@@ -141,8 +141,12 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	s.limiter = local.New(cfg.Concurrency.leases(), s.registry)
 	s.leases = authz.NewLeaseIDs(peppers)
 	s.accessLogs = accesslog.New(s.limiter, s.leases, s.registry, s.log)
+	issuers, err := cfg.oidc()
+	if err != nil {
+		return nil, err
+	}
 	s.admin = admin.New(s.store, admin.Config{
-		Format: apikey.Format{First: cfg.Credentials.Prefix}, Peppers: peppers, Leases: inFlight{s},
+		Format: apikey.Format{First: cfg.Credentials.Prefix}, Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, AuditKeep: cfg.Audit.Keep.Std(),
 	}, s.cache, s.log)
 	s.lastUsed = usage.NewLastUsed(s.store, s.log)
 	s.redigester = admin.NewRedigester(s.store, peppers.Current.Version(), s.cache.Learn, s.log)
@@ -302,6 +306,7 @@ func (s *service) run(ctx context.Context) error {
 	group.Go(func() error { return s.cache.Run(behind) })
 	group.Go(func() error { return s.lastUsed.Run(behind) })
 	group.Go(func() error { return s.redigester.Run(behind) })
+	group.Go(func() error { return s.admin.Run(behind, serveActor) })
 	group.Go(func() error { return s.warnOfBootstrap(behind) })
 	group.Go(func() error { return s.admin.RunSweep(behind, s.replica) })
 	group.Go(func() error { return s.admin.RunLeakReports(behind) })

@@ -67,13 +67,14 @@ func (a *app) tokensCreate() *cobra.Command {
 				t := created.Token
 				return printOne(a, answer, [][2]string{
 					{"ID", t.ID.String()}, {"NAME", t.Name}, {"ROLE", string(t.Role)}, {"INSTANCE", t.InstanceID},
-					{"EXPIRES", stamp(t.ExpiresAt)}, {"TOKEN", shown},
+					{"USER", t.UserPrincipalName}, {"EXPIRES", stamp(t.ExpiresAt)}, {"TOKEN", shown},
 				})
 			})
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&role, "role", "", "owner, operator or auditor (needed)")
+	f.StringVar(&role, "role", "", "owner, operator, auditor or user (needed)")
+	f.StringVar(&in.UserPrincipalName, "user", "", "with --role user: the user principal name whose keys its holder sees and makes")
 	f.StringVar(&in.Name, "name", "", "who or what it is for (needed)")
 	f.StringVar(&in.InstanceID, "instance", "", "the one instance that it is for; all if empty")
 	f.StringVar(&in.ExpiresIn, "expires-in", "", "its life, such as 90d; without end if empty")
@@ -93,9 +94,9 @@ func (a *app) tokensList() *cobra.Command {
 					return err
 				}
 				return printList(a, all, table[admin.TokenRecord]{
-					header: "ID\tNAME\tROLE\tINSTANCE\tSTATUS\tHINT\tCREATED\tEXPIRES",
+					header: "ID\tNAME\tROLE\tINSTANCE\tUSER\tSTATUS\tHINT\tCREATED\tEXPIRES\tLAST USED",
 					row: func(t admin.TokenRecord) []string {
-						return []string{t.ID.String(), t.Name, string(t.Role), t.InstanceID, t.Status, t.Hint, when(t.CreatedAt), when(t.ExpiresAt)}
+						return []string{t.ID.String(), t.Name, string(t.Role), t.InstanceID, t.UserPrincipalName, t.Status, t.Hint, when(t.CreatedAt), when(t.ExpiresAt), when(t.LastUsedAt)}
 					},
 					id: func(t admin.TokenRecord) string { return t.ID.String() },
 				})

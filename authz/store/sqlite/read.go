@@ -3,7 +3,6 @@ package sqlite
 import (
 	"context"
 	"database/sql"
-	"encoding/json"
 	"fmt"
 	"iter"
 	"math"
@@ -79,7 +78,7 @@ const (
 	FROM keys k INDEXED BY keys_recent CROSS JOIN key_digests d ON d.key_id = k.id CROSS JOIN generations g ON g.key_id = k.id
 	WHERE k.revoked_at = ? ORDER BY k.last_used_at DESC`
 
-	tokenColumns = `t.id, t.name, t.role, t.instance_id, t.hint, t.created_at, t.created_by, t.expires_at, t.revoked_at, t.bootstrap` //nolint:gosec // G101: names of columns
+	tokenColumns = `t.id, t.name, t.role, t.instance_id, t.hint, t.created_at, t.created_by, t.expires_at, t.revoked_at, t.bootstrap, t.user_principal_name, t.last_used_at` //nolint:gosec // G101: names of columns
 
 	oneToken = `SELECT ` + tokenColumns + ` FROM token_digests d JOIN tokens t ON t.id = d.token_id WHERE d.digest = ?`
 
@@ -451,7 +450,7 @@ func (r *reader) tokens(rows iter.Seq2[*sql.Rows, error]) ([]*admin.Token, error
 		}
 		t := &admin.Token{}
 		err := row.Scan(exactly(t.ID[:]), &t.Name, &t.Role, &t.InstanceID, &t.Hint, instant{&t.CreatedAt}, &t.CreatedBy,
-			instant{&t.ExpiresAt}, instant{&t.RevokedAt}, &t.Bootstrap)
+			instant{&t.ExpiresAt}, instant{&t.RevokedAt}, &t.Bootstrap, &t.UserPrincipalName, instant{&t.LastUsedAt})
 		if err != nil {
 			return nil, r.fault("read token "+t.ID.String(), err)
 		}
@@ -487,33 +486,4 @@ func (r *reader) pepperLeft(ctx context.Context, version uint32) (n sql.Null[int
 func (r *reader) PepperLeft(ctx context.Context, version uint32) (int, error) {
 	n, err := r.pepperLeft(ctx, version)
 	return n.V, err
-}
-
-// Events implements admin.Reader.
-func (r *reader) Events(ctx context.Context, after int64, limit int) ([]admin.Event, error) {
-	const query = `SELECT sequence, at, actor, remote_addr, action, instance_id, target, request_id, state_before, state_after
-	FROM audit WHERE sequence > ? ORDER BY sequence LIMIT ?`
-	var list []admin.Event
-	for row, err := range r.rows(ctx, "list audit events", query, after, max(limit, 0)) {
-		if err != nil {
-			return nil, err
-		}
-		var e admin.Event
-		var before, afterwards sql.NullString
-		err := row.Scan(&e.Sequence, instant{&e.At}, &e.Actor, &e.RemoteAddr, &e.Action, &e.InstanceID, &e.Target, &e.RequestID,
-			&before, &afterwards)
-		if err != nil {
-			return nil, r.fault(fmt.Sprintf("read audit event %d", e.Sequence), err)
-		}
-		e.Before, e.After = rawOf(before), rawOf(afterwards)
-		list = append(list, e)
-	}
-	return list, nil
-}
-
-func rawOf(s sql.NullString) json.RawMessage {
-	if !s.Valid {
-		return nil
-	}
-	return json.RawMessage(s.String)
 }

@@ -30,6 +30,8 @@ import (
 type Config struct {
 	// Path of the database file. It is made if it is not there, with mode 0600; its folder must exist.
 	Path string
+	// Audit makes the MACs of the audit's segments; the zero value makes none.
+	Audit admin.AuditKeys
 }
 
 // A Store is an admin.Store on one file. Safe for concurrent use.
@@ -38,6 +40,7 @@ type Store struct {
 	replicas
 
 	path    string
+	audit   admin.AuditKeys
 	lock    *os.File
 	writer  *sql.DB   // one connection
 	readers *sql.DB   // as many as there are cores; they cannot write
@@ -66,7 +69,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{path: path, keep: keepChanges}
+	s := &Store{path: path, audit: cfg.Audit, keep: keepChanges}
 	s.fault = func(what string, err error) error { return fault(path, what, err) }
 	if s.lock, err = lock(path); err != nil {
 		return nil, err
@@ -242,7 +245,7 @@ func (s *Store) write(ctx context.Context, what string, fn func(t *tx) error) er
 		return s.fault(what, ctx.Err())
 	}
 
-	t := newTx(sqlTx, s.fault)
+	t := newTx(sqlTx, s.audit, s.fault)
 	if err := fn(t); err != nil {
 		return err
 	}

@@ -34,7 +34,7 @@ func file(t testing.TB) string { return filepath.Join(t.TempDir(), "keyward.db")
 // open opens a store that the test's end closes.
 func open(t testing.TB, path string) *Store {
 	t.Helper()
-	s, err := Open(t.Context(), Config{Path: path})
+	s, err := Open(t.Context(), Config{Path: path, Audit: storetest.AuditKeys})
 	if err != nil {
 		t.Fatal(err)
 	}

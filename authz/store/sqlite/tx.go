@@ -3,7 +3,6 @@ package sqlite
 import (
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -17,7 +16,8 @@ type tx struct {
 	reader
 	sql      *sql.Tx
 	prepared map[string]*sql.Stmt // batches and imports run few statements many times
-	revision apikey.Revision      // of this transaction
+	audit    admin.AuditKeys
+	revision apikey.Revision // of this transaction
 	audited  bool
 	// broken is the first outage. SQLite takes the whole transaction back on some of them (an interrupted
 	// write, a full disk), and the next statement would run, and stay, outside any transaction: after an
@@ -25,8 +25,8 @@ type tx struct {
 	broken error
 }
 
-func newTx(sqlTx *sql.Tx, fault func(what string, err error) error) *tx {
-	t := &tx{sql: sqlTx, prepared: map[string]*sql.Stmt{}}
+func newTx(sqlTx *sql.Tx, audit admin.AuditKeys, fault func(what string, err error) error) *tx {
+	t := &tx{sql: sqlTx, audit: audit, prepared: map[string]*sql.Stmt{}}
 	query := func(ctx context.Context, query string, args ...any) (*sql.Rows, error) {
 		if t.broken != nil {
 			return nil, t.broken
@@ -282,9 +282,9 @@ func (t *tx) InsertToken(ctx context.Context, token *admin.Token, d apikey.Diges
 		return err
 	}
 	err := t.execOne(ctx, "insert token", `INSERT INTO tokens (id, name, role, instance_id, hint, created_at, created_by,
-		expires_at, revoked_at, bootstrap) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		expires_at, revoked_at, bootstrap, user_principal_name, last_used_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		token.ID[:], token.Name, string(token.Role), token.InstanceID, token.Hint, micros(token.CreatedAt), token.CreatedBy,
-		micros(token.ExpiresAt), micros(token.RevokedAt), token.Bootstrap)
+		micros(token.ExpiresAt), micros(token.RevokedAt), token.Bootstrap, token.UserPrincipalName, micros(token.LastUsedAt))
 	if err != nil {
 		return err
 	}
@@ -336,22 +336,6 @@ func (t *tx) RetirePepper(ctx context.Context, version uint32) error {
 func (t *tx) Mark(ctx context.Context, name string) (first bool, err error) {
 	n, err := t.exec(ctx, "mark", `INSERT INTO marks (name) VALUES (?) ON CONFLICT DO NOTHING`, name)
 	return n == 1, err
-}
-
-// Audit implements admin.Tx.
-func (t *tx) Audit(ctx context.Context, e admin.Event) error {
-	for _, m := range []json.RawMessage{e.Before, e.After} {
-		if m != nil && !json.Valid(m) {
-			return errors.New("audit event: before and after must be JSON or nil") // or no list of events could be shown
-		}
-	}
-	err := t.execOne(ctx, "write audit event", `INSERT INTO audit (at, actor, remote_addr, action, instance_id, target, request_id,
-		state_before, state_after) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		micros(e.At), e.Actor, e.RemoteAddr, e.Action, e.InstanceID, e.Target, e.RequestID, raw(e.Before), raw(e.After))
-	if err == nil {
-		t.audited = true
-	}
-	return err
 }
 
 // touch records one use.

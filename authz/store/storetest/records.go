@@ -427,7 +427,8 @@ func testTokens(t *testing.T, s admin.Store) {
 	ctx := t.Context()
 	full := &admin.Token{
 		ID: id(1), Name: "ops", Role: admin.RoleOperator, InstanceID: "tenant", Hint: "kwm_…abcd", CreatedAt: noon, CreatedBy: "serve",
-		ExpiresAt: noon.Add(time.Hour), RevokedAt: noon.Add(time.Minute), Bootstrap: true,
+		UserPrincipalName: "ann@example.com", ExpiresAt: noon.Add(time.Hour), RevokedAt: noon.Add(time.Minute), LastUsedAt: noon.Add(time.Second),
+		Bootstrap: true,
 	}
 	wantNoZero(t, *full)
 	tie, older := &admin.Token{ID: id(2), CreatedAt: noon}, &admin.Token{ID: id(3), CreatedAt: noon.Add(-time.Hour)}
@@ -454,15 +455,31 @@ func testTokens(t *testing.T, s admin.Store) {
 		}
 		wantSame(t, name, want, got)
 	}
+
+	// A last use only grows; of a token that is gone it is nobody's.
+	revision, audit := head(t, s), events(t, s)
+	for _, at := range []time.Time{noon.Add(time.Hour), noon} {
+		if err := s.TouchTokens(ctx, []admin.TokenUse{{ID: older.ID, At: at}, {ID: id(99), At: at}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	older.LastUsedAt = noon.Add(time.Hour)
+	list, err = s.Tokens(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantSame(t, "tokens after a use", []*admin.Token{tie, full, older}, list)
+	wantSame(t, "revision", revision, head(t, s))
+	wantSame(t, "audit", audit, events(t, s))
 }
 
 func testAudit(t *testing.T, s admin.Store) {
 	ctx := t.Context()
 	full := admin.Event{
-		At: noon, Actor: "token:1", RemoteAddr: "192.0.2.1:555", Action: "key.create", InstanceID: "tenant", Target: "k", RequestID: "r",
+		At: noon, Actor: "token:1", RemoteAddr: "192.0.2.1:555", Action: "key.create", Refused: "Forbidden", InstanceID: "tenant", Target: "k", RequestID: "r",
 		Before: json.RawMessage(`{"a":1}`), After: json.RawMessage(`[null,"x"]`),
 	}
-	wantNoZero(t, full, "Sequence")
+	wantNoZero(t, full, "Sequence", "Link")
 	var want []admin.Event
 	for range 3 {
 		_, err := s.Update(ctx, func(tx admin.Tx) error {
@@ -476,7 +493,7 @@ func testAudit(t *testing.T, s admin.Store) {
 		want = append(want, full, admin.Event{Action: "bare"})
 	}
 	var got []admin.Event
-	after := int64(0)
+	after, link := int64(0), admin.Link{}
 	for {
 		page, err := s.Events(ctx, after, 4)
 		if err != nil {
@@ -489,11 +506,14 @@ func testAudit(t *testing.T, s admin.Store) {
 			t.Fatalf("got %d events, want at most 4", len(page))
 		}
 		for _, e := range page {
-			if e.Sequence <= after {
+			if e.Sequence != after+1 {
 				t.Errorf("sequence %d comes after %d", e.Sequence, after)
 			}
-			after = e.Sequence
-			e.Sequence = 0
+			if e.LinkAfter(link) != e.Link {
+				t.Errorf("event %d does not follow the one before: did a byte of it change?", e.Sequence)
+			}
+			after, link = e.Sequence, e.Link
+			e.Sequence, e.Link = 0, admin.Link{}
 			if (e.Action == "bare") != (e.Before == nil) || (e.Action == "bare") != (e.After == nil) {
 				t.Errorf("%s: nil became something, or the reverse: %q, %q", e.Action, e.Before, e.After)
 			}

@@ -25,7 +25,10 @@ import (
 	"keyward/authz/apikey"
 )
 
-// Run runs the whole contract. open makes a new, empty store each time; Run closes it.
+// AuditKeys are what the stores of Run make the MACs of the audit's segments with.
+var AuditKeys = admin.NewAuditKeys(apikey.Peppers{Current: apikey.NewPepper(1, true)})
+
+// Run runs the whole contract. open makes a new, empty store with AuditKeys each time; Run closes it.
 func Run(t *testing.T, open func(t *testing.T) admin.Store) {
 	for _, test := range []struct {
 		name string
@@ -54,6 +57,9 @@ func Run(t *testing.T, open func(t *testing.T) admin.Store) {
 		{"DeleteInstance", testDeleteInstance},
 		{"Tokens", testTokens},
 		{"Audit", testAudit},
+		{"AuditIsAChain", testAuditChain},
+		{"FindEvents", testFindEvents},
+		{"Replays", testReplays},
 		{"NoAuditNoMutation", testNoAuditNoMutation},
 		{"ErrorTakesEverythingBack", testErrorTakesBack},
 		{"PanicTakesEverythingBack", testPanicTakesBack},

@@ -75,11 +75,12 @@ func events(t *testing.T, s admin.Reader) []admin.Event {
 // wantUntouched fails unless run leaves everything as it was: records, revision, changes and audit.
 func wantUntouched(t *testing.T, s admin.Store, run func()) {
 	t.Helper()
-	records, revision, audit := dump(t, s), head(t, s), events(t, s)
+	records, revision, audit, chain := dump(t, s), head(t, s), events(t, s), segments(t, s)
 	run()
 	wantSame(t, "records", records, dump(t, s))
 	wantSame(t, "revision", revision, head(t, s))
 	wantSame(t, "audit", audit, events(t, s))
+	wantSame(t, "audit segments", chain, segments(t, s))
 }
 
 // populate makes a store with a bit of everything: key 1 of "tenant", a token, a pepper.
@@ -115,7 +116,8 @@ func writeEverything(ctx context.Context, tx admin.Tx) error {
 		tx.InsertToken(ctx, &admin.Token{ID: id(51)}, digest("token 2"), 2),
 		tx.RevokeToken(ctx, id(50), noon),
 		tx.PutPepper(ctx, 2, [16]byte{2}),
-		tx.RetirePepper(ctx, 1))
+		tx.RetirePepper(ctx, 1),
+		tx.KeepReplay(ctx, admin.ReplayID{1}, []byte("sealed"), noon, noon.Add(time.Hour)))
 }
 
 func testNoAuditNoMutation(t *testing.T, s admin.Store) {
@@ -484,12 +486,21 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 		"PepperLeft": func(ctx context.Context) error { _, err := s.PepperLeft(ctx, 1); return err },
 		"Peppers":    func(ctx context.Context) error { _, err := s.Peppers(ctx); return err },
 		"Events":     func(ctx context.Context) error { _, err := s.Events(ctx, 0, 1); return err },
-		"Touch":      func(ctx context.Context) error { return s.Touch(ctx, []apikey.Use{{KeyID: id(1), At: noon}}) },
-		"Redigest":   func(ctx context.Context) error { return s.Redigest(ctx, []admin.Redigest{{Version: 2}}) },
-		"Register":   func(ctx context.Context) error { return s.Register(ctx, "r", 1, time.Minute) },
-		"Confirm":    func(ctx context.Context) error { return s.Confirm(ctx, "known", 1, time.Minute) },
-		"Unregister": func(ctx context.Context) error { return s.Unregister(ctx, "known") },
-		"Replicas":   func(ctx context.Context) error { _, err := s.Replicas(ctx); return err },
+		"FindEvents": func(ctx context.Context) error {
+			_, err := s.FindEvents(ctx, admin.EventFilter{}, admin.EventPlace{}, 1)
+			return err
+		},
+		"AuditSegments": func(ctx context.Context) error { _, err := s.AuditSegments(ctx); return err },
+		"Replay":        func(ctx context.Context) error { _, err := s.Replay(ctx, admin.ReplayID{}, noon); return err },
+		"TouchTokens":   func(ctx context.Context) error { return s.TouchTokens(ctx, []admin.TokenUse{{ID: id(1), At: noon}}) },
+		"SealAudit":     func(ctx context.Context) error { return s.SealAudit(ctx) },
+		"ForgetReplays": func(ctx context.Context) error { return s.ForgetReplays(ctx, noon) },
+		"Touch":         func(ctx context.Context) error { return s.Touch(ctx, []apikey.Use{{KeyID: id(1), At: noon}}) },
+		"Redigest":      func(ctx context.Context) error { return s.Redigest(ctx, []admin.Redigest{{Version: 2}}) },
+		"Register":      func(ctx context.Context) error { return s.Register(ctx, "r", 1, time.Minute) },
+		"Confirm":       func(ctx context.Context) error { return s.Confirm(ctx, "known", 1, time.Minute) },
+		"Unregister":    func(ctx context.Context) error { return s.Unregister(ctx, "known") },
+		"Replicas":      func(ctx context.Context) error { _, err := s.Replicas(ctx); return err },
 		"Update": func(ctx context.Context) error {
 			_, err := s.Update(ctx, func(tx admin.Tx) error { return tx.Audit(ctx, event) })
 			return err
