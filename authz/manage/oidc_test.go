@@ -440,10 +440,10 @@ func TestDiscoveryIsNotBelievedBlindly(t *testing.T) {
 		http.Redirect(w, r, thief.url+"/keys", http.StatusFound)
 	}))
 	for name, change := range map[string]func(*issuer){
-		"keys in a file":                 func(i *issuer) { i.jwksURI = "file:///etc/passwd" },
-		"keys behind a redirect":         func(i *issuer) { i.jwksURI = redirect + "/keys" },
-		"a document of another issuer":   func(i *issuer) { i.name = "https://other.example" },
-		"no keys":                        func(i *issuer) { i.publish() },
+		"keys in a file":               func(i *issuer) { i.jwksURI = "file:///etc/passwd" },
+		"keys behind a redirect":       func(i *issuer) { i.jwksURI = redirect + "/keys" },
+		"a document of another issuer": func(i *issuer) { i.name = "https://other.example" },
+		"no keys":                      func(i *issuer) { i.publish() },
 		"a secret for a key": func(i *issuer) {
 			i.keys.Store(&jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: []byte("0123456789abcdef0123456789abcdef"), KeyID: "k"}}})
 		},

@@ -92,20 +92,21 @@ func sorted(all []*apikey.Key, q admin.KeyQuery) []apikey.ID {
 			passed = append(passed, k)
 		}
 	}
-	falling := q.Order == admin.OrderNewest || strings.HasSuffix(string(q.Order), " desc")
-	slices.SortFunc(passed, func(a, b *apikey.Key) int {
-		x, y := q.Order.PlaceOf(a), q.Order.PlaceOf(b)
-		byTime := x.At.Compare(y.At)
-		if strings.HasPrefix(string(q.Order), "expirationDate") && x.At.IsZero() != y.At.IsZero() {
-			byTime = -byTime // without a date: after all dates
-		}
-		c := cmp.Or(byTime, strings.Compare(x.Name, y.Name), slices.Compare(x.ID[:], y.ID[:]))
-		if falling {
-			return -c
-		}
-		return c
-	})
+	slices.SortFunc(passed, func(a, b *apikey.Key) int { return compare(q.Order, q.Order.PlaceOf(a), q.Order.PlaceOf(b)) })
 	return idsOf(passed)
+}
+
+// compare says which of two places comes first in an order.
+func compare(order admin.KeyOrder, x, y admin.KeyPlace) int {
+	byTime := x.At.Compare(y.At)
+	if strings.HasPrefix(string(order), "expirationDate") && x.At.IsZero() != y.At.IsZero() {
+		byTime = -byTime // without a date: after all dates
+	}
+	c := cmp.Or(byTime, strings.Compare(x.Name, y.Name), slices.Compare(x.ID[:], y.ID[:]))
+	if order == admin.OrderNewest || strings.HasSuffix(string(order), " desc") {
+		return -c
+	}
+	return c
 }
 
 func idsOf(keys []*apikey.Key) []apikey.ID {

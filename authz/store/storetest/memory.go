@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -25,24 +24,27 @@ import (
 type Memory struct {
 	memoryReader
 
+	audit   admin.AuditKeys
 	writing chan struct{} // holds one value while a transaction runs
 
 	mu       sync.RWMutex
 	view     memoryView // of what is committed
 	replicas map[string]admin.Replica
+	leads    map[string]memoryLead // by job
 	closed   bool
 	underWay sync.WaitGroup
 }
 
 var _ admin.Store = (*Memory)(nil)
 
-// NewMemory makes an empty store.
-func NewMemory() *Memory {
-	s := &Memory{writing: make(chan struct{}, 1), replicas: map[string]admin.Replica{}}
+// NewMemory makes an empty store. audit makes the MACs of the audit's segments; the zero value makes none.
+func NewMemory(audit admin.AuditKeys) *Memory {
+	s := &Memory{audit: audit, writing: make(chan struct{}, 1), replicas: map[string]admin.Replica{}, leads: map[string]memoryLead{}}
 	s.view = memoryView{
 		instances: newTable[string, *apikey.Instance](), keys: newTable[apikey.ID, *memoryKey](), digests: newTable[apikey.Digest, apikey.ID](),
 		tokens: newTable[apikey.ID, *memoryToken](), tokenDigests: newTable[apikey.Digest, apikey.ID](),
 		peppers: newTable[uint32, [16]byte](), marks: newTable[string, struct{}](),
+		replays: newTable[admin.ReplayID, memoryReplay](),
 	}
 	s.look = func(ctx context.Context) (*memoryView, func(), error) {
 		leave, err := s.enter(ctx)
@@ -107,7 +109,7 @@ func (s *Memory) Update(ctx context.Context, fn func(tx admin.Tx) error) (apikey
 		if err := fn(t); err != nil {
 			return err
 		}
-		if t.broken == nil && len(t.events) == len(s.view.events) {
+		if t.broken == nil && !t.audited {
 			return errors.New("update: refused: the transaction wrote no audit event")
 		}
 		revision = t.revision
@@ -132,7 +134,7 @@ func (s *Memory) write(ctx context.Context, fn func(t *memoryTx) error) error {
 		return outage(ctx.Err())
 	}
 	defer func() { <-s.writing }()
-	t := &memoryTx{memoryView: s.view.begin()}
+	t := &memoryTx{memoryView: s.view.begin(), audit: s.audit}
 	t.look = func(ctx context.Context) (*memoryView, func(), error) { return &t.memoryView, func() {}, t.alive(ctx) }
 	if err := fn(t); err != nil {
 		return err
@@ -157,7 +159,10 @@ func (s *Memory) Touch(ctx context.Context, uses []apikey.Use) error {
 			if !ok {
 				continue
 			}
-			at, used := micros(use.At), *k
+			at, used, now := micros(use.At), *k, micros(time.Now())
+			if at.After(k.LastUsedAt) && k.InactivityDays > 0 && !k.IdleAt(now, at) && !k.overByTime(now) {
+				used.endedAt = time.Time{} // it was held for idle
+			}
 			used.LastUsedAt = later(k.LastUsedAt, at)
 			used.Generations = slices.Clone(k.Generations)
 			for i := range used.Generations {
@@ -171,6 +176,20 @@ func (s *Memory) Touch(ctx context.Context, uses []apikey.Use) error {
 	})
 }
 
+// TouchTokens implements admin.Store.
+func (s *Memory) TouchTokens(ctx context.Context, uses []admin.TokenUse) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		for _, use := range uses {
+			if token, ok := t.tokens.get(use.ID); ok {
+				used := clone(token)
+				used.LastUsedAt = later(token.LastUsedAt, micros(use.At))
+				t.tokens.put(use.ID, used)
+			}
+		}
+		return nil
+	})
+}
+
 // Redigest implements admin.Store.
 func (s *Memory) Redigest(ctx context.Context, batch []admin.Redigest) error {
 	return s.write(ctx, func(t *memoryTx) error {
@@ -178,8 +197,10 @@ func (s *Memory) Redigest(ctx context.Context, batch []admin.Redigest) error {
 			if id, ok := t.digests.get(r.Old); ok {
 				k, _ := t.keys.get(id)
 				_, taken := t.digests.get(r.New)
-				if next, ok := k.found.redigested(r); ok && !taken {
-					t.putKey(&memoryKey{k.Key, next})
+				if found, ok := k.found.redigested(r); ok && !taken {
+					next := *k
+					next.found = found
+					t.putKey(&next)
 				}
 			}
 			if id, ok := t.tokenDigests.get(r.Old); ok {
@@ -235,6 +256,24 @@ func (s *Memory) Replicas(ctx context.Context) (list []admin.Replica, err error)
 	return list, err
 }
 
+// A memoryLead is who does a job, and until when.
+type memoryLead struct {
+	holder string
+	until  time.Time
+}
+
+// Lead implements admin.Store.
+func (s *Memory) Lead(ctx context.Context, job, holder string, ttl time.Duration) (leads bool, err error) {
+	err = s.inReplicas(ctx, func(now time.Time) error {
+		if held, ok := s.leads[job]; ok && held.holder != holder && now.Before(held.until) {
+			return nil
+		}
+		s.leads[job], leads = memoryLead{holder, now.Add(ttl)}, ttl > 0
+		return nil
+	})
+	return leads, err
+}
+
 func (s *Memory) inReplicas(ctx context.Context, fn func(now time.Time) error) error {
 	leave, err := s.enter(ctx)
 	if err != nil {
@@ -265,18 +304,20 @@ type memoryView struct {
 	tokenDigests table[apikey.Digest, apikey.ID]
 	peppers      table[uint32, [16]byte]
 	marks        table[string, struct{}]
+	replays      table[admin.ReplayID, memoryReplay]
 
 	revision, forgotten apikey.Revision
 	// A transaction appends to these beyond what readers see of them.
-	changes []apikey.Change
-	events  []admin.Event
+	changes  []apikey.Change
+	events   []admin.Event
+	segments []admin.AuditSegment // by number; what readers see of it is never written
 }
 
 func (v *memoryView) begin() memoryView {
 	next := *v
 	next.instances, next.keys, next.digests = v.instances.begin(), v.keys.begin(), v.digests.begin()
 	next.tokens, next.tokenDigests = v.tokens.begin(), v.tokenDigests.begin()
-	next.peppers, next.marks = v.peppers.begin(), v.marks.begin()
+	next.peppers, next.marks, next.replays = v.peppers.begin(), v.marks.begin(), v.replays.begin()
 	return next
 }
 
@@ -284,7 +325,7 @@ func (v *memoryView) commit() memoryView {
 	next := *v
 	next.instances, next.keys, next.digests = v.instances.commit(), v.keys.commit(), v.digests.commit()
 	next.tokens, next.tokenDigests = v.tokens.commit(), v.tokenDigests.commit()
-	next.peppers, next.marks = v.peppers.commit(), v.marks.commit()
+	next.peppers, next.marks, next.replays = v.peppers.commit(), v.marks.commit(), v.replays.commit()
 	return next
 }
 
@@ -347,7 +388,12 @@ func (t table[K, V]) all() iter.Seq2[K, V] {
 // A memoryKey is a key and what finds it.
 type memoryKey struct {
 	apikey.Key
-	found memoryDigests
+	found   memoryDigests
+	endedAt time.Time // when it was marked; zero: it was not
+}
+
+func (k *memoryKey) overByTime(now time.Time) bool {
+	return !k.ExpirationDate.IsZero() && now.After(k.ExpirationDate)
 }
 
 type memoryToken struct {
@@ -400,7 +446,7 @@ func (v *memoryView) left(version uint32) (n int) {
 	for _, k := range v.keys.all() {
 		if k.RevokedAt.IsZero() && open(k.ExpirationDate) {
 			n += k.found.alone(version, func(number int) bool {
-				return slices.ContainsFunc(k.Generations, func(g apikey.Generation) bool { return g.Number == number && open(g.ValidUntil) })
+				return slices.ContainsFunc(k.Generations, func(g apikey.Generation) bool { return g.Number == number && open(g.ValidUntil) && !g.Revoked })
 			})
 		}
 	}
@@ -462,26 +508,6 @@ func (r *memoryReader) Key(ctx context.Context, instanceID string, id apikey.ID)
 		return nil, notThere("key")
 	}
 	return clone(&k.Key), nil
-}
-
-// Keys implements admin.Reader.
-func (r *memoryReader) Keys(ctx context.Context, instanceID string, after admin.KeyPlace, limit int) (list []*apikey.Key, err error) {
-	v, done, err := r.look(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer done()
-	newestFirst := func(a, b admin.KeyPlace) int {
-		return cmp.Or(b.CreatedAt.Compare(a.CreatedAt), bytes.Compare(b.ID[:], a.ID[:]))
-	}
-	place := func(k *apikey.Key) admin.KeyPlace { return admin.KeyPlace{CreatedAt: k.CreatedAt, ID: k.ID} }
-	for _, k := range v.keys.all() {
-		if k.InstanceID == instanceID && (after == admin.KeyPlace{} || newestFirst(after, place(&k.Key)) < 0) {
-			list = append(list, clone(&k.Key))
-		}
-	}
-	slices.SortFunc(list, func(a, b *apikey.Key) int { return newestFirst(place(a), place(b)) })
-	return list[:min(len(list), max(limit, 0))], nil
 }
 
 // FindKey implements admin.Reader.
@@ -631,22 +657,13 @@ func (r *memoryReader) PepperLeft(ctx context.Context, version uint32) (int, err
 	return v.left(version), nil
 }
 
-// Events implements admin.Reader.
-func (r *memoryReader) Events(ctx context.Context, after int64, limit int) ([]admin.Event, error) {
-	v, done, err := r.look(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer done()
-	rest := v.events[min(max(after, 0), int64(len(v.events))):] // sequence numbers are places from 1
-	return slices.Clone(rest[:min(len(rest), max(limit, 0))]), nil
-}
-
 // A memoryTx is a transaction.
 type memoryTx struct {
 	memoryReader
 	memoryView
-	broken error // the first outage: after it nothing runs
+	audit   admin.AuditKeys
+	audited bool
+	broken  error // the first outage: after it nothing runs
 }
 
 func (t *memoryTx) alive(ctx context.Context) error {
@@ -713,30 +730,50 @@ func (t *memoryTx) DeleteInstance(ctx context.Context, id string) error {
 	}
 	t.instances.drop(id)
 	t.changed(id, apikey.ID{}, nil)
-	for keyID, k := range t.keys.all() {
-		if k.InstanceID != id {
-			continue
-		}
-		t.changed(id, keyID, k.found)
-		t.keys.drop(keyID)
-		for _, m := range k.found {
-			t.digests.drop(m.digest)
+	for _, k := range t.keys.all() {
+		if k.InstanceID == id {
+			t.dropKey(k)
 		}
 	}
 	return nil
 }
 
-// UsableKeys implements admin.Tx.
-func (t *memoryTx) UsableKeys(ctx context.Context, instanceID string, now time.Time) (n int, err error) {
+func (t *memoryTx) dropKey(k *memoryKey) {
+	t.changed(k.InstanceID, k.ID, k.found)
+	t.keys.drop(k.ID)
+	for _, m := range k.found {
+		t.digests.drop(m.digest)
+	}
+}
+
+// DeleteKey implements admin.Tx.
+func (t *memoryTx) DeleteKey(ctx context.Context, instanceID string, id apikey.ID) error {
 	if err := t.alive(ctx); err != nil {
-		return 0, err
+		return err
 	}
-	for _, k := range t.keys.all() {
-		if k.InstanceID == instanceID && k.RevokedAt.IsZero() && (k.ExpirationDate.IsZero() || !k.ExpirationDate.Before(micros(now))) {
-			n++
-		}
+	k, ok := t.keys.get(id)
+	if !ok || k.InstanceID != instanceID {
+		return notThere("key")
 	}
-	return n, nil
+	t.dropKey(k)
+	return nil
+}
+
+// MarkEnded implements admin.Tx.
+func (t *memoryTx) MarkEnded(ctx context.Context, id apikey.ID, at time.Time) error {
+	if err := t.alive(ctx); err != nil {
+		return err
+	}
+	k, ok := t.keys.get(id)
+	if !ok {
+		return notThere("key")
+	}
+	next := *k
+	if next.endedAt.IsZero() {
+		next.endedAt = micros(at)
+	}
+	t.putKey(&next)
+	return nil
 }
 
 // InsertKey implements admin.Tx.
@@ -751,8 +788,10 @@ func (t *memoryTx) InsertKey(ctx context.Context, k *apikey.Key) error {
 		return notThere("instance")
 	}
 	next := &memoryKey{Key: *k}
-	next.Generations, next.Digest, next.Generation = nil, apikey.Digest{}, 0
-	for _, at := range []*time.Time{&next.ExpirationDate, &next.NotBefore, &next.RevokedAt, &next.CreatedAt, &next.LastUsedAt} {
+	next.Generations, next.Digest, next.Generation, next.Revision = nil, apikey.Digest{}, 0, t.revision
+	for _, at := range []*time.Time{
+		&next.ExpirationDate, &next.NotBefore, &next.RevokedAt, &next.LeakReportedAt, &next.CreatedAt, &next.LastUsedAt, &next.IdleFrom,
+	} {
 		*at = micros(*at)
 	}
 	t.putKey(next)
@@ -769,12 +808,15 @@ func (t *memoryTx) UpdateKey(ctx context.Context, k *apikey.Key) error {
 	if !ok || old.InstanceID != k.InstanceID {
 		return notThere("key")
 	}
-	next := &memoryKey{*k, old.found}
+	next := &memoryKey{*k, old.found, old.endedAt}
 	next.Type, next.AgentName, next.UserPrincipalName = old.Type, old.AgentName, old.UserPrincipalName
 	next.CreatedAt, next.CreatedBy, next.LastUsedAt = old.CreatedAt, old.CreatedBy, old.LastUsedAt
-	next.Generations, next.Digest, next.Generation = old.Generations, apikey.Digest{}, 0
-	for _, at := range []*time.Time{&next.ExpirationDate, &next.NotBefore, &next.RevokedAt} {
+	next.Generations, next.Digest, next.Generation, next.Revision = old.Generations, apikey.Digest{}, 0, t.revision
+	for _, at := range []*time.Time{&next.ExpirationDate, &next.NotBefore, &next.RevokedAt, &next.LeakReportedAt, &next.IdleFrom} {
 		*at = micros(*at)
+	}
+	if !next.ExpirationDate.Equal(old.ExpirationDate) || next.InactivityDays != old.InactivityDays {
+		next.endedAt = time.Time{}
 	}
 	t.putKey(next)
 	t.changed(k.InstanceID, k.ID, next.found)
@@ -796,9 +838,31 @@ func (t *memoryTx) InsertGeneration(ctx context.Context, id apikey.ID, g apikey.
 		return taken("generation")
 	}
 	g.CreatedAt, g.ValidUntil, g.LastUsedAt = micros(g.CreatedAt), micros(g.ValidUntil), micros(g.LastUsedAt)
-	next := &memoryKey{k.Key, append(slices.Clip(k.found), memoryDigest{d, g.Number, pepperVersion})}
+	next := clone(k)
+	next.found, next.Revision = append(slices.Clip(k.found), memoryDigest{d, g.Number, pepperVersion}), t.revision
 	next.Generations = append(slices.Clip(k.Generations), g)
 	slices.SortFunc(next.Generations, func(a, b apikey.Generation) int { return cmp.Compare(a.Number, b.Number) })
+	t.putKey(next)
+	t.changed(k.InstanceID, id, next.found)
+	return nil
+}
+
+// EndGeneration implements admin.Tx.
+func (t *memoryTx) EndGeneration(ctx context.Context, id apikey.ID, number int, validUntil time.Time, revoked bool) error {
+	if err := t.alive(ctx); err != nil {
+		return err
+	}
+	k, ok := t.keys.get(id)
+	if !ok {
+		return notThere("key")
+	}
+	i := slices.IndexFunc(k.Generations, func(g apikey.Generation) bool { return g.Number == number })
+	if i < 0 {
+		return notThere("generation")
+	}
+	next := clone(k)
+	next.Generations, next.Revision = slices.Clone(k.Generations), t.revision
+	next.Generations[i].ValidUntil, next.Generations[i].Revoked = micros(validUntil), revoked
 	t.putKey(next)
 	t.changed(k.InstanceID, id, next.found)
 	return nil
@@ -813,7 +877,7 @@ func (t *memoryTx) InsertToken(ctx context.Context, token *admin.Token, d apikey
 		return taken("token")
 	}
 	next := &memoryToken{*token, memoryDigests{{digest: d, version: pepperVersion}}}
-	for _, at := range []*time.Time{&next.CreatedAt, &next.ExpiresAt, &next.RevokedAt} {
+	for _, at := range []*time.Time{&next.CreatedAt, &next.ExpiresAt, &next.RevokedAt, &next.LastUsedAt} {
 		*at = micros(*at)
 	}
 	t.putToken(next)
@@ -868,7 +932,9 @@ func (t *memoryTx) RetirePepper(ctx context.Context, version uint32) error {
 				t.digests.drop(m.digest)
 			}
 		}
-		t.putKey(&memoryKey{k.Key, k.found.without(version)})
+		next := clone(k)
+		next.found = k.found.without(version)
+		t.putKey(next)
 	}
 	for _, token := range t.tokens.all() {
 		for _, m := range token.found {
@@ -889,19 +955,4 @@ func (t *memoryTx) Mark(ctx context.Context, name string) (first bool, err error
 	first = !t.marks.has(name)
 	t.marks.put(name, struct{}{})
 	return first, nil
-}
-
-// Audit implements admin.Tx.
-func (t *memoryTx) Audit(ctx context.Context, e admin.Event) error {
-	if err := t.alive(ctx); err != nil {
-		return err
-	}
-	for _, m := range []json.RawMessage{e.Before, e.After} {
-		if m != nil && !json.Valid(m) {
-			return errors.New("audit event: before and after must be JSON or nil")
-		}
-	}
-	e.At, e.Sequence = micros(e.At), int64(len(t.events))+1
-	t.events = append(t.events, e)
-	return nil
 }

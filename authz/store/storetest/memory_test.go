@@ -7,5 +7,5 @@ import (
 )
 
 func TestMemory(t *testing.T) {
-	Run(t, func(*testing.T) admin.Store { return NewMemory() })
+	Run(t, func(*testing.T) admin.Store { return NewMemory(AuditKeys) })
 }
