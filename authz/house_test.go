@@ -27,6 +27,18 @@ func sized(n int) int {
 
 var owner = admin.Caller{Name: "test", Role: admin.RoleOwner}
 
+var (
+	housePeppers = apikey.Peppers{Current: apikey.NewPepper(1, false)}
+	auditKeys    = admin.NewAuditKeys(housePeppers) // of the stores of houses
+)
+
+// unbounded is a policy under which as many keys can be made as a test likes.
+func unbounded(p apikey.Policy) apikey.Policy {
+	p.Caps = apikey.Caps{Instance: apikey.Unlimited, User: apikey.Unlimited, Agent: apikey.Unlimited}
+	p.Creation = apikey.Creation{PerHour: apikey.Unlimited}
+	return p
+}
+
 // A house is a real store with the real service on it and replicas that decide from real caches.
 type house struct {
 	store    admin.Store
@@ -45,7 +57,7 @@ type replica struct {
 // newHouse starts a replica for each of the sources, which see the store in one way or another.
 func newHouse(t *testing.T, store admin.Store, config cache.Config, rules []authz.Rule, sources ...cache.Source) *house {
 	t.Helper()
-	h := &house{store: store, peppers: apikey.Peppers{Current: apikey.NewPepper(1, false)}}
+	h := &house{store: store, peppers: housePeppers}
 	for _, source := range sources {
 		reg := prometheus.NewRegistry()
 		c, err := cache.New(source, config, reg, slog.New(slog.DiscardHandler))

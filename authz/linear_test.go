@@ -257,7 +257,7 @@ func (r *run) overlapping() (n int) {
 
 func makeHistory(t *testing.T, see func(cache.Source) cache.Source) *run {
 	const keys, replicas, mutators, deciders = 48, 3, 24, 240
-	store := storetest.NewMemory()
+	store := storetest.NewMemory(auditKeys)
 	var sources []cache.Source
 	for range replicas {
 		sources = append(sources, see(lateStore{store}))

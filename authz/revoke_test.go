@@ -23,9 +23,9 @@ import (
 // is gone, no decision that begins allows it. Reads of the store that began before are on their way
 // meanwhile, and come when they may do the most harm. P1 of DESIGN §11, in one process.
 func TestTakenAwayIsRefusedFromTheAcknowledgementOn(t *testing.T) {
-	t.Run("memory", func(t *testing.T) { takeAway(t, storetest.NewMemory(), 64, sized(100_000)) })
+	t.Run("memory", func(t *testing.T) { takeAway(t, storetest.NewMemory(auditKeys), 64, sized(100_000)) })
 	t.Run("sqlite", func(t *testing.T) {
-		store, err := sqlite.Open(t.Context(), sqlite.Config{Path: filepath.Join(t.TempDir(), "keyward.db")})
+		store, err := sqlite.Open(t.Context(), sqlite.Config{Path: filepath.Join(t.TempDir(), "keyward.db"), Audit: auditKeys})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -77,7 +77,7 @@ var takings = []taking{
 
 func put(policy apikey.Policy) func(context.Context, *admin.Service, *apikey.Key) (admin.Propagation, error) {
 	return func(ctx context.Context, s *admin.Service, k *apikey.Key) (admin.Propagation, error) {
-		done, err := s.PutInstance(ctx, owner, k.InstanceID, policy)
+		done, err := s.PutInstance(ctx, owner, k.InstanceID, unbounded(policy))
 		return done.Propagation, err
 	}
 }
@@ -93,7 +93,7 @@ func takeAway(t *testing.T, store admin.Store, workers, trials int) {
 	for w := range workers {
 		all.Go(func() {
 			ctx, id := t.Context(), fmt.Sprintf("instance-%d", w)
-			if done, err := r.service.PutInstance(ctx, owner, id, apikey.Policy{}); err != nil || !done.Propagation.Everywhere {
+			if done, err := r.service.PutInstance(ctx, owner, id, unbounded(apikey.Policy{})); err != nil || !done.Propagation.Everywhere {
 				t.Errorf("put instance: %+v, %v", done.Propagation, err)
 				return
 			}
@@ -168,7 +168,7 @@ func takeAway(t *testing.T, store admin.Store, workers, trials int) {
 				if how.again == nil {
 					continue
 				}
-				back, err := r.service.PutInstance(ctx, owner, id, *how.again)
+				back, err := r.service.PutInstance(ctx, owner, id, unbounded(*how.again))
 				if err != nil || !back.Propagation.Everywhere {
 					t.Errorf("give back: %+v, %v", back.Propagation, err)
 				}

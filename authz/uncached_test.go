@@ -181,10 +181,11 @@ var agentOf, environmentOf = "?agent", "?environment"
 
 func newStage(t *testing.T, sum *tally) *stage {
 	s := &stage{
-		t: t, sum: sum, store: storetest.NewMemory(), instances: []string{"a", "b", "c"},
+		t: t, sum: sum, instances: []string{"a", "b", "c"},
 		peppers: apikey.Peppers{Previous: apikey.NewPepper(1, false), Current: apikey.NewPepper(2, false)},
 		used:    map[apikey.ID]time.Time{}, uses: map[apikey.ID]time.Time{}, reg: prometheus.NewRegistry(),
 	}
+	s.store = storetest.NewMemory(admin.NewAuditKeys(s.peppers))
 	if sum.reasons == nil {
 		sum.reasons = map[authz.Reason]int{}
 	}
@@ -312,7 +313,7 @@ func (s *stage) update(what string, fn func(ctx context.Context, tx admin.Tx) er
 }
 
 func (s *stage) put(id string, policy apikey.Policy) {
-	done, err := s.service.PutInstance(s.t.Context(), owner, id, policy)
+	done, err := s.service.PutInstance(s.t.Context(), owner, id, unbounded(policy))
 	s.acknowledged(fmt.Sprintf("put instance %s %+v", id, policy), done.Propagation, err)
 }
 

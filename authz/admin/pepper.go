@@ -14,44 +14,9 @@ import (
 // remembers a new one. It must pass before anything is served: with a wrong pepper every key would be
 // unknown, and everybody would be told 401 instead of the operator being told why.
 func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor string) error {
-	if err := peppers.Validate(); err != nil {
-		return err
-	}
-	known, err := store.Peppers(ctx)
+	stored, err := comparePeppers(ctx, store, peppers)
 	if err != nil {
-		return fmt.Errorf("compare the pepper: %w", err)
-	}
-	stored := map[uint32]PepperRecord{}
-	newest := uint32(0)
-	for _, record := range known {
-		stored[record.Version] = record
-		newest = max(newest, record.Version)
-	}
-	for _, p := range []*apikey.Pepper{peppers.Current, peppers.Previous} {
-		if p == nil {
-			continue
-		}
-		if record, ok := stored[p.Version()]; ok && record.Check != p.CheckValue() {
-			return fmt.Errorf("the pepper file with version %d is not the one that this store was made with: "+
-				"restore the right file, for no key can be checked without it", p.Version())
-		}
-	}
-	for _, record := range known {
-		if peppers.ByVersion(record.Version) != nil {
-			continue // not counted: of ten million keys that takes minutes, at each start
-		}
-		left, err := store.PepperLeft(ctx, record.Version)
-		if err != nil {
-			return fmt.Errorf("compare the pepper: %w", err)
-		}
-		if left > 0 {
-			return fmt.Errorf("%d keys and tokens can only be found with pepper version %d, which is not configured: "+
-				"name its file as pepper.file, or as pepper.previousFile after a rotation", left, record.Version)
-		}
-	}
-	current := peppers.Current.Version()
-	if current < newest {
-		return fmt.Errorf("pepper.file has version %d, but this store has seen version %d: use the newer file", current, newest)
+		return err
 	}
 	var fresh []*apikey.Pepper
 	for _, p := range []*apikey.Pepper{peppers.Previous, peppers.Current} {
@@ -61,7 +26,7 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 		if _, ok := stored[p.Version()]; ok {
 			continue
 		}
-		if p == peppers.Previous && len(known) > 0 {
+		if p == peppers.Previous && len(stored) > 0 {
 			continue // retired, or never used with this store: it finds nothing, and does no harm
 		}
 		fresh = append(fresh, p)
@@ -92,6 +57,58 @@ func OpenPeppers(ctx context.Context, store Store, peppers apikey.Peppers, actor
 		return fmt.Errorf("remember the pepper: %w", err)
 	}
 	return nil
+}
+
+// comparePeppers refuses peppers that are not those of the store, and returns what that knows of its own, by
+// version.
+func comparePeppers(ctx context.Context, store Reader, peppers apikey.Peppers) (map[uint32]PepperRecord, error) {
+	if err := peppers.Validate(); err != nil {
+		return nil, err
+	}
+	known, err := store.Peppers(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("compare the pepper: %w", err)
+	}
+	stored := map[uint32]PepperRecord{}
+	newest := uint32(0)
+	for _, record := range known {
+		stored[record.Version] = record
+		newest = max(newest, record.Version)
+	}
+	for _, p := range []*apikey.Pepper{peppers.Current, peppers.Previous} {
+		if p == nil {
+			continue
+		}
+		if record, ok := stored[p.Version()]; ok && record.Check != p.CheckValue() {
+			return nil, fmt.Errorf("the pepper file with version %d is not the one that this store was made with: "+
+				"restore the right file, for no key can be checked without it", p.Version())
+		}
+	}
+	for _, record := range known {
+		if peppers.ByVersion(record.Version) != nil {
+			continue // not counted: of ten million keys that takes minutes, at each start
+		}
+		left, err := store.PepperLeft(ctx, record.Version)
+		if err != nil {
+			return nil, fmt.Errorf("compare the pepper: %w", err)
+		}
+		if left > 0 {
+			return nil, fmt.Errorf("%d keys and tokens can only be found with pepper version %d, which is not configured: "+
+				"name its file as pepper.file, or as pepper.previousFile after a rotation", left, record.Version)
+		}
+	}
+	current := peppers.Current.Version()
+	if current < newest {
+		return nil, fmt.Errorf("pepper.file has version %d, but this store has seen version %d: use the newer file", current, newest)
+	}
+	return stored, nil
+}
+
+// Fit refuses a store that was made with other peppers than those of k, for what k would write into its audit
+// would break the chain.
+func (k AuditKeys) Fit(ctx context.Context, store Reader) error {
+	_, err := comparePeppers(ctx, store, k.peppers)
+	return err
 }
 
 // ErrPepperInUse: keys or tokens are left that only this pepper finds, or it is the newest.

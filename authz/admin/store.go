@@ -122,6 +122,9 @@ type Reader interface {
 	// Events lists audit events in the order in which they were written, at most limit, after the
 	// event with the given sequence number (0: from the first).
 	Events(ctx context.Context, after int64, limit int) ([]Event, error)
+	// Mutations counts the transactions of Update that were committed, ever. Each wrote an audit event at
+	// least, so the audit has had no fewer.
+	Mutations(ctx context.Context) (int64, error)
 	// FindEvents lists the audit events that a filter lets through, newest first (At, then Sequence, both
 	// falling), at most limit, from the given place on; the zero place is the beginning.
 	FindEvents(ctx context.Context, filter EventFilter, after EventPlace, limit int) ([]Event, error)

@@ -375,7 +375,7 @@ func TestUserSeesAndMakesItsOwnKeysOnly(t *testing.T) {
 	if !slices.Equal(listed, own) {
 		t.Errorf("sees %v, want %v", listed, own)
 	}
-	_, err := d.svc.Keys(t.Context(), admin.Caller{Name: "x", Role: admin.RoleUser}, "a", admin.KeyPlace{}, 10)
+	_, err := d.svc.Keys(t.Context(), admin.Caller{Name: "x", Role: admin.RoleUser}, "a", admin.KeyQuery{Limit: 10})
 	if _, forbidden := errors.AsType[*admin.ForbiddenError](err); !forbidden {
 		t.Errorf("a user without a name: %v", err)
 	}

@@ -59,12 +59,12 @@ func FuzzRequests(f *testing.F) {
 	f.Add(uint8(4), "reason=c4n4ry%00&reason=c4n4ry", "text/plain", []byte("\xff"))
 	f.Add(uint8(5), "revokeKeys=c4n4ry", "", []byte(nil))
 
-	store, err := sqlite.Open(f.Context(), sqlite.Config{Path: filepath.Join(f.TempDir(), "keyward.db")})
+	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
+	store, err := sqlite.Open(f.Context(), sqlite.Config{Path: filepath.Join(f.TempDir(), "keyward.db"), Audit: admin.NewAuditKeys(peppers)})
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { _ = store.Close() })
-	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
 	if err := admin.OpenPeppers(f.Context(), store, peppers, "test"); err != nil {
 		f.Fatal(err)
 	}

@@ -142,6 +142,7 @@ var owner = admin.Caller{Name: "test", Role: admin.RoleOwner}
 // instance makes one with a policy.
 func (w *wired) instance(t *testing.T, id string, policy apikey.Policy) {
 	t.Helper()
+	policy.Creation.PerHour = apikey.Unlimited // what is made here is no matter of its own
 	if _, err := w.admin.PutInstance(t.Context(), owner, id, policy); err != nil {
 		t.Fatal(err)
 	}

@@ -214,7 +214,10 @@ func (b *bench) withInstance(ctx context.Context, progress func(string, ...any),
 	id := "bench-" + hex.EncodeToString(random[:])
 	unlimited, none := apikey.Unlimited, b.running
 	limits := admin.LimitsInput{Rate: &admin.RateInput{Requests: &unlimited}, Burst: &unlimited, MaxConcurrent: &none}
-	policy := admin.PolicyInput{Defaults: admin.DefaultsInput{Instance: limits}}
+	policy := admin.PolicyInput{
+		Defaults: admin.DefaultsInput{Instance: limits},
+		Caps:     admin.CapsInput{Instance: &unlimited}, Creation: admin.CreationInput{PerHour: &unlimited},
+	}
 	// Before it is made: an interrupted call may have made it all the same.
 	defer func() {
 		erase()

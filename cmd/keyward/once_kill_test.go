@@ -66,7 +66,8 @@ func TestCreationIsRepeatedOverAKill(t *testing.T) {
 				t.Fatal(err)
 			}
 			client = manage.NewClient("http://"+at.manage, apikey.NewSecret(strings.TrimSpace(string(token))), web)
-			if _, err := client.PutInstance(t.Context(), "demo", admin.PolicyInput{}); err != nil {
+			unbounded := admin.PolicyInput{Caps: admin.CapsInput{Instance: new(-1)}, Creation: admin.CreationInput{PerHour: new(-1)}}
+			if _, err := client.PutInstance(t.Context(), "demo", unbounded); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -65,14 +65,15 @@ func scaleID(n int) (id apikey.ID) {
 // fillStore makes a store of so many keys, each used at some time, past the store's own code: through that
 // it would take a day.
 func fillStore(ctx context.Context, path string, pepper *apikey.Pepper, keys int, progress func(string)) error {
-	store, err := sqlite.Open(ctx, sqlite.Config{Path: path})
+	peppers := apikey.Peppers{Current: pepper}
+	store, err := sqlite.Open(ctx, sqlite.Config{Path: path, Audit: admin.NewAuditKeys(peppers)})
 	if err != nil {
 		return err
 	}
 	now := time.Now().UTC().Truncate(time.Microsecond)
 	unlimited := apikey.Limits{Rate: apikey.Rate{Requests: apikey.Unlimited}, MaxConcurrent: apikey.Unlimited}
 	err = errors.Join(
-		admin.OpenPeppers(ctx, store, apikey.Peppers{Current: pepper}, "scale"),
+		admin.OpenPeppers(ctx, store, peppers, "scale"),
 		func() error {
 			_, err := store.Update(ctx, func(tx admin.Tx) error {
 				for n := range (keys + keysPerInstance - 1) / keysPerInstance {
@@ -96,8 +97,8 @@ func fillStore(ctx context.Context, path string, pepper *apikey.Pepper, keys int
 	}
 	defer db.Close()
 	db.SetMaxOpenConns(1)
-	// The indexes that can be made at the end are faster made then.
-	indexes, err := dropIndexes(ctx, db)
+	// The indexes that can be made at the end are faster made then, and so are the counts that triggers keep.
+	later, err := dropIndexes(ctx, db)
 	if err != nil {
 		return err
 	}
@@ -158,7 +159,7 @@ func fillStore(ctx context.Context, path string, pepper *apikey.Pepper, keys int
 		return tx.Commit()
 	}
 	err = errors.Join(
-		insert("keys", 21, func(n int, v []any) []any {
+		insert("keys", 25, func(n int, v []any) []any {
 			id := scaleID(n)
 			// The last use falls with n, but every thousandth key was used just now: what was used last lies
 			// all over the table.
@@ -168,12 +169,12 @@ func fillStore(ctx context.Context, path string, pepper *apikey.Pepper, keys int
 			}
 			return append(v, id[:], fmt.Sprintf("tenant-%05d", n/keysPerInstance), "instance", fmt.Sprintf("backend %d", n), "", "", "", "",
 				`["orders:read","orders:write"]`, "null", "{}", now.Add(120*24*time.Hour).UnixMicro(), 0, never, "null", 0, never, "",
-				now.UnixMicro()+int64(n), "token:0192f0c1-7a5e-7bcd-8123-0123456789ab", used.UnixMicro())
+				now.UnixMicro()+int64(n), "token:0192f0c1-7a5e-7bcd-8123-0123456789ab", used.UnixMicro(), 1, never, never, never)
 		}),
-		insert("generations", 6, func(n int, v []any) []any {
+		insert("generations", 7, func(n int, v []any) []any {
 			id := scaleID(n)
 			secret := scaleSecret(n)
-			return append(v, id[:], 1, "kwi_…"+secret[len(secret)-4:], now.UnixMicro(), never, never)
+			return append(v, id[:], 1, "kwi_…"+secret[len(secret)-4:], now.UnixMicro(), never, never, false)
 		}),
 		func() error {
 			slices.SortFunc(all, func(a, b found) int { return bytes.Compare(a.digest[:], b.digest[:]) })
@@ -185,7 +186,10 @@ func fillStore(ctx context.Context, path string, pepper *apikey.Pepper, keys int
 	if err != nil {
 		return err
 	}
-	for name, statement := range indexes {
+	if _, err := db.ExecContext(ctx, "INSERT INTO key_counts SELECT instance_id, '', '', count(*), count(*), 0, 0 FROM keys GROUP BY instance_id"); err != nil {
+		return err
+	}
+	for name, statement := range later {
 		progress(name)
 		if _, err := db.ExecContext(ctx, statement); err != nil {
 			return err
@@ -194,9 +198,10 @@ func fillStore(ctx context.Context, path string, pepper *apikey.Pepper, keys int
 	return nil
 }
 
-// dropIndexes drops the indexes of keys that no constraint needs, and returns the statements that make them.
+// dropIndexes drops the indexes of keys that no constraint needs, and its triggers, and returns the statements
+// that make them.
 func dropIndexes(ctx context.Context, db *sql.DB) (map[string]string, error) {
-	rows, err := db.QueryContext(ctx, `SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND tbl_name = 'keys' AND sql IS NOT NULL`)
+	rows, err := db.QueryContext(ctx, `SELECT type || ' ' || name, sql FROM sqlite_schema WHERE type IN ('index', 'trigger') AND tbl_name = 'keys' AND sql IS NOT NULL`)
 	if err != nil {
 		return nil, err
 	}
@@ -214,7 +219,7 @@ func dropIndexes(ctx context.Context, db *sql.DB) (map[string]string, error) {
 	}
 	_ = rows.Close() // before the tables change under it
 	for name := range all {
-		if _, err := db.ExecContext(ctx, "DROP INDEX "+name); err != nil {
+		if _, err := db.ExecContext(ctx, "DROP "+name); err != nil {
 			return nil, err
 		}
 	}

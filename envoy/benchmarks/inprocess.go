@@ -75,7 +75,7 @@ func withChecker(ctx context.Context, dir string, fn func(*checker) error) (err 
 	if peppers.Current, err = apikey.ParsePepper(text); err != nil {
 		return err
 	}
-	store, err := sqlite.Open(ctx, sqlite.Config{Path: filepath.Join(dir, "keyward.db")})
+	store, err := sqlite.Open(ctx, sqlite.Config{Path: filepath.Join(dir, "keyward.db"), Audit: admin.NewAuditKeys(peppers)})
 	if err != nil {
 		return err
 	}

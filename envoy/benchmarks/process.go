@@ -260,7 +260,10 @@ func (k *keyward) makeKeys(ctx context.Context, instance string, n int, expires 
 
 // limitConcurrency makes an instance, or changes it: no limits but a max-concurrent of each key, which may be none.
 func (k *keyward) limitConcurrency(ctx context.Context, instance string, running int) error {
-	_, err := k.client.PutInstance(ctx, instance, admin.PolicyInput{Defaults: admin.DefaultsInput{Instance: unlimited(running)}})
+	_, err := k.client.PutInstance(ctx, instance, admin.PolicyInput{
+		Defaults: admin.DefaultsInput{Instance: unlimited(running)},
+		Caps:     admin.CapsInput{Instance: new(apikey.Unlimited)}, Creation: admin.CreationInput{PerHour: new(apikey.Unlimited)},
+	})
 	return err
 }
 

@@ -103,6 +103,12 @@ func rawOf(s sql.NullString) json.RawMessage {
 	return json.RawMessage(s.String)
 }
 
+// Mutations implements admin.Reader.
+func (r *reader) Mutations(ctx context.Context) (n int64, err error) {
+	_, err = r.one(ctx, "count mutations", `SELECT revision - leapt FROM meta WHERE one = 1`, nil, &n)
+	return n, err
+}
+
 // AuditSegments implements admin.Reader.
 func (r *reader) AuditSegments(ctx context.Context) ([]admin.AuditSegment, error) {
 	return r.segments(r.rows(ctx, "list audit segments", `SELECT `+segmentColumns+` FROM audit_segments ORDER BY number`))

@@ -127,14 +127,17 @@ type Restored struct {
 	Replaced string    // where the store that was there before is now; "" if there was none
 }
 
-// Restore makes the store at path from a backup. A store that is there already is refused, unless replace:
-// it is then moved aside, not removed. No process may have it open.
+// Restore makes the store that cfg names from a backup. A store that is there already is refused, unless
+// replace: it is then moved aside, not removed. No process may have it open. cfg.Audit must be of the pepper
+// that the backup's keys are found with: the restoration is an event, and the audit must go on as it was.
 //
 // What the backup does not know is lost: keys that were revoked since work again, until they are revoked
 // anew. So that lost uses end no key, idleness counts from the restoration at the earliest. The backup is
-// checked first, whole; if it is damaged, nothing is changed. actor is who the audit says did it.
-func Restore(ctx context.Context, backup, path, actor string, replace bool) (done Restored, err error) {
-	if path, err = resolve(path); err != nil {
+// checked first, whole; if it is damaged, or the pepper is another one, nothing is changed. actor is who the
+// audit says did it.
+func Restore(ctx context.Context, backup string, cfg Config, actor string, replace bool) (done Restored, err error) {
+	path, err := resolve(cfg.Path)
+	if err != nil {
 		return Restored{}, err
 	}
 	held, err := lock(path)
@@ -162,7 +165,7 @@ func Restore(ctx context.Context, backup, path, actor string, replace bool) (don
 	if err := copyTo(ctx, backup, fresh); err != nil {
 		return Restored{}, fmt.Errorf("restore: %w", err)
 	}
-	if done.TakenAt, err = adopt(ctx, fresh, backup, actor); err != nil {
+	if done.TakenAt, err = adopt(ctx, Config{Path: fresh, Audit: cfg.Audit}, backup, actor); err != nil {
 		return Restored{}, err
 	}
 	if occupied {
@@ -181,23 +184,30 @@ func Restore(ctx context.Context, backup, path, actor string, replace bool) (don
 }
 
 // adopt makes a copy of a backup a store that goes on, and returns when its newest event was.
-func adopt(ctx context.Context, path, backup, actor string) (takenAt time.Time, err error) {
-	s, err := Open(ctx, Config{Path: path}) // brings its schema up to date
+func adopt(ctx context.Context, cfg Config, backup, actor string) (takenAt time.Time, err error) {
+	s, err := Open(ctx, cfg) // brings its schema up to date
 	if err != nil {
 		return time.Time{}, err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
+	if err := cfg.Audit.Fit(ctx, s); err != nil {
+		return time.Time{}, fmt.Errorf("restore: %w", err)
+	}
+	// Before an event of today's is put after those from before there was a chain.
+	if _, err := s.one(ctx, "newest event", `SELECT coalesce(max(at), ?) FROM audit`, []any{never}, instant{&takenAt}); err != nil {
+		return time.Time{}, err
+	}
+	if err := s.SealAudit(ctx); err != nil {
+		return time.Time{}, err
+	}
 	now := time.Now().UTC()
 	_, err = s.Update(ctx, func(of admin.Tx) error {
 		t := of.(*tx)
-		if _, err := t.one(ctx, "newest event", `SELECT coalesce(max(at), ?) FROM audit`, []any{never}, instant{&takenAt}); err != nil {
-			return err
-		}
 		if _, err := t.exec(ctx, "restore", `UPDATE keys SET idle_from = max(idle_from, ?) WHERE inactivity_days > 0`, micros(now)); err != nil {
 			return err
 		}
 		t.revision += revisionLeap
-		if err := t.execOne(ctx, "restore", `UPDATE meta SET revision = ?1, forgotten = ?1 WHERE one = 1`, t.revision); err != nil {
+		if err := t.execOne(ctx, "restore", `UPDATE meta SET revision = ?1, forgotten = ?1, leapt = leapt + ?2 WHERE one = 1`, t.revision, revisionLeap); err != nil {
 			return err
 		}
 		after, err := json.Marshal(map[string]any{"backup": filepath.Base(backup), "takenAt": takenAt})

@@ -14,6 +14,7 @@ import (
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/authz/store/storetest"
 )
 
 func TestBackupWhileWriting(t *testing.T) {
@@ -22,11 +23,11 @@ func TestBackupWhileWriting(t *testing.T) {
 	for n := range 20 {
 		mustCreate(t, s, n+1)
 	}
-	if _, err := s.writer.Exec(`CREATE TABLE IF NOT EXISTS idempotency (id BLOB NOT NULL PRIMARY KEY, sealed BLOB NOT NULL, expires_at INTEGER NOT NULL)`); err != nil {
-		t.Fatal(err)
-	}
-	canary := strings.Repeat("sealed canary ", 100)
-	if _, err := s.writer.Exec(`INSERT INTO idempotency VALUES (x'01', ?, 1)`, []byte(canary)); err != nil {
+	canary := []byte(strings.Repeat("sealed canary ", 100))
+	_, err := s.Update(ctx, func(tx admin.Tx) error {
+		return errors.Join(tx.KeepReplay(ctx, admin.ReplayID{1}, canary, time.Now(), time.Now().Add(time.Hour)), tx.Audit(ctx, admin.Event{}))
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	stop, cancel := context.WithCancel(ctx)
@@ -63,7 +64,7 @@ func TestBackupWhileWriting(t *testing.T) {
 	wantError(t, s.Backup(ctx, to), to, "is there already")
 
 	restored := file(t)
-	done, err := Restore(ctx, to, restored, "test", false)
+	done, err := Restore(ctx, to, Config{Path: restored, Audit: storetest.AuditKeys}, "test", false)
 	if err != nil || done.Replaced != "" || time.Since(done.TakenAt) > time.Minute {
 		t.Fatalf("got %+v and error %v", done, err)
 	}
@@ -76,9 +77,9 @@ func TestBackupWhileWriting(t *testing.T) {
 	if err != nil || counts.Total != len(keys) {
 		t.Errorf("it counts %d keys, and has %d (error %v)", counts.Total, len(keys), err)
 	}
-	// A key and its event are of one moment.
+	// A key and its event are of one moment; one is that of the kept answer.
 	events, err := r.Events(ctx, 0, 1_000_000)
-	if err != nil || len(events) != len(keys)+1 || events[len(keys)].Action != "store.restore" || events[len(keys)].Actor != "test" {
+	if err != nil || len(events) != len(keys)+2 || events[len(keys)+1].Action != "store.restore" || events[len(keys)+1].Actor != "test" {
 		t.Errorf("%d events for %d keys, error %v", len(events), len(keys), err)
 	}
 }
@@ -105,20 +106,20 @@ func TestRestoreGoesOnFromTheBackup(t *testing.T) {
 		t.Fatal(err)
 	}
 	later := mustCreate(t, s, 3)
-	if _, err := Restore(ctx, backup, path, "test", true); err == nil {
+	if _, err := Restore(ctx, backup, Config{Path: path, Audit: storetest.AuditKeys}, "test", true); err == nil {
 		t.Fatal("a store in use was replaced")
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	_, err = Restore(ctx, backup, path, "test", false)
+	_, err = Restore(ctx, backup, Config{Path: path, Audit: storetest.AuditKeys}, "test", false)
 	wantError(t, err, path, "is there already")
 	for _, left := range []string{".restoring", ".restoring.partial"} { // by one that was killed
 		if err := os.WriteFile(path+left, []byte("half"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	done, err := Restore(ctx, backup, path, "test", true)
+	done, err := Restore(ctx, backup, Config{Path: path, Audit: storetest.AuditKeys}, "test", true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,6 +144,96 @@ func TestRestoreGoesOnFromTheBackup(t *testing.T) {
 	k, err := r.Key(ctx, "tenant", keyID(2))
 	if err != nil || k.IdleAt(time.Now().Add(29*24*time.Hour), k.LastUsedAt) || !k.IdleAt(time.Now().Add(31*24*time.Hour), k.LastUsedAt) {
 		t.Errorf("idle from %v, error %v: lost uses must not end it, and it must end", k.IdleFrom, err)
+	}
+}
+
+// TestRestoredAuditProvesItself: what the backup has is proved in the restored copy, and goes on; what came
+// after it is missed by whoever kept a head.
+func TestRestoredAuditProvesItself(t *testing.T) {
+	ctx := t.Context()
+	path := file(t)
+	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
+	cfg := Config{Path: path, Audit: admin.NewAuditKeys(peppers)}
+	reopen := func(peppers apikey.Peppers) *Store {
+		t.Helper()
+		s, err := Open(ctx, Config{Path: path, Audit: admin.NewAuditKeys(peppers)})
+		if err == nil {
+			err = admin.OpenPeppers(ctx, s, peppers, "test")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = s.Close() })
+		return s
+	}
+	s := reopen(peppers)
+	_, err := s.Update(ctx, func(tx admin.Tx) error {
+		return errors.Join(tx.Audit(ctx, admin.Event{}), tx.InsertToken(ctx, &admin.Token{ID: keyID(1)}, peppers.Current.Digest("t"), 1))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for day := range 3 {
+		addEvent(t, s, time.Now().Add(time.Duration(day)*25*time.Hour), day)
+	}
+	verify := func(s *Store, peppers apikey.Peppers, heads ...admin.AuditHead) admin.AuditReport {
+		t.Helper()
+		report, err := admin.VerifyAudit(ctx, s, admin.NewAuditKeys(peppers), heads...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return report
+	}
+	backup := filepath.Join(t.TempDir(), "backup.db")
+	if err := s.Backup(ctx, backup); err != nil {
+		t.Fatal(err)
+	}
+	before := verify(s, peppers)
+	addEvent(t, s, time.Now().Add(100*time.Hour), 4)
+	after := verify(s, peppers)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	for name, keys := range map[string]admin.AuditKeys{
+		"another pepper of the version": admin.NewAuditKeys(apikey.Peppers{Current: apikey.NewPepper(1, false)}),
+		"a newer pepper alone":          admin.NewAuditKeys(apikey.Peppers{Current: apikey.NewPepper(2, false)}),
+		"no pepper":                     {},
+	} {
+		if _, err := Restore(ctx, backup, Config{Path: path, Audit: keys}, "test", true); err == nil || !strings.Contains(err.Error(), "pepper") {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+	if now, err := os.ReadFile(path); err != nil || !slices.Equal(content, now) {
+		t.Errorf("the store was changed (error %v)", err)
+	}
+
+	if _, err := Restore(ctx, backup, cfg, "test", true); err != nil {
+		t.Fatal(err)
+	}
+	s = reopen(peppers)
+	if report := verify(s, peppers, before.Head); !report.Whole || report.Segments < 3 || report.Events != before.Events+1 {
+		t.Errorf("restored: got %+v", report)
+	}
+	if report := verify(s, peppers, after.Head); report.Whole {
+		t.Error("nobody misses what came after the backup")
+	}
+	addEvent(t, s, time.Now(), 5)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	// The same backup, after the pepper was rotated.
+	rotated := apikey.Peppers{Previous: peppers.Current, Current: apikey.NewPepper(2, false)}
+	if _, err := Restore(ctx, backup, Config{Path: path, Audit: admin.NewAuditKeys(rotated)}, "test", true); err != nil {
+		t.Fatal(err)
+	}
+	if report := verify(reopen(rotated), rotated, before.Head); !report.Whole {
+		t.Errorf("restored under the next pepper: got %+v", report)
 	}
 }
 
@@ -183,11 +274,11 @@ func TestDamagedBackupChangesNothing(t *testing.T) {
 		if err := os.WriteFile(bad, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Restore(ctx, bad, path, "test", true); err == nil {
+		if _, err := Restore(ctx, bad, Config{Path: path, Audit: storetest.AuditKeys}, "test", true); err == nil {
 			t.Errorf("%s: restored", name)
 		}
 	}
-	if _, err := Restore(ctx, filepath.Join(t.TempDir(), "none"), path, "test", true); err == nil {
+	if _, err := Restore(ctx, filepath.Join(t.TempDir(), "none"), Config{Path: path, Audit: storetest.AuditKeys}, "test", true); err == nil {
 		t.Error("none: restored")
 	}
 	if after, err := os.ReadFile(path); err != nil || !slices.Equal(before, after) {

@@ -37,6 +37,9 @@ func segments(t *testing.T, s admin.Reader) []admin.AuditSegment {
 func testAuditChain(t *testing.T, s admin.Store) {
 	ctx := t.Context()
 	wantChain(t, s)
+	if n, err := s.Mutations(ctx); err != nil || n != 0 {
+		t.Errorf("%d mutations before the first, error %v", n, err)
+	}
 	// Three days, two events a day: a segment for each.
 	var heads []admin.AuditHead
 	for day := range 3 {
@@ -49,6 +52,9 @@ func testAuditChain(t *testing.T, s admin.Store) {
 			}
 			heads = append(heads, wantChain(t, s, heads...))
 		}
+	}
+	if n, err := s.Mutations(ctx); err != nil || n != 6 {
+		t.Errorf("%d mutations, error %v; want 6", n, err)
 	}
 	all := segments(t, s)
 	if len(all) != 3 {

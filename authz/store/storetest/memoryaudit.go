@@ -52,6 +52,16 @@ func (r *memoryReader) FindEvents(ctx context.Context, f admin.EventFilter, afte
 	return first(list, limit), nil
 }
 
+// Mutations implements admin.Reader.
+func (r *memoryReader) Mutations(ctx context.Context) (int64, error) {
+	v, done, err := r.look(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer done()
+	return int64(v.revision), nil
+}
+
 // AuditSegments implements admin.Reader.
 func (r *memoryReader) AuditSegments(ctx context.Context) ([]admin.AuditSegment, error) {
 	v, done, err := r.look(ctx)

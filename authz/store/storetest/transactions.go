@@ -490,6 +490,7 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 			_, err := s.FindEvents(ctx, admin.EventFilter{}, admin.EventPlace{}, 1)
 			return err
 		},
+		"Mutations":     func(ctx context.Context) error { _, err := s.Mutations(ctx); return err },
 		"AuditSegments": func(ctx context.Context) error { _, err := s.AuditSegments(ctx); return err },
 		"Replay":        func(ctx context.Context) error { _, err := s.Replay(ctx, admin.ReplayID{}, noon); return err },
 		"TouchTokens":   func(ctx context.Context) error { return s.TouchTokens(ctx, []admin.TokenUse{{ID: id(1), At: noon}}) },

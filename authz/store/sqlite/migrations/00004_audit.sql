@@ -27,6 +27,9 @@ CREATE TABLE audit_segments (
 ALTER TABLE tokens ADD COLUMN user_principal_name TEXT NOT NULL DEFAULT '';
 ALTER TABLE tokens ADD COLUMN last_used_at INTEGER NOT NULL DEFAULT -62135596800000000;
 
+-- By how much the revision is ahead of the number of mutations: a restored store leaps.
+ALTER TABLE meta ADD COLUMN leapt INTEGER NOT NULL DEFAULT 0;
+
 -- Sealed answers to requests with an Idempotency-Key. A backup is made without them: they are gone after
 -- ten minutes, and a copy would keep them.
 CREATE TABLE idempotency (
