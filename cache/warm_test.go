@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"reflect"
 	"runtime"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -249,16 +252,8 @@ func TestDroppedSetsAreSetAgain(t *testing.T) {
 }
 
 func TestPackedIsEqual(t *testing.T) {
-	at := time.Unix(1, 2).UTC()
-	whole := &apikey.Key{
-		ID: apikey.ID{1}, InstanceID: "tenant", Type: apikey.TypeUser, Name: "name", Description: "description", AgentName: "agent",
-		UserPrincipalName: "user@example.com", Environment: "prod", Scopes: apikey.Scopes{"a:*", "b"},
-		AllowedIPs: []netip.Prefix{netip.MustParsePrefix("2001:db8::/32")}, Limits: apikey.Limits{Burst: 3},
-		ExpirationDate: at, InactivityDays: 4, NotBefore: at, Metadata: map[string]string{"a": "b"}, Disabled: true,
-		RevokedAt: at, RevokedReason: "lost", CreatedAt: at, CreatedBy: "token:x", LastUsedAt: at,
-		Generations: []apikey.Generation{{Number: 1, Hint: "kwu_…abcd", CreatedAt: at}, {Number: 2, Hint: "kwu_…efgh", ValidUntil: at}},
-		Digest:      digest(1), Generation: 2,
-	}
+	whole := new(apikey.Key)
+	fill(t, reflect.ValueOf(whole).Elem(), 1)
 	p, err := newPacker()
 	if err != nil {
 		t.Fatal(err)
@@ -292,11 +287,55 @@ func TestPackedIsEqual(t *testing.T) {
 	}
 	a, b := *whole, *whole
 	a.Name, b.Name = "a", "b"
-	a.InstanceID, a.Scopes = fmt.Sprint("ten", "ant"), apikey.Scopes{"a:*", "b"}
+	a.InstanceID, a.Scopes = strings.Clone(b.InstanceID), slices.Clone(b.Scopes)
 	one, other := p.pack(&a), p.pack(&b)
 	if unsafe.StringData(one.InstanceID) != unsafe.StringData(other.InstanceID) || &one.Scopes[0] != &other.Scopes[0] {
 		t.Error("what two keys have in common is kept twice")
 	}
+}
+
+// fill gives every field a value of its own, however deep, so that a field that is new to a record is not
+// forgotten where records are copied.
+func fill(t *testing.T, v reflect.Value, n int) int {
+	t.Helper()
+	n++
+	switch to := v.Addr().Interface().(type) {
+	case *time.Time:
+		*to = time.Unix(int64(n), 0).UTC()
+		return n
+	case *netip.Prefix:
+		*to = netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(n)}), 32)
+		return n
+	}
+	switch v.Kind() {
+	case reflect.String:
+		v.SetString(fmt.Sprint("text ", n))
+	case reflect.Bool:
+		v.SetBool(true)
+	case reflect.Int, reflect.Int64:
+		v.SetInt(int64(n))
+	case reflect.Uint8, reflect.Uint64:
+		v.SetUint(uint64(n%255 + 1))
+	case reflect.Struct:
+		for i := range v.NumField() {
+			n = fill(t, v.Field(i), n)
+		}
+	case reflect.Slice:
+		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
+		fallthrough
+	case reflect.Array:
+		for i := range v.Len() {
+			n = fill(t, v.Index(i), n)
+		}
+	case reflect.Map:
+		key, value := reflect.New(v.Type().Key()).Elem(), reflect.New(v.Type().Elem()).Elem()
+		n = fill(t, value, fill(t, key, n))
+		v.Set(reflect.MakeMap(v.Type()))
+		v.SetMapIndex(key, value)
+	default:
+		t.Fatalf("this test cannot fill a %v: teach it", v.Type())
+	}
+	return n
 }
 
 func TestDigestSet(t *testing.T) {
