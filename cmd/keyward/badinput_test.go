@@ -388,7 +388,7 @@ routes:
 	_, reader := w.key(t, "demo", admin.KeyInput{Scopes: []string{"orders:read"}})
 	_, near := w.key(t, "demo", admin.KeyInput{AllowedIPs: []string{"10.0.0.1", "2001:db8::/32"}})
 	_, unused := w.key(t, "demo", admin.KeyInput{})
-	if _, err := w.admin.RevokeKey(t.Context(), owner, "demo", lostKey.ID, "test"); err != nil {
+	if _, err := w.admin.RevokeKey(t.Context(), owner, "demo", lostKey.ID, apikey.RevokedOther); err != nil {
 		t.Fatal(err)
 	}
 	secrets := []string{good, other, lost, early, homeless, reader, near, unused}
