@@ -102,7 +102,7 @@ const (
 	recentUse  = 7 * 24 * time.Hour
 	listedKeys = 1000
 	// bulkBatch is how many keys one transaction revokes: what comes in between must not wait long.
-	bulkBatch = 500
+	bulkBatch = 200
 )
 
 // RevokeKeys revokes every key of an instance that a filter means, in batches. To stop them all at once

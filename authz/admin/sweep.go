@@ -14,7 +14,7 @@ const (
 	sweepJob   = "sweep"
 	sweepEvery = time.Minute
 	sweepTTL   = 3 * time.Minute // of the lead: whoever takes it over comes that late at most
-	sweepBatch = 500             // of one transaction
+	sweepBatch = 200             // of one transaction
 	// idleLag is how late a last use may be written down, with room: until then a key that looks idle may
 	// have been in use.
 	idleLag = 2 * time.Minute

@@ -156,24 +156,30 @@ func (t *tx) Audit(ctx context.Context, e admin.Event) error {
 			return errors.New("audit event: before and after must be JSON or nil") // or no list of events could be shown
 		}
 	}
-	open, err := t.openSegment(ctx)
-	if err != nil {
-		return err
-	}
-	var newest int64
-	if _, err := t.one(ctx, "read the newest audit event", `SELECT coalesce(max(sequence), 0) FROM audit`, nil, &newest); err != nil {
-		return err
-	}
-	e.At = time.UnixMicro(micros(e.At)).UTC() // as it will come back
-	for _, s := range t.audit.Extend(open, newest, &e) {
-		if err := t.putSegment(ctx, &s); err != nil {
+	// A transaction may write hundreds of events, and nobody else writes meanwhile: it looks once.
+	open, newest := t.last.segment, t.last.event
+	if open == nil {
+		var err error
+		if open, err = t.openSegment(ctx); err != nil {
+			return err
+		}
+		if _, err := t.one(ctx, "read the newest audit event", `SELECT coalesce(max(sequence), 0) FROM audit`, nil, &newest); err != nil {
 			return err
 		}
 	}
-	err = t.execOne(ctx, "write audit event", `INSERT INTO audit (`+eventColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+	e.At = time.UnixMicro(micros(e.At)).UTC() // as it will come back
+	changed := t.audit.Extend(open, newest, &e)
+	t.last.segment, t.last.event = nil, 0 // until all is written
+	for i := range changed {
+		if err := t.putSegment(ctx, &changed[i]); err != nil {
+			return err
+		}
+	}
+	err := t.execOne(ctx, "write audit event", `INSERT INTO audit (`+eventColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		e.Sequence, micros(e.At), e.Actor, e.RemoteAddr, e.Action, e.Refused, e.InstanceID, e.Target, e.RequestID, raw(e.Before), raw(e.After), e.Link[:])
 	if err == nil {
 		t.audited = true
+		t.last.segment, t.last.event = &changed[len(changed)-1], e.Sequence
 	}
 	return err
 }

@@ -19,6 +19,10 @@ type tx struct {
 	audit    admin.AuditKeys
 	revision apikey.Revision // of this transaction
 	audited  bool
+	last     struct { // what Audit wrote last; nil before it did
+		segment *admin.AuditSegment
+		event   int64
+	}
 	// broken is the first outage. SQLite takes the whole transaction back on some of them (an interrupted
 	// write, a full disk), and the next statement would run, and stay, outside any transaction: after an
 	// outage nothing runs.
