@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -223,29 +222,6 @@ func TestNothingIsLostInAHurry(t *testing.T) {
 	if got := value(t, c, "warm_up_records", ""); missing != 0 || got != n {
 		t.Errorf("%d of %d keys are not there, %v are said to be", missing, n, got)
 	}
-}
-
-// TestDroppedSetsAreSetAgain hands over more at once than ristretto's queue takes.
-func TestDroppedSetsAreSetAgain(t *testing.T) {
-	const n, rounds = 60_000, 20
-	c := started(t, cachetest.NewStore(), Config{Records: n * rounds})
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // so that hardly anybody works the queue off meanwhile
-	for round := range rounds {
-		w := warming{Cache: c, generations: c.records.generations()}
-		for i := range n {
-			k := key(i)
-			k.Digest = digest(round*n + i)
-			w.batch = append(w.batch, k)
-		}
-		w.keep()
-		if w.kept != n || w.lost != 0 {
-			t.Fatalf("got %d kept and %d lost of %d", w.kept, w.lost, n)
-		}
-		if value(t, c, "sets_dropped_total", "queue") > 0 {
-			return
-		}
-	}
-	t.Error("nothing was ever dropped: this proves nothing")
 }
 
 func TestPackedIsEqual(t *testing.T) {
