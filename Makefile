@@ -9,15 +9,26 @@ ENVOY_TEST_VERSIONS   := 1.36.4 1.38.3
 VERSION ?= $(ENVOY_VERSION)
 TOOLS   := $(CURDIR)/.tools
 PYTHON  ?= python3
+# How long each fuzz target is fed, and which: FUZZTIME=10m FUZZ=FuzzConfig.
+FUZZTIME ?= 10s
+FUZZ     ?= .
 # More of "make test": TESTFLAGS="-run TestThis -v".
 TESTFLAGS ?=
+# Lengths of "make bench" and "make bench-envoy". A first look: ROUNDS=1 MEASURE=300ms KEYS=500 SAMPLES=2000 FLOOD=10000.
+ROUNDS  ?= 5
+MEASURE ?= 1500ms
+KEYS    ?= 10000
+SAMPLES ?= 1000000
+FLOOD   ?= 1000000
+# Keys of "make bench-scale".
+SCALE_KEYS ?= 10000000
 
-.PHONY: all help build dev test bench bench-scale lint fmt envoy envoys clean
+.PHONY: all help build dev test fuzz bench bench-envoy bench-go bench-scale lint fmt envoy envoys clean
 
 all: build lint test
 
 help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build bin/keyward
 	CGO_ENABLED=0 go build -trimpath -o bin/keyward ./cmd/keyward
@@ -30,20 +41,37 @@ test: envoys ## get what the tests need, then run all of them with the race dete
 	go test -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
 	@# Without it: what the detector's own cost would hide, allocations and load.
 	go test -timeout 10m -run TestLeasesUnderLoad $(TESTFLAGS) ./envoy/e2e
-	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/check)
+	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/accesslog ./envoy/check)
 
-bench: have-envoy ## measure: rules, state, access logs, and max-concurrent through Envoy
-	go test -run '^$$' -bench . ./authz/... ./cache ./limits/... ./envoy/accesslog
+fuzz: ## feed every fuzz target for 10 s (FUZZTIME=10m for longer, FUZZ=FuzzConfig for one)
+	@.ci/fuzz '$(FUZZTIME)' '$(FUZZ)'
+
+bench: benchmarks ## compare Checks with a constant answer, over the wire; writes docs/performance.md
+	bin/benchmarks checks -rounds $(ROUNDS) -measure $(MEASURE) -keys $(KEYS) -samples $(SAMPLES) -flood $(FLOOD)
+
+bench-envoy: benchmarks have-envoy ## what an authorizer costs behind a real Envoy; writes docs/performance.md
+	bin/benchmarks envoy -rounds $(ROUNDS) -measure $(MEASURE) -keys $(KEYS)
+
+bench-go: have-envoy ## Go benchmarks: rules, state, access logs, and max-concurrent through Envoy
+	go test -run '^$$' -bench . ./authz/... ./cache ./limits/... ./envoy/accesslog ./envoy/check
 	go test -run '^$$' -bench . -benchtime 1x ./envoy/e2e
 
-KEYS ?= 10000000
-bench-scale: ## measure start, memory, garbage collection and CPU with KEYS=10000000 keys in the store (6 GB of disk in TMPDIR)
-	cd cmd/keyward && KEYS=$(KEYS) DOC=$(CURDIR)/docs/performance.md go test -run '^$$' -bench StateAtScale -benchtime 1x -timeout 3h .
+bench-scale: ## measure start, memory, garbage collection and CPU with SCALE_KEYS=10000000 keys in the store (6 GB of disk in TMPDIR)
+	cd cmd/keyward && KEYS=$(SCALE_KEYS) DOC=$(CURDIR)/docs/performance.md go test -run '^$$' -bench StateAtScale -benchtime 1x -timeout 3h .
+
+# What is compared: keyward, the same with the standard codec, and the comparison itself.
+.PHONY: benchmarks
+benchmarks: build
+	CGO_ENABLED=0 go build -trimpath -tags keyward_standard_codec -o bin/keyward-standard ./cmd/keyward
+	go -C envoy/benchmarks build -trimpath -o ../../bin/benchmarks .
 
 lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION) ## vet, formatting, golangci-lint, tidy go.mod
 	go vet ./...
+	go vet -tags keyward_standard_codec ./cmd/keyward
 	$< run ./...
+	cd envoy/benchmarks && $< run ./...
 	go mod tidy -diff
+	go -C envoy/benchmarks mod tidy -diff
 
 fmt: ## format all Go code
 	gofmt -w $$(git ls-files '*.go')

@@ -159,6 +159,19 @@ func prepare(cfg Config) (*rules, error) {
 // others.
 func (a *Authorizer) HeaderNames() []string { return a.rules.Load().headers }
 
+// ExtensionNames lists the context extensions that a decision looks at. Adapters give these and no others.
+func (a *Authorizer) ExtensionNames() []string { return extensionNames[:] }
+
+var extensionNames = [...]string{extensionInstance, extensionAgent, extensionEnvironment, extensionScopes}
+
+// The context extensions by which a route's configuration in Envoy says what it wants.
+const (
+	extensionInstance    = "instance"
+	extensionAgent       = "agent"
+	extensionEnvironment = "environment"
+	extensionScopes      = "required_scopes"
+)
+
 // errBlock is how a step says that it cannot go on without waiting.
 var errBlock = errors.New("would block")
 
@@ -249,11 +262,8 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		return err // the process stood still, perhaps for longer than a revocation waits for it
 	}
 	d.Reason = ReasonKey
-	d.Scopes = d.Key.Scopes
-	if instance.Policy.AllowedScopes != nil {
-		d.Scopes = d.Scopes.Intersect(instance.Policy.AllowedScopes)
-	}
-	a.uses.Used(d.Key, time.Now())
+	d.allowed = instance.Policy.AllowedScopes
+	a.uses.Used(d.Key, q.at)
 	return nil
 }
 
@@ -264,13 +274,16 @@ type question struct {
 	secret   string
 	client   netip.Addr
 	mayBlock bool
+	at       time.Time // when the key's life was judged
 }
 
 // known answers who is calling, and whether they may here: life, place and right.
 func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *question) (*apikey.Instance, error) {
 	for range maxLooks {
-		k, err := a.find(ctx, q.secret, q.client, q.mayBlock)
+		k, err := a.find(ctx, r, q)
 		if errors.Is(err, apikey.ErrNotFound) {
+			// As much as is done for a key that exists and may not be used, so that the time does not tell.
+			_, _, _ = a.life(ctx, &nobodys, a.keys.Instance(nobodys.InstanceID), q)
 			d.Reason = ReasonUnknownKey
 			return nil, nil
 		}
@@ -284,12 +297,12 @@ func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *ques
 			return nil, fmt.Errorf("instance of key %s is not known yet: %w", k.ID, apikey.ErrUndecided)
 		}
 		var asked bool
-		if d.Reason, asked, err = a.life(ctx, k, instance, q.mayBlock); err != nil || d.Reason != ReasonNone {
+		if d.Reason, asked, err = a.life(ctx, k, instance, q); err != nil || d.Reason != ReasonNone {
 			return nil, err
 		}
 		if asked {
 			// The store was asked, which takes time: only a record that is still the one in force counts.
-			if again, err := a.find(ctx, q.secret, q.client, q.mayBlock); err != nil || again != k {
+			if again, err := a.find(ctx, r, q); err != nil || again != k {
 				continue
 			}
 		}
@@ -303,6 +316,9 @@ func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *ques
 }
 
 const maxLooks = 4
+
+// nobodys is a key that no secret finds. It was revoked, so that its life ends every question about it.
+var nobodys = apikey.Key{InstanceID: "00000000-0000-0000-0000-000000000000", RevokedAt: time.Unix(1, 0)}
 
 // shape refuses what cannot be a key, at no cost. A management token is no key.
 func shape(format apikey.Format, secret string) Reason {
@@ -332,23 +348,25 @@ func isPreflight(r *Request) bool {
 
 // find looks a secret up by its digest: under the current pepper, and while a rotation lasts under the
 // previous one as well.
-func (a *Authorizer) find(ctx context.Context, secret string, client netip.Addr, mayBlock bool) (*apikey.Key, error) {
-	digest := a.peppers.Current.Digest(secret)
-	k, ok, err := a.keys.Cached(&digest)
+func (a *Authorizer) find(ctx context.Context, r *Request, q *question) (*apikey.Key, error) {
+	digest := &r.digests[0] // in the request, where a pointer to it costs no allocation
+	*digest = a.peppers.Current.Digest(q.secret)
+	k, ok, err := a.keys.Cached(digest)
 	if ok && err == nil {
 		return k, nil
 	}
 	if a.peppers.Previous != nil {
 		// Memory is asked about both before anything is read for either: a key that is held under its old
 		// digest must not have to wait for news of the new one.
-		old := a.peppers.Previous.Digest(secret)
-		before, oldOK, oldErr := a.keys.Cached(&old)
-		if !oldOK && oldErr == nil && mayBlock {
-			before, oldErr = a.keys.FindKey(ctx, old, client)
+		old := &r.digests[1]
+		*old = a.peppers.Previous.Digest(q.secret)
+		before, oldOK, oldErr := a.keys.Cached(old)
+		if !oldOK && oldErr == nil && q.mayBlock {
+			before, oldErr = a.keys.FindKey(ctx, *old, q.client)
 		}
 		switch {
 		case oldErr == nil && before != nil:
-			a.redigests.Redigest(old, digest)
+			a.redigests.Redigest(*old, *digest)
 			return before, nil
 		case oldErr == nil:
 			return nil, errBlock
@@ -359,16 +377,17 @@ func (a *Authorizer) find(ctx context.Context, secret string, client netip.Addr,
 	switch {
 	case ok || err != nil:
 		return nil, err
-	case !mayBlock:
+	case !q.mayBlock:
 		return nil, errBlock
 	}
-	return a.keys.FindKey(ctx, digest, client)
+	return a.keys.FindKey(ctx, *digest, q.client)
 }
 
 // life says where in its life the key stands: ReasonNone if it may be used now. asked says that the store
 // had to be asked.
-func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.Instance, mayBlock bool) (reason Reason, asked bool, err error) {
+func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.Instance, q *question) (reason Reason, asked bool, err error) {
 	now := time.Now()
+	q.at = now
 	status := k.StatusAt(now)
 	switch {
 	case status == apikey.StatusRevoked:
@@ -387,7 +406,7 @@ func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.I
 	// served the key since.
 	case status == apikey.StatusActive || !k.IdleAt(now, a.uses.Last(k.ID)):
 		return ReasonNone, false, nil
-	case !mayBlock:
+	case !q.mayBlock:
 		return ReasonNone, false, errBlock
 	}
 	lastUsed, err := a.keys.LastUsed(ctx, k.ID)
@@ -400,13 +419,13 @@ func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.I
 // place compares every source that names an instance, an agent or an environment with the key's.
 // There is no precedence: each of them has to agree.
 func place(k *apikey.Key, rule *Rule, r *Request, query string) Reason {
-	if reason := eachSource(rule.Instance, "instance", r, query, ReasonWrongInstance, func(v string) bool {
+	if reason := eachSource(rule.Instance, extensionInstance, r, query, ReasonWrongInstance, func(v string) bool {
 		return apikey.IsInstance(k.InstanceID, v)
 	}, nil); reason != ReasonNone {
 		return reason
 	}
 	agentNamed := false
-	if reason := eachSource(rule.Agent, "agent", r, query, ReasonWrongAgent, func(v string) bool {
+	if reason := eachSource(rule.Agent, extensionAgent, r, query, ReasonWrongAgent, func(v string) bool {
 		return k.Type != apikey.TypeAgent || v == k.AgentName
 	}, &agentNamed); reason != ReasonNone {
 		return reason
@@ -414,7 +433,7 @@ func place(k *apikey.Key, rule *Rule, r *Request, query string) Reason {
 	if rule.AgentRequired && !agentNamed && k.Type == apikey.TypeAgent {
 		return ReasonAgentRequired
 	}
-	return eachSource(rule.Environment, "environment", r, query, ReasonWrongEnvironment, func(v string) bool {
+	return eachSource(rule.Environment, extensionEnvironment, r, query, ReasonWrongEnvironment, func(v string) bool {
 		return k.Environment == "" || v == k.Environment
 	}, nil)
 }
@@ -468,7 +487,7 @@ func right(d *Decision, k *apikey.Key, instance *apikey.Instance, rule *Rule, r 
 		}
 	}
 	for _, e := range r.Extensions {
-		if e.Name != "required_scopes" {
+		if e.Name != extensionScopes {
 			continue
 		}
 		for rest := e.Value; rest != ""; {
@@ -513,10 +532,10 @@ func (a *Authorizer) TakeBack(ctx context.Context, d *Decision) {
 func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *rules, q *question, instance *apikey.Instance) (waited bool, err error) {
 	k := d.Key
 	inForce := instance.Policy.LimitsOf(k)
-	var room [2]limits.RateDemand
-	rates := room[:0]
+	rates := r.rates[:0]
 	if total := limits.RateOf(instance.Policy.Total); !total.IsZero() {
-		owner := sha256.Sum256([]byte(instance.ID))
+		var room [64]byte
+		owner := sha256.Sum256(append(room[:0], instance.ID...))
 		rates = append(rates, limits.RateDemand{
 			Cell: limits.Cell{Owner: [16]byte(owner[:16]), Class: limits.ClassInstance}, Rate: total,
 		})
@@ -526,7 +545,8 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 			Cell: limits.Cell{Owner: k.ID, Class: limits.ClassBurst}, Rate: rate,
 		})
 	}
-	demand := limits.Demand{Rates: rates}
+	demand := &r.demand // in the request, as the digests are
+	*demand = limits.Demand{Rates: rates}
 	if inForce.MaxConcurrent > 0 {
 		demand.Lease = limits.LeaseDemand{
 			Lease: limits.Lease{Cell: LeaseCell(k.ID), Identity: r.Identity, HTTP: r.HTTP},
@@ -534,12 +554,12 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 			Connection: r.Connection, Note: note(q.rule, r.Method),
 		}
 	}
-	answer, ok := a.limiter.TryTake(&demand)
+	answer, ok := a.limiter.TryTake(demand)
 	if !ok {
 		if !q.mayBlock {
 			return false, errBlock
 		}
-		if answer, err = a.limiter.Take(ctx, &demand); err != nil {
+		if answer, err = a.limiter.Take(ctx, demand); err != nil {
 			return false, err
 		}
 	}

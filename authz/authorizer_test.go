@@ -688,7 +688,7 @@ func TestScopesHandedOnAreThoseInForce(t *testing.T) {
 	} {
 		secret := w.issue(apikey.Key{Scopes: tt.scopes})
 		d := decide(t, a, authz.Request{Method: "GET", Path: "/", Headers: []authz.Pair{header("x-api-key", secret.Reveal())}})
-		if got := string(d.Scopes.Append(nil)); got != tt.want {
+		if got := string(d.AppendScopes(nil)); got != tt.want {
 			t.Errorf("%v: got %q, want %q", tt.scopes, got, tt.want)
 		}
 	}

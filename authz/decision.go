@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"math/rand/v2"
 	"time"
@@ -128,12 +129,8 @@ var limitReasons = map[limits.Class]Reason{
 type ID [16]byte
 
 func newID() (id ID) {
-	for i := range 2 {
-		r := rand.Uint64() //nolint:gosec // not a secret, and it is made for every request
-		for j := range 8 {
-			id[8*i+j] = byte(r >> (8 * j))
-		}
-	}
+	binary.NativeEndian.PutUint64(id[:8], rand.Uint64()) //nolint:gosec // not a secret, and it is made for every request
+	binary.NativeEndian.PutUint64(id[8:], rand.Uint64()) //nolint:gosec // the same
 	return id
 }
 
@@ -151,8 +148,8 @@ type Decision struct {
 	// Key is the caller's key as soon as it is known, for denials too; nil otherwise. On an allowed
 	// request it is the identity to hand on; nil then means a caller without identity.
 	Key *apikey.Key
-	// Scopes are the rights in force: the key's, capped by the policy. Set when allowed with a key.
-	Scopes apikey.Scopes
+	// allowed are the rights that the policy leaves to keys.
+	allowed apikey.Scopes
 
 	// Leased says that the request, allowed, holds Lease until somebody says that it ended.
 	Leased bool
@@ -179,3 +176,13 @@ type Decision struct {
 
 // Outcome is what the caller learns.
 func (d *Decision) Outcome() Outcome { return d.Reason.Outcome() }
+
+// AppendScopes appends the rights in force of a request that is allowed with a key: the key's, capped by
+// the policy, separated by spaces; "*" for all.
+func (d *Decision) AppendScopes(dst []byte) []byte {
+	if d.allowed == nil {
+		return d.Key.Scopes.Append(dst)
+	}
+	var room [apikey.MaxScopes]apikey.Scope
+	return d.Key.Scopes.Intersect(room[:0], d.allowed).Append(dst)
+}

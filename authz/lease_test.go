@@ -140,6 +140,56 @@ func TestLeaseIDShapes(t *testing.T) {
 	}
 }
 
+// fuzzPepper is always the same one, so that a corpus can hold ids that open.
+const fuzzPepper = "keyward pepper\n\nversion: 7\nkey: AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=\n"
+
+// FuzzOpenLease: only what Append made opens, for its own request, and no bit of it is free. id is any
+// text; the rest is a lease and one bit of its id's text.
+func FuzzOpenLease(f *testing.F) {
+	pepper, err := apikey.ParsePepper([]byte(fuzzPepper))
+	if err != nil {
+		f.Fatal(err)
+	}
+	ids := NewLeaseIDs(apikey.Peppers{Current: pepper})
+	l := someLease()
+	f.Add(string(ids.Append(nil, l)), l.Cell.Owner[:], l.HTTP, l.Identity.Port, l.Identity.Start, uint16(0))
+	f.Add("", []byte{}, uint64(0), uint16(0), int64(0), uint16(LeaseIDSize*8-1))
+	f.Add(strings.Repeat("A", LeaseIDSize), []byte{0xff}, uint64(math.MaxUint64), uint16(math.MaxUint16), int64(math.MinInt64), uint16(77))
+	f.Add(strings.Repeat("\n", LeaseIDSize), []byte{1}, uint64(1), uint16(1), int64(1), uint16(8*58))
+	f.Fuzz(func(t *testing.T, id string, key []byte, http uint64, port uint16, start int64, bit uint16) {
+		l := limits.Lease{Identity: limits.Identity{Peer: netip.MustParseAddr("203.0.113.9").As16(), Port: port, Start: start}, HTTP: http}
+		copy(l.Cell.Owner[:], key)
+		l.Cell = LeaseCell(l.Cell.Owner)
+		made := ids.Append(nil, l)
+		if got, err := ids.Open(string(made), l.Identity); err != nil || got != l {
+			t.Fatalf("its own id: got %+v, %v, want %+v", got, err, l)
+		}
+		other := l.Identity
+		other.Start ^= 1
+		wantShut(t, ids, string(made), other)
+
+		i := int(bit) % (len(made) * 8)
+		made[i/8] ^= 1 << (i % 8)
+		wantShut(t, ids, string(made), l.Identity)
+
+		// What opens is the one spelling of what it opens as.
+		if got, err := ids.Open(id, l.Identity); err != nil {
+			wantShut(t, ids, id, l.Identity)
+		} else if back := string(ids.Append(nil, got)); back != id || got.Identity != l.Identity {
+			t.Fatalf("%q opened as %+v, whose id is %q", id, got, back)
+		}
+	})
+}
+
+// wantShut fails unless an id is refused by a known error, without any lease.
+func wantShut(t *testing.T, ids *LeaseIDs, id string, identity limits.Identity) {
+	t.Helper()
+	got, err := ids.Open(id, identity)
+	if got != (limits.Lease{}) || !errors.Is(err, ErrLeaseShape) && !errors.Is(err, ErrLeaseForged) && !errors.Is(err, ErrLeaseVersion) {
+		t.Fatalf("%q: got %+v, %v, want it refused", id, got, err)
+	}
+}
+
 func TestLeasesOutliveAPepperRotation(t *testing.T) {
 	one, two, three := apikey.NewPepper(1, false), apikey.NewPepper(2, false), apikey.NewPepper(3, false)
 	before := NewLeaseIDs(apikey.Peppers{Current: one})

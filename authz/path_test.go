@@ -155,7 +155,8 @@ var badPath = regexp.MustCompile(`(?is)^$|^[^/]|[\x00-\x20\x7f\\;#]` +
 	`|//|/\.\.?(/|$)` +
 	`|%(2d|2e|5f|7e|3[0-9]|4[1-9a-f]|5[0-9a]|6[1-9a-f]|7[0-9a])` +
 	`|%([^0-9a-f]|.[^0-9a-f]|.?$)` +
-	`|%c[01]%[89ab]|%(e0|f0|f8|fc)%8[01]`)
+	`|%c[01]%[89ab]|%(e0|f0|f8|fc)%8[01]` +
+	`|/%20|%20(/|$)`)
 
 func isBadPath(target string) bool {
 	path, _, _ := strings.Cut(target, "?")

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"strings"
 
+	"keyward/authz/apikey"
 	"keyward/limits"
 )
 
@@ -25,11 +26,16 @@ type Request struct {
 	// Headers are those that Authorizer.HeaderNames names, in lower case, each occurrence by itself or
 	// several joined by commas, in their order.
 	Headers []Pair
-	// Extensions are what the route's configuration in Envoy says about the request.
+	// Extensions are what the route's configuration in Envoy says about the request: those that
+	// Authorizer.ExtensionNames names.
 	Extensions []Pair
 
+	// What a decision needs room for while it is made.
 	match   match
 	scratch []byte
+	digests [2]apikey.Digest // under the current pepper and the previous one
+	rates   [2]limits.RateDemand
+	demand  limits.Demand
 }
 
 // A Pair is a name and a value.

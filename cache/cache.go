@@ -294,56 +294,71 @@ func (c *Cache) FindKey(ctx context.Context, d apikey.Digest, source netip.Addr)
 	return c.load(ctx, &d)
 }
 
-// load reads a key from the store, once for all who ask for it at the same time. Whoever comes after
-// an invalidation does not join a load from before it: the generation is part of what is shared.
-func (c *Cache) load(ctx context.Context, d *apikey.Digest) (*apikey.Key, error) {
-	answer := c.loads.DoChan(loadKey(d, c.records.generation(d)), func() (any, error) {
-		return c.loadShared(context.WithoutCancel(ctx), d) // others wait for it: the first may leave
-	})
-	select {
-	case a := <-answer:
-		k, _ := a.Val.(*apikey.Key)
-		return k, a.Err
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: find key: %w", apikey.ErrUndecided, context.Cause(ctx))
-	}
-}
-
-// loadTries is how often a load is begun again because its answer was too old when it came.
+// loadTries is how often a key is read because the answer was too old when it came.
 const loadTries = 4
 
-func (c *Cache) loadShared(ctx context.Context, d *apikey.Digest) (k *apikey.Key, err error) {
+// errStale is how one read says that its answer was too old.
+var errStale = fmt.Errorf("%w: find key: the store's answers are older than what this server has seen", apikey.ErrUndecided)
+
+// load reads a key from the store, once for all who ask for it at the same time. Whoever comes after
+// an invalidation does not join a read from before it: the generation is part of what is shared.
+//
+// So of one digest and generation there is one read at a time, and the next begins after it: what one
+// of them puts in the place of another's record is never older. A read whose answer was too old is begun
+// again here, and not beside one that is shared by the new generation.
+func (c *Cache) load(ctx context.Context, d *apikey.Digest) (*apikey.Key, error) {
+	for range loadTries {
+		generation := c.records.generation(d)
+		answer := c.loads.DoChan(loadKey(d, generation), func() (any, error) {
+			return c.loadShared(context.WithoutCancel(ctx), d, generation) // others wait for it: the first may leave
+		})
+		select {
+		case a := <-answer:
+			if errors.Is(a.Err, errStale) {
+				continue
+			}
+			k, _ := a.Val.(*apikey.Key)
+			return k, a.Err
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: find key: %w", apikey.ErrUndecided, context.Cause(ctx))
+		}
+	}
+	return nil, errStale
+}
+
+// loadShared reads a key once, for all who wait for it. generation was read before. Errors: errStale.
+func (c *Cache) loadShared(ctx context.Context, d *apikey.Digest, generation uint64) (k *apikey.Key, err error) {
 	if !c.enter() {
 		return nil, errClosed
 	}
 	defer c.work.Done()
-	defer func() { c.metrics.loaded(err) }()
+	defer func() {
+		if !errors.Is(err, errStale) { // which is counted below
+			c.metrics.loaded(err)
+		}
+	}()
 	defer c.recovered("find key", &err)
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.LoadTimeout)
 	defer cancel()
-	for range loadTries {
-		// In this order: a poll raises heard before it counts the stripe up. Whoever sees the new
-		// generation therefore refuses an answer from before the change.
-		generation := c.records.generation(d)
-		heard := c.follower.heard.Load()
-		k, revision, err := c.store.FindKey(ctx, *d)
-		switch {
-		case errors.Is(err, apikey.ErrNotFound):
-			k = nil
-		case err != nil:
-			return nil, c.failed("find_key", err)
-		case !k.Digest.Equal(d):
-			return nil, c.failed("find_key", errors.New("the store answered with a key of another digest"))
-		default:
-			k = c.packer.pack(k)
-		}
-		if uint64(revision) < heard || !c.records.fill(d, k, generation) {
-			c.metrics.stale.Inc()
-			continue
-		}
-		return k, err
+	// After the generation, in this order: a poll raises heard before it counts the stripe up. Whoever sees
+	// the new generation therefore refuses an answer from before the change.
+	heard := c.follower.heard.Load()
+	k, revision, err := c.store.FindKey(ctx, *d)
+	switch {
+	case errors.Is(err, apikey.ErrNotFound):
+		k = nil
+	case err != nil:
+		return nil, c.failed("find_key", err)
+	case !k.Digest.Equal(d):
+		return nil, c.failed("find_key", errors.New("the store answered with a key of another digest"))
+	default:
+		k = c.packer.pack(k)
 	}
-	return nil, fmt.Errorf("%w: find key: the store's answers are older than what this server has seen", apikey.ErrUndecided)
+	if uint64(revision) < heard || !c.records.fill(d, k, generation) {
+		c.metrics.stale.Inc()
+		return nil, errStale
+	}
+	return k, err
 }
 
 // Learn makes a digest known that a key was just given without a new revision.

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -381,6 +382,38 @@ func TestWhoComesAfterARevocationJoinsNoOlderLoad(t *testing.T) {
 	})
 }
 
+// A load that begins again because a change overtook it is not to run beside one that begins after the
+// change: the later to end would put an older record in the place of a newer one.
+func TestNobodyIsToldANewRecordAndThenAnOlderOne(t *testing.T) {
+	store := cachetest.NewStore()
+	version := func(n string) *apikey.Key {
+		k := key(1)
+		k.CreatedBy = n
+		return k
+	}
+	store.Put(version("1"), digest(1))
+	bubble(t, store, Config{}, func(t *testing.T, c *Cache) {
+		var reads atomic.Int64
+		store.OnAnswer(func(_ context.Context, call string) error {
+			if call == "FindKey" && reads.Add(1) <= 2 { // that of version 1, and the next
+				time.Sleep(100 * time.Millisecond)
+			}
+			return nil
+		})
+		var first sync.WaitGroup
+		first.Go(func() { mustFind(t, c, digest(1)) })
+		synctest.Wait()
+		catchUp(t, c, store.Put(version("2"), digest(1)))
+		time.Sleep(150 * time.Millisecond) // the load has begun again
+		store.Put(version("3"), digest(1)) // and is overtaken once more; no poll has seen it
+		told := mustFind(t, c, digest(1))
+		first.Wait()
+		if then := mustFind(t, c, digest(1)); then.CreatedBy < told.CreatedBy {
+			t.Errorf("told version %s, then version %s", told.CreatedBy, then.CreatedBy)
+		}
+	})
+}
+
 func TestAnswerOlderThanWhatWasSeenIsNotServed(t *testing.T) {
 	store := cachetest.NewStore()
 	store.Put(key(1), digest(1))
@@ -415,7 +448,7 @@ func TestReadDuringAPollNeedsThePollsRevision(t *testing.T) {
 	s.mu.Lock()
 	loaded := make(chan error, 1)
 	go func() {
-		_, err := c.loadShared(t.Context(), &d)
+		_, err := c.load(t.Context(), &d)
 		loaded <- err
 	}()
 	for range 10_000 {

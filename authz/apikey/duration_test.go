@@ -94,3 +94,22 @@ func TestDurationRoundTrip(t *testing.T) {
 		}
 	})
 }
+
+func FuzzParseDuration(f *testing.F) {
+	for _, s := range []string{"90s", "30d", "-1d", "1h30m", "1.5h", "106751d", "106752d", "0x10d", "2562047h47m16.854775807s", "1µs", "d"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		d, err := apikey.ParseDuration(s)
+		if err != nil {
+			wantInvalid(t, err, s)
+			return
+		}
+		if want, err := time.ParseDuration(s); err == nil && want != d.Std() {
+			t.Fatalf("%q: got %v, want %v", s, d.Std(), want)
+		}
+		if back, err := apikey.ParseDuration(d.String()); err != nil || back != d {
+			t.Fatalf("%q is written %s, which is read as %v, %v", s, d, back.Std(), err)
+		}
+	})
+}

@@ -172,3 +172,25 @@ func TestPolicyValidate(t *testing.T) {
 		})
 	}
 }
+
+// FuzzInstanceID: a spelling names an instance exactly if it is one of that instance's id.
+func FuzzInstanceID(f *testing.F) {
+	for _, s := range []string{guid, strings.ToUpper(guid), "demo", "Demo", "a-1_B", "", "1a", "é", guid[:35] + "ﬀ"} {
+		f.Add(guid, s)
+		f.Add("demo", s)
+	}
+	f.Fuzz(func(t *testing.T, one, two string) {
+		id, err := apikey.CanonicalInstanceID(one)
+		if err != nil {
+			wantInvalid(t, err, one)
+			return
+		}
+		if again, err := apikey.CanonicalInstanceID(id); err != nil || again != id {
+			t.Fatalf("%q became %q, which becomes %q, %v", one, id, again, err)
+		}
+		other, err := apikey.CanonicalInstanceID(two)
+		if got, want := apikey.IsInstance(id, two), err == nil && other == id; got != want {
+			t.Fatalf("%q names %q: got %t, want %t", two, id, got, want)
+		}
+	})
+}

@@ -158,3 +158,39 @@ func TestLimitsJSON(t *testing.T) {
 		}
 	}
 }
+
+// FuzzLimits: limits that are accepted can be counted with, and are written as they are read.
+func FuzzLimits(f *testing.F) {
+	for _, s := range []string{
+		`{}`, `{"rate":{"requests":120,"per":"1m"},"burst":20,"maxConcurrent":10}`, `{"rate":{"requests":-1},"burst":-1,"maxConcurrent":-1}`,
+		`{"rate":{"requests":505000000,"per":"1s"}}`, `{"rate":{"requests":2,"per":"1ns"},"burst":1}`, `{"rate":{"requests":1,"per":"366d"},"burst":146}`,
+		`{"burst":9223372036854775807}`, `{"rate":{"requests":0,"per":"-1d"}}`, `{"burst":1e400}`, `{"rate":{"requests":1,"per":"NaN"}}`,
+	} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var l apikey.Limits
+		if json.Unmarshal(text, &l) != nil {
+			return
+		}
+		_ = l.Or(apikey.ShippedLimits).Or(apikey.Limits{})
+		if err := l.Validate("limits"); err != nil {
+			wantInvalid(t, err, string(text))
+			return
+		}
+		if l.Rate.Requests > 0 {
+			reach := new(big.Int).Mul(big.NewInt(int64(l.Rate.Interval())), big.NewInt(int64(l.Burst)))
+			if l.Rate.Interval() <= 0 || reach.Cmp(big.NewInt(math.MaxInt64/2)) > 0 {
+				t.Fatalf("%+v was accepted, with an interval of %d", l, l.Rate.Interval())
+			}
+		}
+		written, err := json.Marshal(l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var back apikey.Limits
+		if err := json.Unmarshal(written, &back); err != nil || back != l {
+			t.Fatalf("%+v is written %s, which is read as %+v, %v", l, written, back, err)
+		}
+	})
+}

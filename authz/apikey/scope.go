@@ -96,15 +96,19 @@ func (s Scopes) Cover(want Scope) bool {
 	return false
 }
 
-// Intersect returns the rights that both give, of each overlapping pair the narrower.
-func (s Scopes) Intersect(other Scopes) Scopes {
+// Intersect returns the rights that both give, of each overlapping pair the narrower. It may use room,
+// which is empty.
+func (s Scopes) Intersect(room, other Scopes) Scopes {
 	if s == nil {
 		return other
 	}
 	if other == nil {
 		return s
 	}
-	both := Scopes{}
+	both := room
+	if both == nil {
+		both = Scopes{}
+	}
 	for _, a := range s {
 		for _, b := range other {
 			switch {

@@ -168,7 +168,7 @@ func TestIntersectIsBoth(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		a, b := anyScopes(t, "a"), anyScopes(t, "b")
 		aBefore, bBefore := slices.Clone(a), slices.Clone(b)
-		both := a.Intersect(b)
+		both := a.Intersect(nil, b)
 		for _, want := range patterns {
 			if got := both.Cover(want); got != (a.Cover(want) && b.Cover(want)) {
 				t.Fatalf("%v and %v give %v, which covers %s: %t", a, b, both, want, got)
@@ -180,7 +180,7 @@ func TestIntersectIsBoth(t *testing.T) {
 		if !slices.IsSorted(both) || len(slices.Compact(slices.Clone(both))) != len(both) {
 			t.Fatalf("%v is not sorted and without doubles", both)
 		}
-		if diff := cmp.Diff(both, b.Intersect(a)); diff != "" {
+		if diff := cmp.Diff(both, b.Intersect(nil, a)); diff != "" {
 			t.Fatalf("the other way round it differs:\n%s", diff)
 		}
 		if !slices.Equal(a, aBefore) || !slices.Equal(b, bBefore) {
@@ -229,4 +229,53 @@ func FuzzParseScope(f *testing.F) {
 			}
 		}
 	})
+}
+
+// FuzzScopes: whatever list is taken, what two lists give together is what each of them gives.
+func FuzzScopes(f *testing.F) {
+	for _, lists := range [][2]string{{"", ""}, {"*", "a:b"}, {"a:* b", "a:b a:c:*"}, {"b a a", "a:*"}, {"a:b:*", "a:b:c:d a:b"}, {"a::b", "*:a"}} {
+		f.Add(lists[0], lists[1], "a:b")
+	}
+	f.Fuzz(func(t *testing.T, one, two, want string) {
+		a, err := apikey.ParseScopes(strings.Fields(one))
+		if err != nil {
+			wantInvalid(t, err, one)
+			return
+		}
+		b, err := apikey.ParseScopes(strings.Fields(two))
+		if err != nil {
+			wantInvalid(t, err, two)
+			return
+		}
+		if !slices.IsSorted(a) || len(slices.Compact(slices.Clone(a))) != len(a) || len(a) > apikey.MaxScopes {
+			t.Fatalf("%q became %q", one, a)
+		}
+		again, err := apikey.ParseScopes(strings.Fields(string(a.Append(nil))))
+		if err != nil || !slices.Equal(again, a) {
+			t.Fatalf("%q was written and read as %q, %v", a, again, err)
+		}
+		both := a.Intersect(nil, b)
+		wanted := slices.Concat(a, b)
+		if s, err := apikey.ParseScope(want); err == nil {
+			wanted = append(wanted, s)
+		}
+		for _, s := range wanted {
+			if got := both.Cover(s); got != (a.Cover(s) && b.Cover(s)) {
+				t.Errorf("%q and %q are %q, which covers %s: %t", a, b, both, s, got)
+			}
+		}
+	})
+}
+
+// wantInvalid fails unless an error is polite: of our kind, and without the value it is about.
+func wantInvalid(t *testing.T, err error, value string) {
+	t.Helper()
+	invalid, ok := errors.AsType[*apikey.InvalidError](err)
+	if !ok {
+		t.Fatalf("got %T %v, want an *InvalidError", err, err)
+	}
+	// A value of a few characters may stand in any sentence.
+	if len(value) > 10 && strings.Contains(invalid.Error(), value) {
+		t.Fatalf("the error repeats %q: %v", value, err)
+	}
 }

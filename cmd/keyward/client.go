@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/term"
 
 	"keyward/authz/admin"
@@ -31,8 +32,7 @@ const (
 // clientFlags are those of every command that asks a server to do something.
 func (a *app) clientFlags(c *cobra.Command) {
 	flags := c.PersistentFlags()
-	flags.StringVar(&a.server, "server", "", "Management API to call (KEYWARD_SERVER; default "+defaultServer+")")
-	flags.StringVar(&a.tokenFile, "token-file", "", "file with the management token (KEYWARD_TOKEN_FILE)")
+	a.serverFlags(flags)
 	flags.BoolVar(&a.offline, "offline", false, "work on the store itself while no server runs; needs --config")
 	flags.StringVar(&a.configFile, "config", "", "with --offline: configuration file of the server")
 	flags.StringVarP(&a.output, "output", "o", "table", "table, json, jsonl or yaml")
@@ -41,6 +41,12 @@ func (a *app) clientFlags(c *cobra.Command) {
 	c.PersistentPreRunE = func(*cobra.Command, []string) error {
 		return wrapUsage(oneOf("--output", a.output, "table", "json", "jsonl", "yaml"))
 	}
+}
+
+// serverFlags say which server is called, and who calls.
+func (a *app) serverFlags(flags *pflag.FlagSet) {
+	flags.StringVar(&a.server, "server", "", "Management API to call (KEYWARD_SERVER; default "+defaultServer+")")
+	flags.StringVar(&a.tokenFile, "token-file", "", "file with the management token (KEYWARD_TOKEN_FILE)")
 }
 
 func wrapUsage(err error) error {
@@ -57,6 +63,16 @@ func (a *app) withClient(ctx context.Context, fn func(ctx context.Context, c *ma
 	if a.offline {
 		return a.withStore(ctx, fn)
 	}
+	c, reach, err := a.onlineClient()
+	if err != nil {
+		return err
+	}
+	return reach(ctx, fn(ctx, c))
+}
+
+// onlineClient returns a client of the server that the flags or the environment name, and what says of an
+// error of its calls, if that is so, that no server answers.
+func (a *app) onlineClient() (_ *manage.Client, reach func(ctx context.Context, err error) error, err error) {
 	server := a.server
 	if server == "" {
 		server = a.environment("KEYWARD_SERVER")
@@ -65,28 +81,29 @@ func (a *app) withClient(ctx context.Context, fn func(ctx context.Context, c *ma
 		server = defaultServer
 	}
 	if u, err := url.Parse(server); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-		return usageError{fmt.Errorf("--server: must be a URL such as %s", defaultServer)}
+		return nil, nil, usageError{fmt.Errorf("--server: must be a URL such as %s", defaultServer)}
 	}
 	file := a.tokenFile
 	if file == "" {
 		file = a.environment("KEYWARD_TOKEN_FILE")
 	}
 	if file == "" {
-		return usageError{errors.New("no management token: name its file by --token-file or KEYWARD_TOKEN_FILE; the first one is in admin.token beside the server's store")}
+		return nil, nil, usageError{errors.New("no management token: name its file by --token-file or KEYWARD_TOKEN_FILE; the first one is in admin.token beside the server's store")}
 	}
 	token, err := readPrivate(file)
 	if err != nil {
-		return usageError{fmt.Errorf("management token: %w", err)}
+		return nil, nil, usageError{fmt.Errorf("management token: %w", err)}
 	}
-	c := manage.NewClient(server, apikey.NewSecret(strings.TrimSpace(string(token))), nil)
-	err = fn(ctx, c)
-	if unreachable, ok := errors.AsType[*url.Error](err); ok {
-		if ctx.Err() != nil && errors.Is(ctx.Err(), context.Canceled) {
-			return errInterrupted
+	reach = func(ctx context.Context, err error) error {
+		if unreachable, ok := errors.AsType[*url.Error](err); ok {
+			if ctx.Err() != nil && errors.Is(ctx.Err(), context.Canceled) {
+				return errInterrupted
+			}
+			return fmt.Errorf("%w at %s: %w", errUnreachable, server, unreachable.Err)
 		}
-		return fmt.Errorf("%w at %s: %w", errUnreachable, server, unreachable.Err)
+		return err
 	}
-	return err
+	return manage.NewClient(server, apikey.NewSecret(strings.TrimSpace(string(token))), nil), reach, nil
 }
 
 // withStore opens the store as serve would and speaks to a Management API that no network reaches.

@@ -125,7 +125,7 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(
 		a.serveCommand(), a.devCommand(),
 		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.inFlightCommand(), a.pepperCommand(),
-		a.envoyCommand(), a.configCommand(), a.versionCommand(),
+		a.envoyCommand(), a.benchCommand(), a.configCommand(), a.versionCommand(),
 	)
 	root.InitDefaultCompletionCmd()
 	markUsage(root)

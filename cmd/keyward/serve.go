@@ -38,6 +38,7 @@ import (
 	"keyward/envoy/accesslog"
 	"keyward/envoy/check"
 	"keyward/envoy/generate"
+	"keyward/envoy/wire"
 	"keyward/limits"
 	"keyward/limits/local"
 )
@@ -475,7 +476,7 @@ func transportOptions() []grpc.ServerOption {
 		grpc.MaxHeaderListSize(64 << 10),
 		// For TLS and HTTP/2 to be agreed on. Until then a connection takes a place of listen.check.maxConnections.
 		grpc.ConnectionTimeout(5 * time.Second),
-		grpc.ForceServerCodecV2(newRawCodec()),
+		grpc.ForceServerCodecV2(wire.NewCodec()),
 	}
 }
 
@@ -489,11 +490,9 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 	s.accessLogs.Register(server)
 	config := s.cfg.checkConfig()
 	config.Leases = s.leases
-	checks, err := check.New(s.authorizer, config, s.registry, s.log)
-	if err != nil {
+	if err := registerChecks(server, s.authorizer, config, s.registry, s.log); err != nil {
 		return nil, err
 	}
-	checks.Register(server)
 	s.health = health.NewServer()
 	s.setHealth(false) // until the cache is ready
 	healthpb.RegisterHealthServer(server, s.health)

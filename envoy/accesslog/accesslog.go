@@ -8,7 +8,7 @@
 // Trade-off: access logs are never acknowledged, so nothing here is an error to Envoy. What cannot be
 // read, is not ours or cannot be passed on is counted and dropped, and the lease runs out by itself.
 //
-// The services take their bytes raw: the gRPC server needs a codec that knows [Message] and [Reply].
+// The services take their bytes raw: the gRPC server needs the codec of package wire.
 package accesslog
 
 import (
@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/peer"
 
 	"keyward/authz"
+	"keyward/envoy/wire"
 	"keyward/limits"
 )
 
@@ -119,11 +120,11 @@ func (s *Server) hear(stream grpc.ServerStream) error {
 	s.metrics.streams.Inc()
 	defer s.metrics.streams.Dec()
 	from := source{sender: s.nodes.of(stream.Context())}
-	var m Message
+	var m wire.Message
 	defer m.Free()
 	for {
 		if err := stream.RecvMsg(&m); errors.Is(err, io.EOF) {
-			return stream.SendMsg(&Reply{})
+			return stream.SendMsg(&wire.Answer{})
 		} else if err != nil {
 			return err
 		}
@@ -134,7 +135,7 @@ func (s *Server) hear(stream grpc.ServerStream) error {
 
 // export hears one batch of OTLP logs.
 func export(srv any, ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
-	m := new(Message)
+	m := new(wire.Message)
 	defer m.Free()
 	if err := decode(m); err != nil {
 		return nil, err
@@ -142,8 +143,8 @@ func export(srv any, ctx context.Context, decode func(any) error, interceptor gr
 	s := srv.(*Server)
 	handle := func(ctx context.Context, in any) (any, error) {
 		from := source{sender: s.nodes.of(ctx)}
-		s.read(ctx, &from, in.(*Message), readOTLP)
-		return &Reply{}, nil
+		s.read(ctx, &from, in.(*wire.Message), readOTLP)
+		return &wire.Answer{}, nil
 	}
 	if interceptor == nil {
 		return handle(ctx, m)
@@ -171,7 +172,7 @@ type batch struct {
 
 // read understands one message and passes on what it says, renewals before ends: a request that ended
 // does not come back because both were logged at once.
-func (s *Server) read(ctx context.Context, from *source, m *Message, parse parser) {
+func (s *Server) read(ctx context.Context, from *source, m *wire.Message, parse parser) {
 	now := time.Now()
 	b := s.batches.Get().(*batch)
 	entries, ends := int64(0), int64(0)
@@ -183,7 +184,7 @@ func (s *Server) read(ctx context.Context, from *source, m *Message, parse parse
 		}
 		from.sender.heard(now, entries, ends)
 	}()
-	parse(m.bytes(), from.named, func(e entry) {
+	parse(m.Bytes(), from.named, func(e entry) {
 		entries++
 		k := s.judge(&e, from, b, now)
 		s.metrics.entries[k].Inc()

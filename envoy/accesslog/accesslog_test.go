@@ -24,7 +24,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
@@ -35,6 +34,7 @@ import (
 
 	"keyward/authz"
 	"keyward/authz/apikey"
+	"keyward/envoy/wire"
 	"keyward/limits"
 )
 
@@ -103,13 +103,16 @@ func newWorld() *world {
 	return w
 }
 
+// received is a message as the server's codec gives it.
+func received(message []byte) (m wire.Message) {
+	_ = wire.NewCodec().Unmarshal(mem.BufferSlice{mem.SliceBuffer(message)}, &m) // a message is never refused unread
+	return m
+}
+
 // hear gives the server one message without a network.
 func (w *world) hear(t testing.TB, parse parser, message []byte) {
 	t.Helper()
-	var m Message
-	if err := m.UnmarshalBuffers(mem.BufferSlice{mem.SliceBuffer(message)}); err != nil {
-		t.Fatal(err)
-	}
+	m := received(message)
 	w.read(t.Context(), &source{sender: w.nodes.of(t.Context())}, &m, parse)
 	m.Free()
 }
@@ -142,27 +145,6 @@ func (w *world) kinds(t testing.TB) map[string]float64 {
 		}
 	}
 	return all
-}
-
-// serverCodec does what the codec of the real server does.
-type serverCodec struct{ encoding.CodecV2 }
-
-func (c serverCodec) Marshal(v any) (mem.BufferSlice, error) {
-	if raw, ok := v.(interface {
-		MarshalBuffers() (mem.BufferSlice, error)
-	}); ok {
-		return raw.MarshalBuffers()
-	}
-	return c.CodecV2.Marshal(v)
-}
-
-func (c serverCodec) Unmarshal(data mem.BufferSlice, v any) error {
-	if raw, ok := v.(interface {
-		UnmarshalBuffers(mem.BufferSlice) error
-	}); ok {
-		return raw.UnmarshalBuffers(data)
-	}
-	return c.CodecV2.Unmarshal(data, v)
 }
 
 // rawCodec is a client's that sends buffers and receives bytes as they are.
@@ -212,7 +194,7 @@ func (l *countingListener) Accept() (net.Conn, error) {
 // serve runs the services in memory; dial opens a connection of its own each time.
 func (w *world) serve(t *testing.T, options ...grpc.ServerOption) (dial func() *grpc.ClientConn, l *countingListener) {
 	t.Helper()
-	server := grpc.NewServer(append(options, grpc.ForceServerCodecV2(serverCodec{encoding.GetCodecV2("proto")}))...)
+	server := grpc.NewServer(append(options, grpc.ForceServerCodecV2(wire.NewCodec()))...)
 	w.Register(server)
 	l = &countingListener{Listener: bufconn.Listen(1 << 16)}
 	done := make(chan error, 1)
@@ -537,8 +519,7 @@ func TestWhatWasHeardCountsAlsoIfTheStreamBroke(t *testing.T) {
 	}
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
-	var m Message
-	_ = m.UnmarshalBuffers(mem.BufferSlice{mem.SliceBuffer(otlpMessage(said{address: "::1", port: 1, start: start, what: atEnd}))})
+	m := received(otlpMessage(said{address: "::1", port: 1, start: start, what: atEnd}))
 	w.read(gone, &source{sender: w.nodes.of(gone)}, &m, readOTLP)
 	if len(w.keeper.endings) != 1 || in != nil || !limited {
 		t.Errorf("%d ends, context %v, with a deadline: %t", len(w.keeper.endings), in, limited)
@@ -769,32 +750,6 @@ func TestComplaintsAreSampled(t *testing.T) {
 	})
 }
 
-// TestMessagesAreFreed: every reference that is taken is given back once, also when decoding repeats.
-func TestMessagesAreFreed(t *testing.T) {
-	pool := new(countingPool)
-	buffer := func(n int) mem.Buffer { return mem.NewBuffer(pool.Get(n), pool) }
-	var m Message
-	for _, data := range []mem.BufferSlice{{buffer(2000)}, {buffer(2000), buffer(2000)}, {}} {
-		if err := m.UnmarshalBuffers(data); err != nil {
-			t.Fatal(err)
-		}
-		data.Free() // as grpc does when Unmarshal has returned
-		if got, want := len(m.bytes()), 2000*len(data); got != want {
-			t.Errorf("%d bytes, want %d", got, want)
-		}
-	}
-	m.Free()
-	m.Free()
-	if pool.out != 0 || m.bytes() != nil {
-		t.Errorf("%d buffers not given back", pool.out)
-	}
-}
-
-type countingPool struct{ out int }
-
-func (p *countingPool) Get(n int) *[]byte { p.out++; b := make([]byte, n); return &b }
-func (p *countingPool) Put(*[]byte)       { p.out-- }
-
 // TestInterceptorsAreCalled: one that authenticates must not be passed by.
 func TestInterceptorsAreCalled(t *testing.T) {
 	w := newWorld()
@@ -815,7 +770,7 @@ func TestAllocationsDoNotGrowWithEntries(t *testing.T) {
 	for name, tt := range protocols(t) {
 		allocs := func(message []byte) float64 {
 			from := &source{sender: tt.world.nodes.of(t.Context())}
-			m := Message{data: mem.SliceBuffer(message)}
+			m := received(message)
 			return testing.AllocsPerRun(100, func() { tt.world.read(context.Background(), from, &m, tt.parse) })
 		}
 		for _, address := range []string{"203.0.113.9", "2001:db8::1", ""} {
@@ -859,7 +814,7 @@ func BenchmarkAccessLog(b *testing.B) {
 		for _, n := range []int{1, 100} {
 			b.Run(fmt.Sprintf("%s/%d", name, n), func(b *testing.B) {
 				message := p.message(n, "203.0.113.9")
-				m := Message{data: mem.SliceBuffer(message)}
+				m := received(message)
 				from := &source{sender: p.world.nodes.of(b.Context())}
 				b.ReportAllocs()
 				b.SetBytes(int64(len(message)))

@@ -4,7 +4,7 @@ import (
 	"net/netip"
 	"time"
 
-	"google.golang.org/protobuf/encoding/protowire"
+	"keyward/envoy/wire"
 )
 
 // Where our decision leaves what it tells the log.
@@ -68,16 +68,16 @@ func readIdentifier(b []byte, to *origin) bool {
 			for node.next() {
 				switch {
 				case node.isBytes(1):
-					to.node = text(node.bytes)
+					to.node = wire.Text(node.bytes)
 				case node.isBytes(2):
-					to.cluster = text(node.bytes)
+					to.cluster = wire.Text(node.bytes)
 				}
 			}
 			if node.broken {
 				return false
 			}
 		case f.isBytes(2):
-			to.log = text(f.bytes)
+			to.log = wire.Text(f.bytes)
 		}
 	}
 	return !f.broken
@@ -144,7 +144,7 @@ func (c *common) read(b []byte) bool {
 			c.timed = true
 			ok = c.duration.read(f.bytes)
 		case f.isVarint(33):
-			c.logType = int32(f.varint)
+			c.logType = int32(f.number())
 		}
 		if !ok {
 			return false
@@ -158,9 +158,9 @@ func (m *moment) read(b []byte) bool {
 	for f.next() {
 		switch {
 		case f.isVarint(1):
-			m.seconds = int64(f.varint)
+			m.seconds = int64(f.number())
 		case f.isVarint(2):
-			m.nanos = int32(f.varint)
+			m.nanos = int32(f.number())
 		}
 	}
 	return !f.broken
@@ -187,9 +187,9 @@ func (c *common) readSocketAddress(b []byte) bool {
 	for f.next() {
 		switch {
 		case f.isBytes(2):
-			c.address = text(f.bytes)
+			c.address = wire.Text(f.bytes)
 		case f.isVarint(3):
-			c.port = uint32(f.varint)
+			c.port = uint32(f.number())
 		case f.isBytes(4): // named_port
 			c.port = 0
 		}
@@ -250,8 +250,8 @@ func (c *common) readValue(b []byte) bool {
 	for f.next() {
 		switch {
 		case f.isBytes(3):
-			c.lease = text(f.bytes)
-		case f.isVarint(1), f.is(2, protowire.Fixed64Type), f.isVarint(4), f.isBytes(5), f.isBytes(6):
+			c.lease = wire.Text(f.bytes)
+		case f.isVarint(1), f.tag == wire.Fixed64(2), f.isVarint(4), f.isBytes(5), f.isBytes(6):
 			c.lease = ""
 		}
 	}

@@ -5,7 +5,7 @@ import (
 	"strconv"
 	"time"
 
-	"google.golang.org/protobuf/encoding/protowire"
+	"keyward/envoy/wire"
 )
 
 // The attributes of a log record, as the configuration that keyward generates has Envoy write them.
@@ -157,14 +157,14 @@ func readKeyValue(b []byte) (key, value string, ok bool) {
 	for f.next() {
 		switch {
 		case f.isBytes(1):
-			key = text(f.bytes)
+			key = wire.Text(f.bytes)
 		case f.isBytes(2): // an AnyValue: a choice
 			v := walk(f.bytes)
 			for v.next() {
 				switch {
 				case v.isBytes(1):
-					value = text(v.bytes)
-				case v.isVarint(2), v.isVarint(3), v.is(4, protowire.Fixed64Type), v.isBytes(5), v.isBytes(6), v.isBytes(7):
+					value = wire.Text(v.bytes)
+				case v.isVarint(2), v.isVarint(3), v.tag == wire.Fixed64(4), v.isBytes(5), v.isBytes(6), v.isBytes(7):
 					value = ""
 				}
 			}

@@ -1,12 +1,16 @@
-// Package check is Envoy's ext_authz service (v3): it turns a CheckRequest into an authz.Request and an
-// authz.Decision into a CheckResponse.
+// Package check is Envoy's ext_authz service (v3): it turns the bytes of a CheckRequest into an
+// authz.Request and an authz.Decision into the bytes of a CheckResponse. Envoy waits for every Check, so
+// neither goes through generated types, and a Check of a known key allocates nothing.
 //
 // To Envoy, a response without a status is an "allowed". So answers are made in one place, by the allow,
 // deny and failure writers below, and looked at once more before they leave; anything else becomes an
 // RPC error, which Envoy answers with 503 as configured by envoy/generate. A panic ends the same way.
 //
 // Trade-off: nothing here is retried or cached. Envoy asks, keyward answers, and what cannot be decided
-// in time is said to be so.
+// in time is said to be so. And the messages' field numbers stand in this package again; package
+// checktest does the same with generated code, against which both directions are tested.
+//
+// The gRPC server needs the codec of package wire.
 package check
 
 import (
@@ -19,20 +23,24 @@ import (
 	"sync"
 	"time"
 
-	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"keyward/authz"
 	"keyward/authz/apikey"
+	"keyward/envoy/wire"
 )
+
+// DefaultRealm stands in the WWW-Authenticate header where none is configured.
+const DefaultRealm = "keyward"
 
 // Config says how answers look. The zero value works.
 type Config struct {
 	Identity Identity
-	// Realm stands in the WWW-Authenticate header of a 401; "keyward" if empty.
+	// Realm stands in the WWW-Authenticate header of a 401; DefaultRealm if empty.
 	Realm string
 	// ErrorResponse answers "could not decide" with Envoy's error_response, which carries a Retry-After,
 	// instead of an RPC error. Envoys before 1.37 take it for a 403: use it only without them.
@@ -56,12 +64,10 @@ func (c Config) Validate() error {
 
 // A Server answers Checks. Safe for concurrent use.
 type Server struct {
-	authv3.UnimplementedAuthorizationServer
-
 	authorizer *authz.Authorizer
 	answers    answers
 	timeout    time.Duration
-	requests   sync.Pool
+	calls      sync.Pool // of *call
 	log        *decisionLog
 	metrics    *metrics
 }
@@ -79,73 +85,133 @@ func New(a *authz.Authorizer, cfg Config, reg prometheus.Registerer, log *slog.L
 		authorizer: a,
 		answers:    answers,
 		timeout:    cfg.Timeout,
-		requests:   sync.Pool{New: func() any { return new(authz.Request) }},
+		calls:      sync.Pool{New: func() any { return new(call) }},
 		log:        newDecisionLog(log, cfg.LogPerSecond, cfg.Format),
 		metrics:    newMetrics(reg),
 	}, nil
 }
 
-// Check decides one request. A denial is a CheckResponse with a status other than 0; an error means that
-// keyward could not decide.
-func (s *Server) Check(ctx context.Context, in *authv3.CheckRequest) (out *authv3.CheckResponse, err error) {
+// A call is one Check under way. It is used again, so that a Check allocates nothing.
+type call struct {
+	message  wire.Message
+	request  authz.Request
+	decision authz.Decision
+	reader   reader
+}
+
+// reset forgets all that the call borrowed or carried.
+func (c *call) reset() {
+	c.request.Reset()
+	c.reader.reset()
+	c.decision = authz.Decision{}
+	c.message.Free()
+}
+
+// maxMessage is far above any Check that Envoy sends without bodies.
+const maxMessage = 256 << 10 // bytes
+
+var errTooLong = status.Error(codes.ResourceExhausted, "a Check of more than 256 KiB: let Envoy send fewer headers (allowed_headers) and no body")
+
+// check is the method of the service, for a server with the codec of package wire. The bytes of the
+// request stay referenced until the answer is written, and are given back once, whatever happens.
+func (s *Server) check(ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
+	c := s.calls.Get().(*call)
+	defer func() {
+		c.reset()
+		s.calls.Put(c)
+	}()
+	if err := decode(&c.message); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return s.reply(ctx, c)
+	}
+	return interceptor(ctx, &c.message, &grpc.UnaryServerInfo{Server: s, FullMethod: fullMethod},
+		func(ctx context.Context, _ any) (any, error) { return s.reply(ctx, c) })
+}
+
+// reply answers a call in a buffer that gRPC takes over.
+func (s *Server) reply(ctx context.Context, c *call) (any, error) {
+	out := wire.NewAnswer()
+	answer, err := s.answer(ctx, connectionOf(ctx), c, c.message.Bytes(), *out)
+	if err != nil {
+		out.Drop()
+		return nil, err
+	}
+	*out = answer
+	return out, nil
+}
+
+// answer decides one request and appends the answer to dst. A denial is a CheckResponse with a status
+// other than 0; an error means that keyward could not decide.
+func (s *Server) answer(ctx context.Context, from Connection, c *call, message, dst []byte) (out []byte, err error) {
 	start := time.Now()
-	var d authz.Decision
+	r, d := &c.request, &c.decision
 	defer func() {
 		if p := recover(); p != nil {
-			s.authorizer.TakeBack(ctx, &d)
+			s.authorizer.TakeBack(ctx, d)
 			s.metrics.panics.Inc()
 			s.log.panicked(p)
 			out, err = nil, status.Error(codes.Internal, "keyward failed to decide; its log says more")
 		}
 	}()
-
-	r := s.requests.Get().(*authz.Request)
-	defer func() {
-		r.Reset()
-		s.requests.Put(r)
-	}()
-	about, err := fill(r, in, s.authorizer.HeaderNames())
-	connection := connectionOf(ctx)
-	r.Connection = connection.ConnectionID()
+	if len(message) > maxMessage {
+		s.metrics.malformed.Inc()
+		return nil, errTooLong
+	}
+	r.Connection = from.ConnectionID()
+	c.reader.to, c.reader.headers, c.reader.extensions = r, s.authorizer.HeaderNames(), s.authorizer.ExtensionNames()
+	about, err := c.reader.read(message)
 	if err != nil {
 		s.metrics.malformed.Inc()
 		return nil, err
 	}
 
-	ok, err := s.authorizer.Try(r, &d)
+	ok, err := s.authorizer.Try(r, d)
 	if !ok {
 		waiting, cancel := context.WithTimeout(ctx, s.timeout)
-		err = s.authorizer.Decide(waiting, r, &d)
+		err = s.authorizer.Decide(waiting, r, d)
 		cancel()
 	}
 	if err != nil {
 		s.metrics.failed(time.Since(start))
-		s.log.failed(r, &d, err)
-		return sealed(s.answers.failure(&d, about, err))
+		s.log.failed(r, d, err)
+		return sealed(s.answers.failure(dst, d, about, err))
 	}
-	if d.Reason == authz.ReasonLimitConcurrency && connection.Unheard() {
+	if d.Reason == authz.ReasonLimitConcurrency && from.Unheard() {
 		d.Reason = authz.ReasonNoFeedback
-		s.log.noFeedback(connection.ConnectionID())
+		s.log.noFeedback(from.ConnectionID())
 	}
 	took := time.Since(start)
-	s.metrics.decided(&d, took)
-	s.log.decided(r, &d, took)
+	s.metrics.decided(d, took)
+	s.log.decided(r, d, took)
 	if d.Outcome() != authz.Allowed {
-		return sealed(s.answers.deny(&d, about), nil)
+		return sealed(s.answers.deny(dst, d, about), nil)
 	}
-	out, err = sealed(s.answers.allow(&d), nil)
+	out, err = sealed(s.answers.allow(dst, d), nil)
 	if !d.Leased {
 		return out, err
 	}
-	connection.Granted()
+	from.Granted()
 	if err == nil && ctx.Err() != nil {
 		err = rpcStatus(ctx.Err()) // nobody waits for this any more, so nobody would ever say that it ended
 	}
 	if err != nil {
-		s.authorizer.TakeBack(ctx, &d)
+		s.authorizer.TakeBack(ctx, d)
 		return nil, err
 	}
 	return out, nil
+}
+
+// sealed lets only whole answers out.
+func sealed(answer []byte, err error) ([]byte, error) {
+	if err == nil && !complete(answer) {
+		err = status.Error(codes.Internal, "keyward made half an answer")
+	}
+	if err != nil {
+		return nil, err
+	}
+	return answer, nil
 }
 
 // A Connection is what the server knows of the connection that a Check came by. The listener's
@@ -174,25 +240,6 @@ type noConnection struct{}
 func (noConnection) ConnectionID() uint64 { return 0 }
 func (noConnection) Granted()             {}
 func (noConnection) Unheard() bool        { return false }
-
-// sealed lets only whole answers out: an allow that says so, or a refusal that says so.
-func sealed(r *authv3.CheckResponse, err error) (*authv3.CheckResponse, error) {
-	if err != nil {
-		return nil, err
-	}
-	refused := r.GetStatus().GetCode() != int32(codes.OK)
-	if r.GetStatus() == nil ||
-		refused == (r.GetOkResponse() != nil) ||
-		refused != (r.GetDeniedResponse() != nil || r.GetErrorResponse() != nil) {
-		return nil, status.Error(codes.Internal, "keyward made half an answer")
-	}
-	return r, nil
-}
-
-// about is what an answer needs to know of the request it answers.
-type about struct {
-	grpc bool // the caller speaks gRPC
-}
 
 // rpcStatus turns "could not decide" into the error of the call.
 func rpcStatus(err error) error {

@@ -23,11 +23,13 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"keyward/authz"
 	"keyward/authz/apikey"
 	"keyward/envoy/check"
+	"keyward/envoy/wire"
 	"keyward/limits"
 )
 
@@ -99,12 +101,35 @@ func newServer(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (*c
 	return s, log, cfg.Leases
 }
 
+// checkOnce asks without a network.
+func checkOnce(t *testing.T, s *check.Server, ctx context.Context, in *authv3.CheckRequest) (*authv3.CheckResponse, error) { //nolint:revive // t first
+	t.Helper()
+	message, err := proto.Marshal(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer, err := s.Answer(ctx, message, nil)
+	if err != nil {
+		return nil, err
+	}
+	out := new(authv3.CheckResponse)
+	if err := proto.Unmarshal(answer, out); err != nil {
+		t.Fatal(err)
+	}
+	return out, nil
+}
+
 // dial serves checks in memory and returns a client and what was logged.
 func dial(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (authv3.AuthorizationClient, *bytes.Buffer) {
 	t.Helper()
 	s, log, _ := newServer(t, f, rules, cfg)
-	server := grpc.NewServer()
-	authv3.RegisterAuthorizationServer(server, s)
+	return serve(t, s), log
+}
+
+func serve(t *testing.T, s *check.Server) authv3.AuthorizationClient {
+	t.Helper()
+	server := grpc.NewServer(grpc.ForceServerCodecV2(wire.NewCodec()))
+	s.Register(server)
 	l := bufconn.Listen(1 << 16)
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(l) }()
@@ -120,7 +145,7 @@ func dial(t *testing.T, f *facts, rules authz.Config, cfg check.Config) (authv3.
 			t.Error(err)
 		}
 	})
-	return authv3.NewAuthorizationClient(conn), log
+	return authv3.NewAuthorizationClient(conn)
 }
 
 func request(path string, headers map[string]string) *authv3.CheckRequest {
@@ -482,7 +507,7 @@ func TestLeaseNamesTheRequestThatItWasGrantedTo(t *testing.T) {
 	start := time.UnixMicro(1_700_000_000_123_456)
 	in.Attributes.Request.Time = timestamppb.New(start)
 	in.Attributes.Request.Http.Id = "12345"
-	out, err := s.Check(peer.NewContext(t.Context(), &peer.Peer{Addr: c}), in)
+	out, err := checkOnce(t, s, peer.NewContext(t.Context(), &peer.Peer{Addr: c}), in)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -502,7 +527,7 @@ func TestGrantThatNobodyWaitsForIsTakenBack(t *testing.T) {
 	s, _, _ := newServer(t, f, authz.Config{}, check.Config{})
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
-	if out, err := s.Check(gone, withKey("/")); status.Code(err) != codes.Canceled {
+	if out, err := checkOnce(t, s, gone, withKey("/")); status.Code(err) != codes.Canceled {
 		t.Fatalf("got %v, %v, want an error: the request would run uncounted", out, err)
 	}
 	if len(f.ended) != 1 || f.ended[0].Cause != limits.CauseContext || f.ended[0].Lease.Cell != authz.LeaseCell(keyID) {
@@ -515,7 +540,7 @@ func TestNodeThatNeverSaysThatARequestEnded(t *testing.T) {
 	f.limits = limits.Decision{Class: limits.ClassConcurrency, RetryAfter: time.Second}
 	s, log, _ := newServer(t, f, authz.Config{}, check.Config{})
 	for _, unheard := range []bool{false, true, true} {
-		out, err := s.Check(peer.NewContext(t.Context(), &peer.Peer{Addr: &connection{unheard: unheard}}), withKey("/"))
+		out, err := checkOnce(t, s, peer.NewContext(t.Context(), &peer.Peer{Addr: &connection{unheard: unheard}}), withKey("/"))
 		if err != nil {
 			t.Fatal(err)
 		}

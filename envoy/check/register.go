@@ -1,12 +1,26 @@
 package check
 
 import (
-	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"context"
+
 	"google.golang.org/grpc"
 )
 
 // ServiceName is what Envoy's health checks ask for.
 const ServiceName = "envoy.service.auth.v3.Authorization"
 
-// Register makes a gRPC server answer Checks with s.
-func (s *Server) Register(r grpc.ServiceRegistrar) { authv3.RegisterAuthorizationServer(r, s) }
+const fullMethod = "/" + ServiceName + "/Check"
+
+// Register makes a gRPC server, which has the codec of package wire, answer Checks with s.
+func (s *Server) Register(r grpc.ServiceRegistrar) { r.RegisterService(&service, s) }
+
+var service = grpc.ServiceDesc{
+	ServiceName: ServiceName,
+	HandlerType: (*any)(nil),
+	Methods:     []grpc.MethodDesc{{MethodName: "Check", Handler: handle}},
+	Metadata:    "envoy/service/auth/v3/external_auth.proto",
+}
+
+func handle(srv any, ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) { //nolint:revive // gRPC's order
+	return srv.(*Server).check(ctx, decode, interceptor)
+}

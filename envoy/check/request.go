@@ -2,62 +2,426 @@ package check
 
 import (
 	"strings"
+	"time"
+	"unicode/utf8"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"keyward/authz"
+	"keyward/envoy/wire"
 )
 
-// fill copies what a decision needs into r: of the headers only the named ones, which are in lower case.
+// about is what an answer needs to know of the request that it answers.
+type about struct {
+	grpc bool // the caller speaks gRPC
+}
+
+// Errors of fill. Envoy makes none of them; whoever does learns what to change.
+var (
+	errMalformed    = status.Error(codes.InvalidArgument, "not a CheckRequest: its bytes are no protobuf message, or hold text that is not UTF-8")
+	errNoAttributes = status.Error(codes.InvalidArgument, "a Check without attributes")
+	errNotHTTP      = status.Error(codes.Unimplemented, "keyward decides HTTP requests only: use the HTTP filter envoy.filters.http.ext_authz")
+)
+
+// A reader takes what a decision needs out of a CheckRequest, and nothing else: of the headers and
+// context extensions only the named ones. What it takes borrows from the message.
+//
+// It gives the same as generated code would: fields in any order, unknown and wrongly typed ones skipped,
+// of a repeated scalar the last, repeated messages merged, of a choice the last, of a map's key the last.
+// Only what is taken has to be UTF-8; and groups, which generated code skips, are refused.
 //
 // Source: envoy.service.auth.v3.AttributeContext. Envoy sends headers as a map, repeats joined by commas
 // and foreign bytes replaced, or with encode_raw_headers as a list that keeps both.
-// Errors: InvalidArgument without attributes, Unimplemented for connections that are not HTTP.
-func fill(r *authz.Request, in *authv3.CheckRequest, names []string) (about, error) {
-	attributes := in.GetAttributes()
-	if attributes == nil {
-		return about{}, status.Error(codes.InvalidArgument, "a Check without attributes")
-	}
-	request := attributes.GetRequest().GetHttp()
-	if request == nil {
-		return about{}, status.Error(codes.Unimplemented, "keyward decides HTTP requests only: use the HTTP filter envoy.filters.http.ext_authz")
-	}
-	r.Method, r.Host, r.Path = request.GetMethod(), request.GetHost(), request.GetPath()
-	source := attributes.GetSource().GetAddress().GetSocketAddress()
-	r.Peer = source.GetAddress()
-	r.Identity = authz.NewIdentity(r.Peer, source.GetPortValue(), attributes.GetRequest().GetTime().AsTime())
-	r.HTTP = authz.HTTPID(request.GetId())
-	for name, value := range attributes.GetContextExtensions() {
-		r.Extensions = append(r.Extensions, authz.Pair{Name: name, Value: value})
-	}
-	contentType := ""
-	take := func(name, value string) {
-		if strings.EqualFold(name, "content-type") {
-			contentType = value
-		}
-		for _, wanted := range names {
-			if strings.EqualFold(name, wanted) {
-				r.Headers = append(r.Headers, authz.Pair{Name: wanted, Value: value})
-			}
-		}
-	}
-	for name, value := range request.GetHeaders() {
-		take(name, value)
-	}
-	for _, h := range request.GetHeaderMap().GetHeaders() {
-		take(h.GetKey(), headerValue(h))
-	}
-	return about{grpc: isGRPC(contentType)}, nil
+type reader struct {
+	to         *authz.Request
+	headers    []string // wanted, in lower case
+	extensions []string // wanted
+
+	attributes, http bool // there are such messages
+	address          string
+	port             uint32
+	seconds          int64 // of the request's start
+	nanos            int32
+	id               string
+
+	// The list of headers comes after the map, whichever stands first in the message.
+	mapped, listed []taken
+	// contentType is the list's if typeListed, otherwise the map's.
+	contentType string
+	typeListed  bool
+	// sizes has bit n%64 set if a wanted name has n bytes, which tells most headers apart at once.
+	sizes uint64
 }
 
-func headerValue(h *corev3.HeaderValue) string {
-	if raw := h.GetRawValue(); len(raw) > 0 {
-		return string(raw)
+// A taken header has, besides the name that was asked for, the one that was sent, by which a map tells
+// its entries apart.
+type taken struct{ name, sent, value string }
+
+const contentType = "content-type"
+
+// Tags that skippable compares as bytes.
+const (
+	mapTag   = 3<<3 | bytesOf
+	keyTag   = 1<<3 | bytesOf
+	valueTag = 2<<3 | bytesOf
+)
+
+// read fills the request from a message.
+// Errors: InvalidArgument, Unimplemented for connections that are not HTTP.
+func (c *reader) read(message []byte) (about, error) {
+	c.sizes = sizeBit(len(contentType))
+	for _, name := range c.headers {
+		c.sizes |= sizeBit(len(name))
 	}
-	return h.GetValue()
+	for len(message) > 0 {
+		tag, content, rest, ok := cutField(message)
+		if message = rest; ok && tag == wire.Bytes(1) {
+			c.attributes = true
+			ok = c.readAttributes(content)
+		}
+		if !ok {
+			return about{}, errMalformed
+		}
+	}
+	switch {
+	case !c.attributes:
+		return about{}, errNoAttributes
+	case !c.http:
+		return about{}, errNotHTTP
+	}
+	r := c.to
+	r.Peer = c.address
+	r.Identity = authz.NewIdentity(c.address, c.port, time.Unix(c.seconds, int64(c.nanos)))
+	r.HTTP = authz.HTTPID(c.id)
+	for _, list := range [...][]taken{c.mapped, c.listed} {
+		for _, h := range list {
+			r.Headers = append(r.Headers, authz.Pair{Name: h.name, Value: h.value})
+		}
+	}
+	return about{grpc: isGRPC(c.contentType)}, nil
+}
+
+// reset makes the reader ready for another message, and forgets what it borrowed.
+func (c *reader) reset() {
+	clear(c.mapped)
+	clear(c.listed)
+	*c = reader{mapped: c.mapped[:0], listed: c.listed[:0]}
+	if cap(c.mapped)+cap(c.listed) > keepTaken {
+		*c = reader{}
+	}
+}
+
+// keepTaken is how much room for headers is kept: one large request should not make every later one
+// large.
+const keepTaken = 128
+
+// cutField is wire.Cut without groups.
+func cutField(message []byte) (tag wire.Tag, content, rest []byte, ok bool) {
+	tag, content, rest, ok = wire.Cut(message)
+	return tag, content, rest, ok && !tag.IsGroup()
+}
+
+// text takes text, if it is such.
+func text(into *string, b []byte) bool {
+	*into = wire.Text(b)
+	return utf8.Valid(b)
+}
+
+// readAttributes reads an AttributeContext.
+func (c *reader) readAttributes(b []byte) bool {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(1): // source
+			ok = c.readPeer(content)
+		case wire.Bytes(4): // request
+			ok = c.readRequest(content)
+		case wire.Bytes(10): // context_extensions
+			ok = c.readExtension(content)
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// readPeer reads an AttributeContext.Peer.
+func (c *reader) readPeer(b []byte) bool {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		if b = rest; tag == wire.Bytes(1) { // address
+			ok = c.readAddress(content)
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// readAddress reads a core.v3.Address, which is a choice.
+func (c *reader) readAddress(b []byte) bool {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(1): // socket_address
+			ok = c.readSocketAddress(content)
+		case wire.Bytes(2), wire.Bytes(3): // pipe, envoy_internal_address
+			c.address, c.port = "", 0
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+func (c *reader) readSocketAddress(b []byte) bool {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(2): // address
+			ok = text(&c.address, content)
+		case wire.Varint(3): // port_value
+			c.port = uint32(wire.Number(content))
+		case wire.Bytes(4): // named_port, its alternative
+			c.port = 0
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// readRequest reads an AttributeContext.Request.
+func (c *reader) readRequest(b []byte) bool {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(1): // time
+			ok = c.readTime(content)
+		case wire.Bytes(2): // http
+			c.http = true
+			ok = c.readHTTP(content)
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// readTime reads a google.protobuf.Timestamp.
+func (c *reader) readTime(b []byte) bool {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Varint(1):
+			c.seconds = int64(wire.Number(content))
+		case wire.Varint(2):
+			c.nanos = int32(wire.Number(content))
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// readHTTP reads an AttributeContext.HttpRequest.
+func (c *reader) readHTTP(b []byte) bool {
+	for len(b) > 0 {
+		if n := c.skippable(b); n > 0 {
+			b = b[n:]
+			continue
+		}
+		tag, content, rest, ok := cutField(b)
+		switch b = rest; tag {
+		case wire.Bytes(3): // headers
+			ok = c.readMapped(content)
+		case wire.Bytes(1):
+			ok = text(&c.id, content)
+		case wire.Bytes(2):
+			ok = text(&c.to.Method, content)
+		case wire.Bytes(4):
+			ok = text(&c.to.Path, content)
+		case wire.Bytes(5):
+			ok = text(&c.to.Host, content)
+		case wire.Bytes(13): // header_map
+			ok = c.readList(content)
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// skippable recognises, at the cost of a few bytes, a header that cannot be a wanted one: an entry of
+// the map that is a short key and a short value and nothing else. It returns the field's length; 0 for
+// everything that has to be looked at.
+func (c *reader) skippable(b []byte) int {
+	if len(b) < 6 || b[0] != mapTag || b[1] >= 0x80 || b[2] != keyTag || b[3] >= 0x80 || c.sizes&sizeBit(int(b[3])) != 0 {
+		return 0
+	}
+	end, value := 2+int(b[1]), 4+int(b[3])
+	if end > len(b) || value+2 > end || b[value] != valueTag || b[value+1] >= 0x80 || value+2+int(b[value+1]) != end {
+		return 0
+	}
+	return end
+}
+
+// readMapped reads an entry of the map of headers.
+func (c *reader) readMapped(b []byte) bool {
+	key, value, ok := readEntry(b)
+	if !ok || c.sizes&sizeBit(len(key)) == 0 {
+		return ok
+	}
+	if !c.typeListed && isNamed(key, contentType) && !text(&c.contentType, value) {
+		return false
+	}
+	h := taken{name: c.wanted(key), sent: wire.Text(key)}
+	if h.name == "" {
+		return true
+	}
+	if !text(&h.value, value) {
+		return false
+	}
+	for i := range c.mapped {
+		if c.mapped[i].sent == h.sent {
+			c.mapped[i].value = h.value
+			return true
+		}
+	}
+	c.mapped = append(c.mapped, h)
+	return true
+}
+
+// readList reads a core.v3.HeaderMap.
+func (c *reader) readList(b []byte) bool {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		if b = rest; tag == wire.Bytes(1) {
+			ok = c.readListed(content)
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// readListed reads a core.v3.HeaderValue.
+func (c *reader) readListed(b []byte) bool {
+	var key, value, raw []byte
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		if !ok {
+			return false
+		}
+		switch b = rest; tag {
+		case wire.Bytes(1):
+			key = content
+		case wire.Bytes(2):
+			value = content
+		case wire.Bytes(3):
+			raw = content
+		}
+	}
+	if c.sizes&sizeBit(len(key)) == 0 {
+		return true
+	}
+	h := taken{name: c.wanted(key), sent: wire.Text(key)}
+	isType := isNamed(key, contentType)
+	switch {
+	case h.name == "" && !isType:
+		return true
+	case !text(&h.value, value):
+		return false
+	case len(raw) > 0: // bytes, which need not be UTF-8
+		h.value = wire.Text(raw)
+	}
+	if isType {
+		c.contentType, c.typeListed = h.value, true
+	}
+	if h.name != "" {
+		c.listed = append(c.listed, h)
+	}
+	return true
+}
+
+// wanted returns the name under which a header was asked for, "" if it was not.
+func (c *reader) wanted(sent []byte) string {
+	for _, name := range c.headers {
+		if isNamed(sent, name) {
+			return name
+		}
+	}
+	return ""
+}
+
+func sizeBit(n int) uint64 { return 1 << (uint(n) % 64) }
+
+// isNamed compares the name of a header, in any case, with one in lower case.
+func isNamed(sent []byte, name string) bool {
+	if len(sent) != len(name) {
+		return false
+	}
+	for i := range sent {
+		b := sent[i]
+		if 'A' <= b && b <= 'Z' {
+			b += 'a' - 'A'
+		}
+		if b != name[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// readExtension reads an entry of the map of context extensions.
+func (c *reader) readExtension(b []byte) bool {
+	key, value, ok := readEntry(b)
+	if !ok {
+		return false
+	}
+	for _, name := range c.extensions {
+		if string(key) != name {
+			continue
+		}
+		e := authz.Pair{Name: name}
+		if !text(&e.Value, value) {
+			return false
+		}
+		for i := range c.to.Extensions {
+			if c.to.Extensions[i].Name == name {
+				c.to.Extensions[i].Value = e.Value
+				return true
+			}
+		}
+		c.to.Extensions = append(c.to.Extensions, e)
+	}
+	return true
+}
+
+// readEntry reads an entry of a map from text to text.
+func readEntry(b []byte) (key, value []byte, ok bool) {
+	for len(b) > 0 {
+		tag, content, rest, ok := cutField(b)
+		if !ok {
+			return nil, nil, false
+		}
+		switch b = rest; tag {
+		case wire.Bytes(1):
+			key = content
+		case wire.Bytes(2):
+			value = content
+		}
+	}
+	return key, value, true
 }
 
 // isGRPC recognises application/grpc and application/grpc+proto, not application/grpc-web, which Envoy

@@ -1,112 +1,44 @@
 package check
 
 import (
-	"encoding/json"
 	"errors"
-	"fmt"
 	"math"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
-	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
-	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/protobuf/types/known/structpb"
-	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"keyward/authz"
 	"keyward/authz/apikey"
+	"keyward/envoy/wire"
 	"keyward/limits"
 )
 
-// Identity names the headers that tell an upstream who is calling. An empty name is the default one;
-// "off" sends none. Whatever a client sends under these names, and under the default ones, is removed.
-type Identity struct {
-	KeyID, KeyType, InstanceID, Agent, User, Scopes, DecisionID string
-}
-
-// Off is the name of an identity header that is not sent.
-const Off = "off"
-
-// DefaultIdentity are the names of the identity headers.
-var DefaultIdentity = Identity{
-	KeyID:      "x-keyward-key-id",
-	KeyType:    "x-keyward-key-type",
-	InstanceID: "x-keyward-instance-id",
-	Agent:      "x-keyward-agent",
-	User:       "x-keyward-user",
-	Scopes:     "x-keyward-scopes",
-	DecisionID: "x-keyward-decision-id",
-}
-
-// names returns the names in a fixed order.
-func (i *Identity) names() []*string {
-	return []*string{&i.KeyID, &i.KeyType, &i.InstanceID, &i.Agent, &i.User, &i.Scopes, &i.DecisionID}
-}
-
-// Names lists every header name that carries identity, in lower case: those in use and the defaults.
-// Clients must not be able to send any of them.
-func (i Identity) Names() []string {
-	defaults := DefaultIdentity
-	var all []string
-	for n, name := range i.names() {
-		all = append(all, *defaults.names()[n])
-		if *name != "" && *name != Off {
-			all = append(all, *name)
-		}
-	}
-	slices.Sort(all)
-	return slices.Compact(all)
-}
-
-// Validate reports names that no header can have or that two of them share.
-func (i Identity) Validate() error {
-	_, err := i.resolve()
-	return err
-}
-
-func (i Identity) resolve() (Identity, error) {
-	defaults := DefaultIdentity
-	seen := map[string]bool{}
-	for n, name := range i.names() {
-		if *name == "" {
-			*name = *defaults.names()[n]
-		}
-		if *name == Off {
-			continue
-		}
-		if !isHeaderName(*name) {
-			return i, apikey.Invalid("identityHeaders", strconv.Quote(*name)+" is not a header name of lower-case letters, digits and -")
-		}
-		if seen[*name] {
-			return i, apikey.Invalid("identityHeaders", "two of them are named "+*name)
-		}
-		seen[*name] = true
-	}
-	return i, nil
-}
-
-func isHeaderName(s string) bool {
-	return s != "" && len(s) <= 128 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") == "" && s[0] != '-'
-}
-
-// answers writes CheckResponses.
+// answers writes CheckResponses in wire format.
+//
+// Source: envoy.service.auth.v3.CheckResponse. Its field numbers stand here again; package checktest
+// makes the same answers out of generated code, and a test compares the two.
 type answers struct {
-	identity      Identity
-	remove        []string // of every allowed request
+	identity      [identityCount]identityHeader
+	remove        [][]byte // of every allowed request: names in wire format
 	realm         string
 	errorResponse bool
 	leases        *authz.LeaseIDs
 }
 
+// An identityHeader is one header that says who is calling.
+type identityHeader struct {
+	name   string // "": not sent
+	remove uint64 // its place among the names that are removed where it is not set, as a bit
+}
+
 func newAnswers(cfg Config) (answers, error) {
-	identity, err := cfg.Identity.resolve()
+	identity, err := cfg.Identity.Resolve()
 	if cfg.Realm == "" {
-		cfg.Realm = "keyward"
+		cfg.Realm = DefaultRealm
 	}
 	if strings.ContainsAny(cfg.Realm, "\"\\") || !isVisible(cfg.Realm) {
 		err = errors.Join(err, apikey.Invalid("credentials.realm", "must be visible ASCII without quotes and backslashes"))
@@ -114,129 +46,162 @@ func newAnswers(cfg Config) (answers, error) {
 	if err != nil {
 		return answers{}, err
 	}
-	return answers{identity: identity, remove: identity.Names(), realm: cfg.Realm, errorResponse: cfg.ErrorResponse, leases: cfg.Leases}, nil
+	a := answers{realm: cfg.Realm, errorResponse: cfg.ErrorResponse, leases: cfg.Leases}
+	remove := identity.Names()
+	for _, name := range remove {
+		a.remove = append(a.remove, appendText(nil, okRemove, name))
+	}
+	for i, name := range identity.names() {
+		if *name != Off {
+			a.identity[i] = identityHeader{*name, 1 << slices.Index(remove, *name)}
+		}
+	}
+	return a, nil
 }
+
+// The identity headers, in the order of Identity.names.
+const (
+	identityKeyID = iota
+	identityKeyType
+	identityInstanceID
+	identityAgent
+	identityUser
+	identityScopes
+	identityDecisionID
+	identityCount
+)
 
 // allow lets a request through: who is calling is set, everything that could be mistaken for it and
 // every secret of ours is removed.
-func (a *answers) allow(d *authz.Decision) *authv3.CheckResponse {
-	ok := &authv3.OkHttpResponse{}
-	set := map[string]bool{}
+func (a *answers) allow(dst []byte, d *authz.Decision) []byte {
+	dst = appendStatus(dst, codes.OK)
+	dst, ok := open(dst, responseOK)
+	set := uint64(0)
 	if k := d.Key; k != nil {
-		for _, h := range []struct{ name, value string }{
-			{a.identity.KeyID, k.ID.String()},
-			{a.identity.KeyType, string(k.Type)},
-			{a.identity.InstanceID, k.InstanceID},
-			{a.identity.Agent, k.AgentName},
-			{a.identity.User, k.UserPrincipalName},
-			{a.identity.Scopes, string(d.Scopes.Append(nil))},
-			{a.identity.DecisionID, d.ID.String()},
-		} {
-			// An empty value would overwrite with an empty header: remove instead. Creation refuses
-			// values that are not visible ASCII; what an import slipped through is not handed on.
-			if h.name != Off && h.value != "" && isVisible(h.value) {
-				ok.Headers = append(ok.Headers, header(h.name, h.value))
-				set[h.name] = true
-			}
+		var room [36]byte
+		dst = identify(dst, &a.identity[identityKeyID], &set, k.ID.Append(room[:0]))
+		dst = identify(dst, &a.identity[identityKeyType], &set, k.Type)
+		dst = identify(dst, &a.identity[identityInstanceID], &set, k.InstanceID)
+		dst = identify(dst, &a.identity[identityAgent], &set, k.AgentName)
+		dst = identify(dst, &a.identity[identityUser], &set, k.UserPrincipalName)
+		var scopes [256]byte
+		dst = identify(dst, &a.identity[identityScopes], &set, d.AppendScopes(scopes[:0]))
+		dst = identify(dst, &a.identity[identityDecisionID], &set, d.ID.Append(room[:0]))
+	}
+	for i, name := range a.remove {
+		if set&(1<<i) == 0 {
+			dst = append(dst, name...)
 		}
 	}
-	for _, name := range a.remove {
-		if !set[name] {
-			ok.HeadersToRemove = append(ok.HeadersToRemove, name)
-		}
+	for _, name := range d.CredentialHeaders {
+		dst = appendText(dst, okRemove, name)
 	}
-	ok.HeadersToRemove = append(ok.HeadersToRemove, d.CredentialHeaders...)
 	if d.InAuthorization {
-		ok.HeadersToRemove = append(ok.HeadersToRemove, "authorization")
+		dst = appendText(dst, okRemove, "authorization")
 	}
 	// Only when it is there: Envoy re-orders the query whenever this is sent.
 	if d.InQuery {
-		ok.QueryParametersToRemove = []string{d.CredentialQuery}
+		dst = appendText(dst, okRemoveQuery, d.CredentialQuery)
 	}
-	return &authv3.CheckResponse{
-		Status:          &status.Status{Code: int32(codes.OK)},
-		HttpResponse:    &authv3.CheckResponse_OkResponse{OkResponse: ok},
-		DynamicMetadata: a.granted(d),
-	}
-}
+	dst = shut(dst, ok)
 
-// granted is the metadata of an allowed request: with its lease, by which the access log names it.
-func (a *answers) granted(d *authz.Decision) *structpb.Struct {
-	m := metadata(d)
+	dst, metadata := open(dst, responseMetadata)
+	dst = appendFacts(dst, d)
 	if d.Leased {
-		m.Fields["keyward.lease"] = structpb.NewStringValue(string(a.leases.Append(nil, d.Lease)))
+		var room [authz.LeaseIDSize]byte
+		dst = appendFact(dst, "keyward.lease", a.leases.Append(room[:0], d.Lease))
 	}
-	return m
+	return shut(dst, metadata)
 }
 
-// refusal is how each outcome is said over HTTP and gRPC.
+// identify sets an identity header. An empty value would overwrite with an empty header, so it is
+// removed instead. Creation refuses values that are not visible ASCII; what an import slipped through is
+// not handed on.
+func identify[S ~string | []byte](dst []byte, h *identityHeader, set *uint64, value S) []byte {
+	if h.name == "" || len(value) == 0 || !isVisible(value) {
+		return dst
+	}
+	*set |= h.remove
+	return appendHeader(dst, okHeaders, h.name, value)
+}
+
+// refusal is how an outcome is said over HTTP and gRPC.
 type refusal struct {
-	http typev3.StatusCode
+	http int
 	grpc codes.Code
 	code string
 }
 
-var refusals = map[authz.Outcome]refusal{
-	authz.Invalid:         {typev3.StatusCode_BadRequest, codes.InvalidArgument, "InvalidRequest"},
-	authz.Unauthenticated: {typev3.StatusCode_Unauthorized, codes.Unauthenticated, "Unauthorized"},
-	authz.Forbidden:       {typev3.StatusCode_Forbidden, codes.PermissionDenied, "Forbidden"},
-	authz.Limited:         {typev3.StatusCode_TooManyRequests, codes.ResourceExhausted, "RateLimitExceeded"},
-}
-
-// problem is the body of every refusal.
-type problem struct {
-	Error problemError `json:"error"`
-}
-
-type problemError struct {
-	Code       string `json:"code"`
-	Message    string `json:"message"`
-	RetryAfter int64  `json:"retryAfter,omitempty"` // seconds
-	Limit      string `json:"limit,omitempty"`
-	DecisionID string `json:"decisionId"`
-}
+var (
+	refusals = [...]refusal{
+		authz.Invalid:         {http.StatusBadRequest, codes.InvalidArgument, "InvalidRequest"},
+		authz.Unauthenticated: {http.StatusUnauthorized, codes.Unauthenticated, "Unauthorized"},
+		authz.Forbidden:       {http.StatusForbidden, codes.PermissionDenied, "Forbidden"},
+		authz.Limited:         {http.StatusTooManyRequests, codes.ResourceExhausted, "RateLimitExceeded"},
+	}
+	badPath     = refusal{http.StatusBadRequest, codes.InvalidArgument, "InvalidPath"}
+	unavailable = refusal{http.StatusServiceUnavailable, codes.Unavailable, "ServiceUnavailable"}
+)
 
 // limitNames are the words of error.limit and of the RateLimit headers.
-var limitNames = map[limits.Class]string{
-	limits.ClassInstance: "instance",
-	limits.ClassBurst:    "burst",
-
+var limitNames = [...]string{
+	limits.ClassInstance:    "instance",
+	limits.ClassBurst:       "burst",
 	limits.ClassConcurrency: "concurrency",
 }
 
 // deny refuses a request.
-func (a *answers) deny(d *authz.Decision, about about) *authv3.CheckResponse {
-	how := refusals[d.Outcome()]
-	body := problemError{Code: how.code, Message: message(d), DecisionID: d.ID.String()}
+func (a *answers) deny(dst []byte, d *authz.Decision, about about) []byte {
+	how := &refusals[d.Outcome()]
 	if d.Reason == authz.ReasonInvalidPath {
-		body.Code = "InvalidPath"
+		how = &badPath
 	}
-	var headers []*corev3.HeaderValueOption
+	dst = appendStatus(dst, how.grpc)
+	dst, denied := open(dst, responseDenied)
+	dst = appendHTTPStatus(dst, how.http)
+	var retry int64
+	limit := ""
 	switch d.Outcome() {
 	case authz.Unauthenticated:
-		challenge := `Bearer realm="` + a.realm + `"`
+		var room [192]byte
+		challenge := append(append(append(room[:0], `Bearer realm="`...), a.realm...), '"')
 		if d.CredentialSent {
-			challenge += `, error="invalid_token"`
+			challenge = append(challenge, `, error="invalid_token"`...)
 		}
-		headers = append(headers, header("www-authenticate", challenge))
+		dst = appendHeader(dst, deniedHeaders, "www-authenticate", challenge)
 	case authz.Limited:
-		body.RetryAfter = seconds(d.RetryAfter)
-		body.Limit = limitNames[d.Limit]
-		retry := strconv.FormatInt(body.RetryAfter, 10)
-		policy := fmt.Sprintf("%q;q=%d;qu=\"concurrent-requests\"", body.Limit, d.Concurrent)
-		if d.Concurrent == 0 {
-			policy = fmt.Sprintf("%q;q=%d;w=%d", body.Limit, d.Rate.Burst, seconds(time.Duration(d.Rate.Burst)*d.Rate.Interval))
-		}
-		headers = append(headers,
-			header("retry-after", retry),
-			header("ratelimit-policy", policy),
-			header("ratelimit", fmt.Sprintf("%q;r=0;t=%s", body.Limit, retry)))
+		retry, limit = seconds(d.RetryAfter), limitNames[d.Limit]
+		dst = appendLimit(dst, d, retry, limit)
 	}
-	return a.refuse(how, body, headers, about, metadata(d))
+	var room [512]byte
+	dst = appendBody(dst, how, about, appendMessage(room[:0], d), retry, limit, d.ID)
+	dst = shut(dst, denied)
+
+	dst, metadata := open(dst, responseMetadata)
+	dst = appendFacts(dst, d)
+	dst = appendFact(dst, "keyward.denied", "true")
+	return shut(dst, metadata)
+}
+
+// appendLimit says which limit refuses, how large it is and when to come again.
+func appendLimit(dst []byte, d *authz.Decision, retry int64, limit string) []byte {
+	var room [96]byte
+	number := strconv.AppendInt(room[:0], retry, 10)
+	dst = appendHeader(dst, deniedHeaders, "retry-after", number)
+	policy := append(append(append(room[:0], '"'), limit...), `";q=`...)
+	if d.Concurrent != 0 {
+		policy = append(strconv.AppendInt(policy, d.Concurrent, 10), `;qu="concurrent-requests"`...)
+	} else {
+		policy = append(strconv.AppendInt(policy, d.Rate.Burst, 10), ";w="...)
+		policy = strconv.AppendInt(policy, seconds(time.Duration(d.Rate.Burst)*d.Rate.Interval), 10)
+	}
+	dst = appendHeader(dst, deniedHeaders, "ratelimit-policy", policy)
+	state := append(append(append(room[:0], '"'), limit...), `";r=0;t=`...)
+	return appendHeader(dst, deniedHeaders, "ratelimit", strconv.AppendInt(state, retry, 10))
 }
 
 // failure says that keyward could not decide. Nothing was granted.
-func (a *answers) failure(d *authz.Decision, about about, err error) (*authv3.CheckResponse, error) {
+func (a *answers) failure(dst []byte, d *authz.Decision, about about, err error) ([]byte, error) {
 	busy, isBusy := errors.AsType[*apikey.BusyError](err)
 	if !a.errorResponse && !isBusy {
 		return nil, rpcStatus(err)
@@ -248,73 +213,84 @@ func (a *answers) failure(d *authz.Decision, about about, err error) (*authv3.Ch
 	if isBusy {
 		retry = seconds(busy.RetryAfter)
 	}
-	how := refusal{typev3.StatusCode_ServiceUnavailable, codes.Unavailable, "ServiceUnavailable"}
-	body := problemError{Code: how.code, Message: "The key could not be checked right now. Retry shortly.", RetryAfter: retry, DecisionID: d.ID.String()}
-	out := a.refuse(how, body, []*corev3.HeaderValueOption{header("retry-after", strconv.FormatInt(retry, 10))}, about, nil)
+	dst = appendStatus(dst, unavailable.grpc)
+	as := byte(responseDenied)
 	if a.errorResponse {
-		out.HttpResponse = &authv3.CheckResponse_ErrorResponse{ErrorResponse: out.GetDeniedResponse()}
-		return out, nil
+		as = responseError
 	}
-	out.DynamicMetadata = &structpb.Struct{Fields: map[string]*structpb.Value{
-		"keyward.denied":      structpb.NewStringValue("true"),
-		"keyward.reason":      structpb.NewStringValue("busy"),
-		"keyward.decision_id": structpb.NewStringValue(body.DecisionID),
-	}}
-	return out, nil
+	dst, denied := open(dst, as)
+	dst = appendHTTPStatus(dst, unavailable.http)
+	var room [20]byte
+	dst = appendHeader(dst, deniedHeaders, "retry-after", strconv.AppendInt(room[:0], retry, 10))
+	dst = appendBody(dst, &unavailable, about, "The key could not be checked right now. Retry shortly.", retry, "", d.ID)
+	dst = shut(dst, denied)
+	if a.errorResponse {
+		return dst, nil
+	}
+	dst, metadata := open(dst, responseMetadata)
+	dst = appendFact(dst, "keyward.reason", "busy")
+	dst = appendFact(dst, "keyward.decision_id", d.ID.Append(make([]byte, 0, 2*len(d.ID))))
+	dst = appendFact(dst, "keyward.denied", "true")
+	return shut(dst, metadata), nil
 }
 
-func (a *answers) refuse(how refusal, body problemError, headers []*corev3.HeaderValueOption, about about, metadata *structpb.Struct) *authv3.CheckResponse {
-	headers = append(headers, header("cache-control", "no-store"))
-	text := body.Message
+// appendBody writes the last headers of a refusal and its body: text for gRPC callers, JSON for others.
+func appendBody[S string | []byte](dst []byte, how *refusal, about about, message S, retry int64, limit string, id authz.ID) []byte {
+	dst = appendHeader(dst, deniedHeaders, "cache-control", "no-store")
 	if about.grpc {
 		// Without it Envoy makes UNAVAILABLE of a 429, which many clients retry at once.
-		headers = append(headers, header("grpc-status", strconv.Itoa(int(how.grpc))))
+		var room [2]byte
+		dst = appendHeader(dst, deniedHeaders, "grpc-status", strconv.AppendInt(room[:0], int64(how.grpc), 10))
+		return appendText(dst, deniedBody, message)
+	}
+	dst = appendHeader(dst, deniedHeaders, "content-type", "application/json")
+	dst, body := open(dst, deniedBody)
+	dst = append(append(dst, `{"error":{"code":"`...), how.code...)
+	dst = appendJSON(append(dst, `","message":"`...), message)
+	if retry != 0 {
+		dst = strconv.AppendInt(append(dst, `","retryAfter":`...), retry, 10)
 	} else {
-		headers = append(headers, header("content-type", "application/json"))
-		b, err := json.Marshal(problem{body})
-		if err != nil {
-			panic(err) // strings and numbers always marshal
-		}
-		text = string(b)
+		dst = append(dst, '"')
 	}
-	return &authv3.CheckResponse{
-		Status: &status.Status{Code: int32(how.grpc)},
-		HttpResponse: &authv3.CheckResponse_DeniedResponse{DeniedResponse: &authv3.DeniedHttpResponse{
-			Status: &typev3.HttpStatus{Code: how.http}, Headers: headers, Body: text,
-		}},
-		DynamicMetadata: metadata,
+	if limit != "" {
+		dst = append(append(append(dst, `,"limit":"`...), limit...), '"')
 	}
+	dst = append(id.Append(append(dst, `,"decisionId":"`...)), `"}}`...)
+	return shut(dst, body)
 }
 
-// message tells the caller what is wrong and what to do, and nothing that helps whoever guesses keys.
-func message(d *authz.Decision) string {
+// appendMessage tells the caller what is wrong and what to do, and nothing that helps whoever guesses
+// keys.
+func appendMessage(dst []byte, d *authz.Decision) []byte {
 	switch d.Outcome() {
 	case authz.Unauthenticated:
-		return "A valid API key is required. Check that the key is complete, active and sent once."
+		return append(dst, "A valid API key is required. Check that the key is complete, active and sent once."...)
 	case authz.Limited:
-		return fmt.Sprintf("Rate limit exceeded. Retry after %d seconds.", seconds(d.RetryAfter))
+		dst = strconv.AppendInt(append(dst, "Rate limit exceeded. Retry after "...), seconds(d.RetryAfter), 10)
+		return append(dst, " seconds."...)
 	}
 	switch d.Reason {
-	case authz.ReasonInvalidPath:
-		return "The path is ambiguous. Send it without dot segments, empty segments, backslashes, semicolons and needless escapes."
-	case authz.ReasonInvalidRequest:
-		return "The request names an instance, agent, environment or key twice, emptily or in an escaped spelling."
-	case authz.ReasonNoRoute:
-		return "No route allows this request."
-	case authz.ReasonWrongInstance:
-		return "The key belongs to another instance."
-	case authz.ReasonWrongAgent:
-		return "The key is for another agent."
-	case authz.ReasonAgentRequired:
-		return "The key is for one agent, and the request names none."
-	case authz.ReasonWrongEnvironment:
-		return "The key is for another environment."
 	case authz.ReasonMissingScope:
-		return fmt.Sprintf("The key lacks the scope %s. Use a key that has it.", cut(string(d.MissingScope), 256))
+		dst = append(append(dst, "The key lacks the scope "...), cut(string(d.MissingScope), 256)...)
+		return append(dst, ". Use a key that has it."...)
+	case authz.ReasonInvalidPath:
+		return append(dst, "The path is ambiguous. Send it without dot segments, empty segments, backslashes, semicolons and needless escapes."...)
+	case authz.ReasonInvalidRequest:
+		return append(dst, "The request names an instance, agent, environment or key twice, emptily or in an escaped spelling."...)
+	case authz.ReasonNoRoute:
+		return append(dst, "No route allows this request."...)
+	case authz.ReasonWrongInstance:
+		return append(dst, "The key belongs to another instance."...)
+	case authz.ReasonWrongAgent:
+		return append(dst, "The key is for another agent."...)
+	case authz.ReasonAgentRequired:
+		return append(dst, "The key is for one agent, and the request names none."...)
+	case authz.ReasonWrongEnvironment:
+		return append(dst, "The key is for another environment."...)
 	case authz.ReasonAddress:
-		return "The key may not be used from this address."
+		return append(dst, "The key may not be used from this address."...)
 	}
-	return "The request is not allowed."
+	return append(dst, "The request is not allowed."...)
 }
 
 // seconds rounds up to whole seconds, at least 1: a client that waits that long has waited long enough.
@@ -329,38 +305,68 @@ func cut(s string, n int) string {
 	return strings.ToValidUTF8(s[:n], "") + "…"
 }
 
-// header sets a header to exactly this value. Envoys disagree on what an option means that does not say
-// both.
-func header(name, value string) *corev3.HeaderValueOption {
-	return &corev3.HeaderValueOption{
-		Header:       &corev3.HeaderValue{Key: name, Value: value},
-		Append:       wrapperspb.Bool(false), //nolint:staticcheck // what it replaces is ignored by the Envoys we support
-		AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
+// appendFacts writes what goes to Envoy's later filters and logs, under envoy.filters.http.ext_authz.
+func appendFacts(dst []byte, d *authz.Decision) []byte {
+	var room [2 * len(d.ID)]byte
+	dst = appendFact(dst, "keyward.reason", d.Reason.String())
+	dst = appendFact(dst, "keyward.decision_id", d.ID.Append(room[:0]))
+	switch {
+	case d.Key != nil:
+		return appendKey(dst, d.Key)
+	case d.Reason == authz.ReasonUnknownKey: // written and left out, so that the time does not tell
+		return appendKey(dst, &nobodys)[:len(dst)]
 	}
+	return dst
 }
 
-// metadata goes to Envoy's later filters and logs, under envoy.filters.http.ext_authz.
-func metadata(d *authz.Decision) *structpb.Struct {
-	fields := map[string]*structpb.Value{
-		"keyward.reason":      structpb.NewStringValue(d.Reason.String()),
-		"keyward.decision_id": structpb.NewStringValue(d.ID.String()),
+func appendKey(dst []byte, k *apikey.Key) []byte {
+	var room [36]byte
+	dst = appendFact(dst, "keyward.key_id", k.ID.Append(room[:0]))
+	return appendFact(dst, "keyward.instance", k.InstanceID)
+}
+
+// nobodys is a key that no secret finds, with an instance whose id is as long as most.
+var nobodys = apikey.Key{InstanceID: "00000000-0000-0000-0000-000000000000"}
+
+// complete lets only whole answers out: an allow that says so, or a refusal that says so. To Envoy, a
+// response without a status is an "allowed".
+func complete(answer []byte) bool {
+	tag, status, answer, ok := cutMessage(answer)
+	if !ok || tag != responseStatus {
+		return false
 	}
-	if d.Key != nil {
-		fields["keyward.key_id"] = structpb.NewStringValue(d.Key.ID.String())
-		fields["keyward.instance"] = structpb.NewStringValue(d.Key.InstanceID)
+	refused := false
+	if len(status) > 0 {
+		tag, code, _, ok := wire.Cut(status)
+		refused = ok && tag == statusCode && wire.Number(code) != 0
 	}
-	if d.Outcome() != authz.Allowed {
-		fields["keyward.denied"] = structpb.NewStringValue("true")
+	tag, _, answer, ok = cutMessage(answer)
+	switch {
+	case !ok:
+		return false
+	case refused && tag != responseDenied && tag != responseError, !refused && tag != responseOK:
+		return false
+	case len(answer) == 0:
+		return true
 	}
-	return &structpb.Struct{Fields: fields}
+	tag, _, answer, ok = cutMessage(answer)
+	return ok && tag == responseMetadata && len(answer) == 0
+}
+
+// cutMessage is wire.Cut of a message that may be empty.
+func cutMessage(b []byte) (tag wire.Tag, content, rest []byte, ok bool) {
+	if len(b) == 0 {
+		return 0, nil, nil, false
+	}
+	return wire.Cut(b)
 }
 
 // isVisible reports whether s is ASCII from space to tilde, neither beginning nor ending with a space.
-func isVisible(s string) bool {
+func isVisible[S ~string | []byte](s S) bool {
 	for i := range len(s) {
 		if s[i] < ' ' || s[i] > '~' {
 			return false
 		}
 	}
-	return s == strings.TrimSpace(s)
+	return len(s) == 0 || s[0] != ' ' && s[len(s)-1] != ' '
 }

@@ -6,6 +6,7 @@ import (
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 )
 
 // TestHalfAnswersDoNotLeave: to Envoy an empty response is an allow.
@@ -30,9 +31,23 @@ func TestHalfAnswersDoNotLeave(t *testing.T) {
 		"denial":                 {&authv3.CheckResponse{Status: deny, HttpResponse: denied}, true},
 		"error":                  {&authv3.CheckResponse{Status: deny, HttpResponse: failed}, true},
 	} {
-		out, err := sealed(tt.answer, nil)
+		message, err := proto.Marshal(tt.answer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := sealed(message, nil)
 		if left := err == nil && out != nil; left != tt.leaves {
 			t.Errorf("%s: left %v, want %v", name, left, tt.leaves)
+		}
+		if tt.leaves { // cut anywhere, or followed by anything
+			for n := range message {
+				if _, err := sealed(message[:n], nil); err == nil {
+					t.Errorf("%s: left after %d of %d bytes", name, n, len(message))
+				}
+			}
+			if _, err := sealed(append(message, message...), nil); err == nil {
+				t.Errorf("%s: left twice", name)
+			}
 		}
 	}
 }

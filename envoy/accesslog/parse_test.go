@@ -18,6 +18,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/dynamicpb"
+
+	"keyward/envoy/wire"
 )
 
 // reading is what a parser found in a message.
@@ -443,7 +445,7 @@ func marshal(t testing.TB, m proto.Message) []byte {
 func TestNamesAreCopied(t *testing.T) {
 	b := []byte("node")
 	s := &sender{id: Unknown, cluster: Unknown}
-	s.name(text(b), "")
+	s.name(wire.Text(b), "")
 	binary.BigEndian.PutUint32(b, 0)
 	if got := s.node(); got.ID != "node" || got.Cluster != Unknown {
 		t.Errorf("got %+v", got)
