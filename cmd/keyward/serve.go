@@ -87,6 +87,7 @@ type service struct {
 	redigester *admin.Redigester
 	health     *health.Server
 	draining   atomic.Bool
+	ready      atomic.Bool // what health checks are answered, for /readyz
 	drainDelay time.Duration
 	serving    chan struct{} // closed when everything is
 	pepper     *apikey.Pepper
@@ -429,6 +430,7 @@ func (s *service) setHealth(serving bool) {
 	}
 	s.health.SetServingStatus("", status)
 	s.health.SetServingStatus(check.ServiceName, status)
+	s.ready.Store(serving) // last: whom /readyz tells so may ask at once
 }
 
 // close frees what openService opened.
@@ -519,7 +521,7 @@ func (s *service) metricsHandler() http.Handler {
 		switch {
 		case s.draining.Load():
 			http.Error(w, "draining", http.StatusServiceUnavailable)
-		case !s.cache.Ready():
+		case !s.ready.Load():
 			http.Error(w, "keys are not loaded, or the store has been away for too long", http.StatusServiceUnavailable)
 		default:
 			_, _ = io.WriteString(w, "ready\n")
