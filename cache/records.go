@@ -51,7 +51,7 @@ func newRecords(size, unknown int, m *metrics) (*records, error) {
 	r.keys, err = ristretto.NewCache(&ristretto.Config[[]byte, record]{
 		NumCounters:        10 * int64(size),
 		MaxCost:            int64(size),
-		BufferItems:        64,
+		BufferItems:        1024,
 		KeyToHash:          keyToHash,
 		IgnoreInternalCost: true, // or a million records would be room for 17,000
 		OnReject:           func(*ristretto.Item[record]) { m.rejected.Inc() },

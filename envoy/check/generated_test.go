@@ -318,6 +318,30 @@ func TestListKeepsItsOrder(t *testing.T) {
 	}
 }
 
+// TestSpellingsAreBounded: to compare each with all others must not become anybody's weapon.
+func TestSpellingsAreBounded(t *testing.T) {
+	spelling := func(n int) string {
+		b := []byte("x-agent-access-token")
+		for i := range b {
+			if n>>i&1 == 1 && b[i] != '-' {
+				b[i] -= 'a' - 'A'
+			}
+		}
+		return string(b)
+	}
+	for _, many := range []int{60, 5000} {
+		headers := map[string]string{}
+		for n := range many {
+			headers[spelling(n*2)] = "v"
+		}
+		var r authz.Request
+		_, err := check.Read(&r, marshal(t, request("/", headers)), wantedHeaders, nil)
+		if refused := errors.Is(err, check.ErrMalformed); refused != (len(headers) > 64) {
+			t.Errorf("%d spellings: %v", len(headers), err)
+		}
+	}
+}
+
 // TestDamagedMessages cuts and changes a real one everywhere.
 func TestDamagedMessages(t *testing.T) {
 	message := marshal(t, fullRequest(secret))
