@@ -38,6 +38,8 @@ const (
 	defaultMetrics = "http://127.0.0.1:9193"
 	// benchMakers keys are made at once: a store on a disk writes them in few transactions then.
 	benchMakers = 16
+	// benchKeyLife is how much longer than the run keys live that are not removed, because bench was killed.
+	benchKeyLife = time.Hour
 	// cpuStep is what process_cpu_seconds_total counts in: the kernel's clock ticks.
 	cpuStep = 10 * time.Millisecond
 	// benchRemoval is how long the removal of the instance may take, whatever ended the run.
@@ -69,7 +71,8 @@ func (b *bench) command() *cobra.Command {
 		Use:   "bench",
 		Short: "Load a running keyward with Checks, as Envoy sends them, and measure its answers",
 		Long: "Load a running keyward with Checks, as Envoy sends them, and measure its answers. It makes an instance of\n" +
-			"its own, named bench-…, with keys that have no limits, and removes it at the end, also after Ctrl-C.\n\n" +
+			"its own, named bench-…, with keys that have no limits, and removes it at the end, also after Ctrl-C. If it\n" +
+			"is killed, the keys expire an hour after the run would have ended.\n\n" +
 			"Without --rate each stream asks again as soon as it was answered, which shows how much the server can do.\n" +
 			"With --rate requests are due at even distances and latency counts from when each was due, which shows what\n" +
 			"callers feel at that load. CPU is the server's, from its metrics; rates and CPU cover the measured time,\n" +
@@ -259,6 +262,7 @@ func (b *bench) withInstance(ctx context.Context, progress func(string, ...any),
 
 // makeKeys makes keys of an instance and returns their secrets.
 func (b *bench) makeKeys(ctx context.Context, client *manage.Client, instance, what string, n int, limits admin.LimitsInput, progress func(string, ...any)) (*traffic.Secrets, error) {
+	life := apikey.Duration(b.load.Warmup + b.load.Duration + benchKeyLife).String()
 	made := make(chan apikey.Secret)
 	group, making := errgroup.WithContext(ctx)
 	numbers := make(chan int)
@@ -276,7 +280,7 @@ func (b *bench) makeKeys(ctx context.Context, client *manage.Client, instance, w
 	for range min(benchMakers, n) {
 		group.Go(func() error {
 			for i := range numbers {
-				created, err := client.CreateKey(making, instance, admin.KeyInput{Name: fmt.Sprintf("bench %d", i), Limits: limits})
+				created, err := client.CreateKey(making, instance, admin.KeyInput{Name: fmt.Sprintf("bench %d", i), Limits: limits, ExpiresIn: life})
 				if err != nil {
 					return err
 				}

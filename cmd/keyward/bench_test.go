@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -67,6 +68,34 @@ func TestBenchPrintsNoDigitsItDoesNotKnow(t *testing.T) {
 		if got != tt.want || text != tt.text {
 			t.Errorf("%v for %d: got %v and %q, want %v and %q", tt.cpu, tt.requests, got, text, tt.want, tt.text)
 		}
+	}
+}
+
+// TestBenchKeysEnd: a bench that was killed leaves keys without limits, and not for long.
+func TestBenchKeysEnd(t *testing.T) {
+	token := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(token, []byte("kwm_x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	made := make(chan string, 1)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.Method {
+		case http.MethodPut:
+			fmt.Fprint(w, "{}")
+		case http.MethodPost:
+			var in struct{ ExpiresIn string }
+			if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+				t.Error(err)
+			}
+			made <- in.ExpiresIn
+			w.WriteHeader(http.StatusInternalServerError)
+		}
+	}))
+	defer server.Close()
+	run(t.Context(), []string{"bench", "--server", server.URL, "--token-file", token, "--keys", "1", "--metrics", "-", "--warmup", "30s", "--duration", "10m"},
+		strings.NewReader(""), io.Discard, io.Discard)
+	if got, want := <-made, "1h10m30s"; got != want {
+		t.Errorf("expires in %q, want %q", got, want)
 	}
 }
 
