@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -221,6 +223,114 @@ func TestNothingIsLostInAHurry(t *testing.T) {
 	}
 	if got := value(t, c, "warm_up_records", ""); missing != 0 || got != n {
 		t.Errorf("%d of %d keys are not there, %v are said to be", missing, n, got)
+	}
+}
+
+// TestTheWarmUpTellsNoOldStory: the store has answered RecentKeys, then every key is revoked, which no poll
+// has shown yet. Who loads a key meanwhile is told that it is revoked, and the next must not be told that it
+// is good.
+func TestTheWarmUpTellsNoOldStory(t *testing.T) {
+	const n = 40_000
+	store := usedStore(n)
+	answered, release := make(chan struct{}), make(chan struct{})
+	store.OnAnswer(func(_ context.Context, call string) error {
+		if call == "RecentKeys" { // once
+			close(answered)
+			<-release
+		}
+		return nil
+	})
+	c := newCache(t, store, Config{Records: n, WarmUp: time.Minute, Poll: time.Hour, Lease: 2 * time.Hour})
+	running(t, c)
+	<-answered
+	for i := 1; i <= n; i++ {
+		store.Put(revoked(i), digest(i))
+	}
+	var told [n + 1]bool
+	ask := func(i int) {
+		k, err := find(t, c, digest(i))
+		if err != nil {
+			t.Errorf("key %d: %v", i, err)
+			return
+		}
+		if now := !k.RevokedAt.IsZero(); told[i] && !now {
+			t.Errorf("key %d: revoked, then good", i)
+		} else {
+			told[i] = now
+		}
+	}
+	var all sync.WaitGroup
+	const askers = 8
+	for asker := range askers { // each has keys of its own
+		all.Go(func() {
+			for begun := false; !t.Failed(); begun = true {
+				warm := c.warm.Load()
+				for range 100 {
+					ask(1 + asker + askers*rand.IntN(n/askers))
+				}
+				if begun && warm {
+					return
+				}
+				if asker == 0 && !begun { // some are loaded before, most meanwhile
+					close(release)
+				}
+			}
+		})
+	}
+	all.Wait()
+	news := 0
+	for i := 1; i <= n; i++ {
+		if told[i] {
+			news++
+			ask(i)
+		}
+	}
+	if news == 0 {
+		t.Error("nobody was told that a key is revoked: this proves nothing")
+	}
+}
+
+// The same where ristretto did not keep what the request loaded.
+func TestTheWarmUpTellsNoOldStoryOfWhatWasDropped(t *testing.T) {
+	store := usedStore(2)
+	synctest.Test(t, func(t *testing.T) {
+		release := hold(store)
+		c := newCache(t, store, Config{WarmUp: time.Minute, Poll: time.Hour, Lease: 2 * time.Hour})
+		running(t, c)
+		synctest.Wait() // the store has answered
+		d := digest(1)
+		store.Put(revoked(1), d)
+		if k := mustFind(t, c, d); k.RevokedAt.IsZero() {
+			t.Fatal("an old answer")
+		}
+		c.records.keys.Del(d[:16])
+		c.records.keys.Wait()
+		release()
+		synctest.Wait()
+		if k := mustFind(t, c, d); !c.Ready() || k.RevokedAt.IsZero() {
+			t.Errorf("ready %t: revoked, then good", c.Ready())
+		}
+		if other := digest(2); mustFind(t, c, other) == nil || store.Calls("FindKey") != 2 {
+			t.Errorf("%d keys were read one by one, want 2: the other one is the warm-up's", store.Calls("FindKey"))
+		}
+	})
+}
+
+// The warm-up's Set may still be in ristretto's queue when a request loads the key: see fill.
+func TestWhatARequestLoadsReplacesTheWarmUps(t *testing.T) {
+	r := testRecords(t, 10_000, 10)
+	for n := range 5000 {
+		d := digest(n)
+		r.warm(&d, record{found(d), r.generation(&d)})
+		r.askFor(&d)
+		now := found(d)
+		r.fill(&d, now, r.generation(&d))
+		if k, _ := r.get(&d); k != now {
+			t.Fatalf("record %d is hidden by an older one", n)
+		}
+		if r.warm(&d, record{found(d), r.generation(&d)}) {
+			t.Fatalf("the warm-up may replace record %d", n)
+		}
 	}
 }
 
