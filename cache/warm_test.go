@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -358,8 +359,13 @@ func TestPackedIsEqual(t *testing.T) {
 		},
 		"every right":  func(k *apikey.Key) { k.Scopes = nil },
 		"other scopes": func(k *apikey.Key) { k.Scopes = apikey.Scopes{"b", "a:*"} },
-		"no text":      func(k *apikey.Key) { k.Name, k.Description, k.UserPrincipalName, k.RevokedReason = "", "", "", "" },
-		"nothing":      func(k *apikey.Key) { *k = apikey.Key{} },
+		// Not valid, but a cache is not the one to say so.
+		"one scope of two words": func(k *apikey.Key) { k.Scopes = apikey.Scopes{"a:* b"} },
+		"one scope of two":       func(k *apikey.Key) { k.Scopes = apikey.Scopes{"a:*b"} },
+		"empty scopes":           func(k *apikey.Key) { k.Scopes = apikey.Scopes{"", "a:*", "", "b"} },
+		"many scopes":            func(k *apikey.Key) { k.Scopes = slices.Repeat(apikey.Scopes{"a:*", "b", "c"}, 1000) },
+		"no text":                func(k *apikey.Key) { k.Name, k.Description, k.UserPrincipalName, k.RevokedReason = "", "", "", "" },
+		"nothing":                func(k *apikey.Key) { *k = apikey.Key{} },
 	}
 	same := cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
 	for range 2 { // the second time what is shared is there
@@ -380,6 +386,11 @@ func TestPackedIsEqual(t *testing.T) {
 	a.Name, b.Name = "a", "b"
 	a.InstanceID, a.Scopes = fmt.Sprint("ten", "ant"), apikey.Scopes{"a:*", "b"}
 	one, other := p.pack(&a), p.pack(&b)
+	kept := p.scopes.Len()
+	a.Scopes = slices.Repeat(apikey.Scopes{"a:*"}, packerList)
+	if long, again := p.pack(&a), p.pack(&a); &long.Scopes[0] == &again.Scopes[0] || p.scopes.Len() != kept {
+		t.Error("a long list is kept although its key is gone")
+	}
 	if unsafe.StringData(one.InstanceID) != unsafe.StringData(other.InstanceID) || &one.Scopes[0] != &other.Scopes[0] {
 		t.Error("what two keys have in common is kept twice")
 	}
