@@ -335,6 +335,50 @@ func TestWhatARequestLoadsReplacesTheWarmUps(t *testing.T) {
 	}
 }
 
+// A hook is a counter that is heard.
+type hook struct {
+	prometheus.Counter
+	inc func()
+}
+
+func (h hook) Inc() {
+	h.inc()
+	h.Counter.Inc()
+}
+
+// TestDroppedSetsAreSetAgain hands over more at once than ristretto's queue takes, while nobody works it off.
+func TestDroppedSetsAreSetAgain(t *testing.T) {
+	const n = 40_000
+	c := newCache(t, cachetest.NewStore(), Config{Records: 2 * n})
+	stuck, dropped := make(chan struct{}), make(chan struct{})
+	stick := sync.OnceFunc(func() {
+		close(stuck)
+		<-dropped
+	})
+	c.metrics.rejected, c.metrics.evicted = hook{c.metrics.rejected, stick}, hook{c.metrics.evicted, stick}
+	c.metrics.dropped = hook{c.metrics.dropped, sync.OnceFunc(func() { close(dropped) })}
+	// Whoever works the queue off has to say that there is no room, and gets no further.
+	c.records.keys.UpdateMaxCost(0)
+	d := digest(-1)
+	c.records.set(&d, record{found(d), 0})
+	<-stuck
+	c.records.keys.UpdateMaxCost(2 * n)
+
+	w := warming{Cache: c, generations: c.records.generations()}
+	for i := range n {
+		k := key(i)
+		k.Digest = digest(i)
+		w.batch = append(w.batch, k)
+	}
+	w.keep()
+	if w.kept != n || w.lost != 0 {
+		t.Errorf("got %d kept and %d lost of %d", w.kept, w.lost, n)
+	}
+	if value(t, c, "sets_dropped_total", "queue") == 0 {
+		t.Error("nothing was dropped: this proves nothing")
+	}
+}
+
 func TestPackedIsEqual(t *testing.T) {
 	at := time.Unix(1, 2).UTC()
 	whole := &apikey.Key{
