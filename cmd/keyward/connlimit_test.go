@@ -6,9 +6,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"strings"
 	"sync"
@@ -236,6 +238,61 @@ func TestWhoHasNoCertificateTakesNoPlace(t *testing.T) {
 	}
 	if got := metrics["keyward_connections_refused_total listener=check"]; got != 1 {
 		t.Errorf("%v refused, want 1", got)
+	}
+}
+
+// The same for HTTP, where the first request is what takes a place.
+func TestWhoAsksNothingTakesNoPlace(t *testing.T) {
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := newAuthority(t, "ca")
+	l := &limitedListener{Listener: inner, name: "manage", most: 1, tls: true, log: slog.New(slog.DiscardHandler),
+		refused: prometheus.NewCounter(prometheus.CounterOpts{Name: "x"}), dropped: prometheus.NewCounter(prometheus.CounterOpts{Name: "y"})}
+	server := &http.Server{
+		Handler: http.NotFoundHandler(), ConnState: admitHTTP, ReadHeaderTimeout: patience, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError),
+		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{ca.server(t, "keyward").tls(t)}},
+	}
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = server.ServeTLS(l, "", "") })
+	defer serving.Wait()
+	defer server.Close()
+	for range 3 {
+		c, err := net.Dial("tcp", inner.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(ca.cert)
+	for _, http2 := range []bool{false, true} {
+		get := func() (*http.Transport, error) {
+			transport := &http.Transport{ForceAttemptHTTP2: http2, TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "keyward"}}
+			resp, err := (&http.Client{Transport: transport, Timeout: patience}).Get("https://" + inner.Addr().String())
+			if err == nil {
+				_, _ = io.ReadAll(resp.Body)
+				_ = resp.Body.Close()
+			}
+			return transport, err
+		}
+		first, err := get()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := get(); err == nil {
+			t.Error("one too many was let in")
+		}
+		first.CloseIdleConnections()
+		if err := eventually(func() error {
+			if n := l.count(); n != 0 {
+				return fmt.Errorf("%d are open", n)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
