@@ -42,6 +42,7 @@ test: envoys ## get what the tests need, then run all of them with the race dete
 	@# Without it: what the detector's own cost would hide, allocations and load.
 	go test -timeout 10m -run TestLeasesUnderLoad $(TESTFLAGS) ./envoy/e2e
 	go test -timeout 10m $(TESTFLAGS) $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./authz/... ./cache/... ./limits/... ./envoy/accesslog ./envoy/check)
+	go -C envoy/benchmarks test ./...
 
 fuzz: ## feed every fuzz target for 10 s (FUZZTIME=10m for longer, FUZZ=FuzzConfig for one)
 	@.ci/fuzz '$(FUZZTIME)' '$(FUZZ)'

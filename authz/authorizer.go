@@ -239,7 +239,7 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		return nil
 	}
 
-	q := question{rule: rule, query: query, secret: found.secret, client: r.clientAddr(rules.ClientAddress, rules.TrustedHops), mayBlock: mayBlock}
+	q := question{rule: rule, query: query, secret: found.secret, client: r.clientAddr(rules.ClientAddress, rules.TrustedHops), mayBlock: mayBlock, at: r.At}
 	instance, err := a.known(ctx, r, d, &q)
 	if err != nil || d.Reason != ReasonNone {
 		return err
@@ -386,8 +386,11 @@ func (a *Authorizer) find(ctx context.Context, r *Request, q *question) (*apikey
 // life says where in its life the key stands: ReasonNone if it may be used now. asked says that the store
 // had to be asked.
 func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.Instance, q *question) (reason Reason, asked bool, err error) {
-	now := time.Now()
-	q.at = now
+	now := q.at
+	if q.mayBlock || now.IsZero() { // time has passed since it was asked about
+		now = time.Now()
+		q.at = now
+	}
 	status := k.StatusAt(now)
 	switch {
 	case status == apikey.StatusRevoked:

@@ -58,6 +58,13 @@ type replica struct {
 func newHouse(t *testing.T, store admin.Store, config cache.Config, rules []authz.Rule, sources ...cache.Source) *house {
 	t.Helper()
 	h := &house{store: store, peppers: housePeppers}
+	h.start(t, config, rules, sources...)
+	return h
+}
+
+// start starts the replicas and waits until they answer, not for their warm-up.
+func (h *house) start(t *testing.T, config cache.Config, rules []authz.Rule, sources ...cache.Source) {
+	t.Helper()
 	for _, source := range sources {
 		reg := prometheus.NewRegistry()
 		c, err := cache.New(source, config, reg, slog.New(slog.DiscardHandler))
@@ -69,16 +76,15 @@ func newHouse(t *testing.T, store admin.Store, config cache.Config, rules []auth
 		var run sync.WaitGroup
 		run.Go(func() { _ = c.Run(ctx) })
 		t.Cleanup(func() { cancel(); run.Wait() })
-		r := &replica{cache: c, reg: reg, service: admin.New(store, admin.Config{Peppers: h.peppers}, c, slog.New(slog.DiscardHandler))}
-		r.Authorizer = h.authorizer(t, authz.Config{Rules: rules}, facts{c, store.LastUsed}, local.New(local.Config{}, nil))
+		r := &replica{cache: c, reg: reg, service: admin.New(h.store, admin.Config{Peppers: h.peppers}, c, slog.New(slog.DiscardHandler))}
+		r.Authorizer = h.authorizer(t, authz.Config{Rules: rules}, facts{c, h.store.LastUsed}, local.New(local.Config{}, nil))
 		h.replicas = append(h.replicas, r)
 	}
 	for _, r := range h.replicas {
-		for !r.cache.Ready() { // until Run has loaded the set
+		for r.cache.Serving() != nil { // until Run has loaded the set
 			time.Sleep(time.Millisecond)
 		}
 	}
-	return h
 }
 
 func (h *house) authorizer(t *testing.T, config authz.Config, keys authz.Keys, limiter limits.Leaser) *authz.Authorizer {
@@ -90,7 +96,7 @@ func (h *house) authorizer(t *testing.T, config authz.Config, keys authz.Keys, l
 	return a
 }
 
-// count reads a counter of a cache, the one with the first label of several.
+// count reads a counter or gauge of a cache, the one with the first label of several.
 func count(t *testing.T, reg *prometheus.Registry, name string) float64 {
 	t.Helper()
 	families, err := reg.Gather()
@@ -99,7 +105,7 @@ func count(t *testing.T, reg *prometheus.Registry, name string) float64 {
 	}
 	for _, f := range families {
 		if f.GetName() == "keyward_cache_"+name {
-			return f.GetMetric()[0].GetCounter().GetValue()
+			return f.GetMetric()[0].GetCounter().GetValue() + f.GetMetric()[0].GetGauge().GetValue()
 		}
 	}
 	t.Fatalf("no metric %s", name)

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/netip"
 	"strings"
+	"time"
 
 	"keyward/authz/apikey"
 	"keyward/limits"
@@ -18,6 +19,8 @@ type Request struct {
 	Method, Host string
 	Path         string // with its query, as it came over the wire
 	Peer         string // address of the connection's other end, without port
+	// At is when the request was asked about; zero: when it is decided.
+	At time.Time
 	// Identity and HTTP name the request for its lease, Connection the one by which it was asked about;
 	// see package limits.
 	Identity   limits.Identity

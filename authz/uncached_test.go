@@ -62,9 +62,12 @@ func TestCachedIsAsUncached(t *testing.T) {
 		}
 		t.Fatalf("-uncachedseed %d, history %d, made shorter:\n%s", seed, i, told)
 	}
-	t.Logf("%d requests, %.0f answered from the cache, %d changes; reasons %v", sum.requests, sum.hits, sum.changes, sum.reasons)
+	t.Logf("%d requests, %.0f answered from the cache, %.0f keys from warm-ups, %d changes; reasons %v", sum.requests, sum.hits, sum.warmed, sum.changes, sum.reasons)
 	if sum.hits < float64(sum.requests)/4 {
 		t.Errorf("the cache answered %v of %d requests: too few to prove anything", sum.hits, sum.requests)
+	}
+	if sum.warmed < float64(sum.requests)/1000 {
+		t.Errorf("warm-ups loaded %v keys: too few to prove anything", sum.warmed)
 	}
 	for _, want := range []authz.Reason{
 		authz.ReasonKey, authz.ReasonUnknownKey, authz.ReasonRevoked, authz.ReasonDisabled, authz.ReasonInstanceDisabled,
@@ -80,7 +83,7 @@ func TestCachedIsAsUncached(t *testing.T) {
 
 type tally struct {
 	requests, changes int
-	hits              float64
+	hits, warmed      float64
 	reasons           map[authz.Reason]int
 }
 
@@ -105,7 +108,6 @@ func play(t *testing.T, steps []step, sum *tally, telling bool) (told string, pl
 		s := newStage(t, sum)
 		s.telling = telling
 		told, played = s.play(steps)
-		sum.hits += count(t, s.reg, "lookups_total")
 	})
 	return told, played
 }
@@ -138,6 +140,7 @@ type stage struct {
 	peppers  apikey.Peppers
 	cache    *cache.Cache
 	reg      *prometheus.Registry // the cache's
+	end      func()               // of the cache
 	service  *admin.Service
 	limiters [2]*local.Limiter
 	deciders [2]*authz.Authorizer // from the cache, and straight from the store
@@ -189,37 +192,56 @@ func newStage(t *testing.T, sum *tally) *stage {
 	if sum.reasons == nil {
 		sum.reasons = map[authz.Reason]int{}
 	}
-	// A poll an hour: what makes the cache new is the acknowledgement of a change alone.
-	// Few records, so that keys come and go.
-	var err error
-	s.cache, err = cache.New(s.store, cache.Config{Records: 20, Unknown: 20, Poll: time.Hour, Lease: 3 * time.Hour}, s.reg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.cache.Close)
-	ctx, cancel := context.WithCancel(context.Background())
-	var run sync.WaitGroup
-	run.Go(func() { _ = s.cache.Run(ctx) })
-	t.Cleanup(func() { cancel(); run.Wait() })
-	synctest.Wait()
-	s.service = admin.New(s.store, admin.Config{Peppers: s.peppers}, s.cache, slog.New(slog.DiscardHandler))
-	config := authz.Config{Rules: []authz.Rule{
-		{Path: "/", Scopes: []apikey.Scope{"use"}},
-		{Path: "/free/"},
-		{Path: "/in/{instance}/", Instance: source(t, "{instance}")},
-		{Path: "/agent/", Agent: source(t, agentOf), Environment: source(t, environmentOf)},
-		{Path: "/optional/", Mode: authz.Optional},
-	}}
-	for i, keys := range []authz.Keys{facts{s.cache, s.lastUsed}, direct{s}} {
+	for i := range s.limiters {
 		s.limiters[i] = local.New(local.Config{}, nil)
-		if s.deciders[i], err = authz.New(config, keys, s.limiters[i], s.peppers, s, s); err != nil {
-			t.Fatal(err)
-		}
 	}
+	s.deciders[1] = s.authorizer(direct{s}, s.limiters[1])
+	s.start()
+	t.Cleanup(func() { s.stop() })
 	for _, id := range s.instances {
 		s.put(id, apikey.Policy{})
 	}
 	return s
+}
+
+func (s *stage) authorizer(keys authz.Keys, limiter limits.Leaser) *authz.Authorizer {
+	config := authz.Config{Rules: []authz.Rule{
+		{Path: "/", Scopes: []apikey.Scope{"use"}},
+		{Path: "/free/"},
+		{Path: "/in/{instance}/", Instance: source(s.t, "{instance}")},
+		{Path: "/agent/", Agent: source(s.t, agentOf), Environment: source(s.t, environmentOf)},
+		{Path: "/optional/", Mode: authz.Optional},
+	}}
+	a, err := authz.New(config, keys, limiter, s.peppers, s, s)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return a
+}
+
+// start begins with a new cache, which loads what was used last.
+func (s *stage) start() {
+	// A poll an hour: what makes the cache new is the acknowledgement of a change alone.
+	// Few records, so that keys come and go.
+	config := cache.Config{Records: 20, Unknown: 20, WarmUp: time.Minute, Poll: time.Hour, Lease: 3 * time.Hour}
+	s.reg = prometheus.NewRegistry()
+	var err error
+	if s.cache, err = cache.New(s.store, config, s.reg, slog.New(slog.DiscardHandler)); err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var run sync.WaitGroup
+	run.Go(func() { _ = s.cache.Run(ctx) })
+	s.end = func() { cancel(); run.Wait(); s.cache.Close() }
+	synctest.Wait()
+	s.service = admin.New(s.store, admin.Config{Peppers: s.peppers}, s.cache, slog.New(slog.DiscardHandler))
+	s.deciders[0] = s.authorizer(facts{s.cache, s.lastUsed}, s.limiters[0])
+}
+
+func (s *stage) stop() {
+	s.end()
+	s.sum.hits += count(s.t, s.reg, "lookups_total")
+	s.sum.warmed += count(s.t, s.reg, "warm_up_records")
 }
 
 func (s *stage) play(steps []step) (told string, played int) {
@@ -271,6 +293,11 @@ func (s *stage) step(p step) (difference string) {
 			}
 			clear(s.used)
 			s.tell("uses are written")
+			if p.detail%4 == 0 {
+				s.stop()
+				s.start()
+				s.tell("the cache begins anew")
+			}
 		default:
 			d := []time.Duration{time.Millisecond, time.Second, 20 * time.Second, time.Minute}[p.detail%4]
 			if p.detail>>2%64 == 0 { // ristretto has a ticker of seconds: more would be dear
@@ -356,8 +383,8 @@ func (s *stage) create(instance string, detail uint32) {
 	if detail>>9%5 == 0 { // made before the rotation of the pepper
 		secret := apikey.Format{}.New(apikey.KindInstance)
 		k := &apikey.Key{ID: apikey.ID{1, byte(len(s.keys) >> 16), byte(len(s.keys) >> 8), byte(len(s.keys))}, InstanceID: instance, Type: apikey.TypeInstance, CreatedAt: time.Now()}
-		if detail>>5%2 == 0 { // and idle in a minute, unless it is used
-			k.InactivityDays, k.CreatedAt = 1, k.CreatedAt.Add(time.Minute-24*time.Hour)
+		if detail>>5%2 == 0 { // and idle soon, unless it is used
+			k.InactivityDays, k.CreatedAt = 1, k.CreatedAt.Add([]time.Duration{time.Millisecond, time.Minute}[detail>>20%2]-24*time.Hour)
 		}
 		s.unknownBefore(instance, secret, detail)
 		s.update(fmt.Sprintf("create %v in %s under the previous pepper", k.ID, instance), func(ctx context.Context, tx admin.Tx) error {
@@ -489,8 +516,8 @@ func (s *stage) decide(k staged, p step) string {
 	return s.differ(&got[0], &got[1])
 }
 
-// differ compares two decisions, but for their random ids and for when a key was last used, of which a
-// record in a cache knows nothing new.
+// differ compares two decisions, but for their random ids, for when a key was last used, of which a record
+// in a cache knows nothing new, and for which of a key's two digests found it, of which a cache may hold one.
 func (s *stage) differ(cached, uncached *authz.Decision) string {
 	for _, d := range []*authz.Decision{cached, uncached} {
 		d.ID = authz.ID{}
@@ -498,7 +525,7 @@ func (s *stage) differ(cached, uncached *authz.Decision) string {
 			continue
 		}
 		k := *d.Key
-		k.LastUsedAt, k.Generations = time.Time{}, slices.Clone(k.Generations)
+		k.Digest, k.LastUsedAt, k.Generations = apikey.Digest{}, time.Time{}, slices.Clone(k.Generations)
 		for i := range k.Generations {
 			k.Generations[i].LastUsedAt = time.Time{}
 		}

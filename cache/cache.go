@@ -340,6 +340,7 @@ func (c *Cache) loadShared(ctx context.Context, d *apikey.Digest, generation uin
 	defer c.recovered("find key", &err)
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.LoadTimeout)
 	defer cancel()
+	c.records.askFor(d)
 	// After the generation, in this order: a poll raises heard before it counts the stripe up. Whoever sees
 	// the new generation therefore refuses an answer from before the change.
 	heard := c.follower.heard.Load()

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"encoding/binary"
 	"slices"
 	"strings"
 	"sync"
@@ -18,12 +19,16 @@ import (
 type packer struct {
 	mu     sync.Mutex
 	words  *simplelru.LRU[string, string]
-	scopes *simplelru.LRU[string, apikey.Scopes] // by their text
+	scopes *simplelru.LRU[string, apikey.Scopes] // by all of them, each after its length
 }
 
-// packerWords is how many words and lists of scopes are remembered as shared. Who falls out is shared no
-// more with those that come later, and that is all.
-const packerWords = 16_384
+const (
+	// packerWords is how many words and lists of scopes are remembered as shared. Who falls out is shared no
+	// more with those that come later, and that is all.
+	packerWords = 16_384
+	// packerList is how long a list of scopes may be to be shared: hardly two keys have the same longer one.
+	packerList = 1 << 10 // bytes
+)
 
 func newPacker() (*packer, error) {
 	words, err := simplelru.NewLRU[string, string](packerWords, nil)
@@ -54,25 +59,17 @@ func (p *packer) pack(k *apikey.Key) *apikey.Key {
 	for _, s := range []*string{&to.InstanceID, &to.Environment, &to.AgentName, &to.CreatedBy} {
 		*s = p.shared(*s)
 	}
-	if len(k.Scopes) > 0 {
-		var text strings.Builder
-		for _, s := range k.Scopes {
-			text.WriteString(string(s))
-			text.WriteByte(' ') // no scope has one
-		}
-		scopes, ok := p.scopes.Get(text.String())
-		if !ok {
-			scopes = slices.Clone(k.Scopes)
-			for i := range scopes {
-				scopes[i] = apikey.Scope(p.shared(string(scopes[i])))
-			}
-			p.scopes.Add(text.String(), scopes)
-		}
+	own := append(make([]*string, 0, 8), &to.Name, &to.Description, &to.UserPrincipalName)
+	if scopes, ok := p.sharedScopes(k.Scopes); ok {
 		to.Scopes = scopes
+	} else {
+		to.Scopes = slices.Clone(k.Scopes)
+		for i := range to.Scopes {
+			own = append(own, (*string)(&to.Scopes[i]))
+		}
 	}
 	p.mu.Unlock()
 
-	own := append(make([]*string, 0, 8), &to.Name, &to.Description, &to.UserPrincipalName)
 	for i := range to.Generations {
 		own = append(own, &to.Generations[i].Hint)
 	}
@@ -91,6 +88,34 @@ func (p *packer) pack(k *apikey.Key) *apikey.Key {
 		*s, rest = rest[:n], rest[n:]
 	}
 	return to
+}
+
+// sharedScopes returns the one copy of a list; ok is false if it is too long for that. The caller holds the
+// lock.
+func (p *packer) sharedScopes(list apikey.Scopes) (shared apikey.Scopes, ok bool) {
+	if len(list) == 0 {
+		return list, true
+	}
+	length := 0
+	for _, s := range list {
+		length += binary.MaxVarintLen16 + len(s)
+	}
+	if length > packerList {
+		return nil, false
+	}
+	text := make([]byte, 0, packerList)
+	for _, s := range list {
+		text = append(binary.AppendUvarint(text, uint64(len(s))), s...)
+	}
+	if shared, ok = p.scopes.Get(string(text)); ok {
+		return shared, true
+	}
+	shared = slices.Clone(list)
+	for i := range shared {
+		shared[i] = apikey.Scope(p.shared(string(shared[i])))
+	}
+	p.scopes.Add(string(text), shared)
+	return shared, true
 }
 
 // shared returns the one copy of a word. The caller holds the lock.

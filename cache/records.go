@@ -38,12 +38,16 @@ type records struct {
 	// bytes without making anything.
 	keys    *ristretto.Cache[[]byte, record]
 	unknown *lru.Cache[apikey.Digest, uint64] // with the generation of the stripe from before the read
+	// asked holds, until the warm-up is over, the digests that were read for a request: what such a read
+	// finds may be newer than what the warm-up has of it, and has been told. nil after that.
+	asked   atomic.Pointer[digestSet]
 	metrics *metrics
 	closed  atomic.Bool
 }
 
 func newRecords(size, unknown int, m *metrics) (*records, error) {
 	r := &records{stripes: make([]stripe, stripes), metrics: m}
+	r.asked.Store(newDigestSet())
 	var err error
 	if r.unknown, err = lru.New[apikey.Digest, uint64](unknown); err != nil {
 		return nil, err
@@ -51,7 +55,7 @@ func newRecords(size, unknown int, m *metrics) (*records, error) {
 	r.keys, err = ristretto.NewCache(&ristretto.Config[[]byte, record]{
 		NumCounters:        10 * int64(size),
 		MaxCost:            int64(size),
-		BufferItems:        64,
+		BufferItems:        1024,
 		KeyToHash:          keyToHash,
 		IgnoreInternalCost: true, // or a million records would be room for 17,000
 		OnReject:           func(*ristretto.Item[record]) { m.rejected.Inc() },
@@ -117,6 +121,33 @@ func (r *records) lacks(d *apikey.Digest, generation uint64) bool {
 	return ok && at == generation
 }
 
+// askFor says that the store is going to be read for a digest: from here on the warm-up leaves it alone.
+func (r *records) askFor(d *apikey.Digest) {
+	s := r.stripeOf(d)
+	s.mu.Lock() // so that it is either before a Set of the warm-up or after it
+	defer s.mu.Unlock()
+	if asked := r.asked.Load(); asked != nil {
+		asked.add(d.Prefix())
+	}
+}
+
+// warm sets what the warm-up has read, unless the digest was asked for meanwhile. It reports whether
+// ristretto may have it, or may take it the next time.
+func (r *records) warm(d *apikey.Digest, rec record) bool {
+	free := true
+	ok := r.put(d, rec.generation, func() {
+		if asked := r.asked.Load(); asked != nil && asked.has(d.Prefix()) {
+			free = false
+			return
+		}
+		r.hand(d, rec)
+	})
+	return ok && free
+}
+
+// warmed says that the warm-up is over.
+func (r *records) warmed() { r.asked.Store(nil) }
+
 // fill keeps the store's answer, nil for a digest that finds nothing. generation was read before the
 // store was. It reports whether that still holds; if not, nothing was kept and the answer may be too
 // old to be used.
@@ -132,9 +163,9 @@ func (r *records) fill(d *apikey.Digest, k *apikey.Key, generation uint64) bool 
 		}
 		// Until the queue is worked off the next look-up would load again.
 		r.keys.Wait()
-		// Of two Sets of a new key in the queue ristretto keeps the first. If that was an older one it
-		// is in place by now, and the next Set replaces it on the spot.
-		if now, ok := r.keys.Get(d[:16]); !ok || now == rec || now.generation >= generation {
+		// Of two Sets of a new key in the queue ristretto keeps the first. If that was an older one, of an
+		// earlier generation or of the warm-up, it is in place by now, and the next Set replaces it on the spot.
+		if now, ok := r.keys.Get(d[:16]); !ok || now == rec || now.generation > generation {
 			return true
 		}
 	}
@@ -143,11 +174,16 @@ func (r *records) fill(d *apikey.Digest, k *apikey.Key, generation uint64) bool 
 // set hands a record to ristretto, if its stripe is still at the record's generation. queued says whether
 // ristretto may have it at some time.
 func (r *records) set(d *apikey.Digest, rec record) (queued, ok bool) {
-	ok = r.put(d, rec.generation, func() { queued = r.keys.Set(d[:16], rec, 1) })
-	if ok && !queued {
+	ok = r.put(d, rec.generation, func() { queued = r.hand(d, rec) })
+	return queued, ok
+}
+
+// hand is ristretto's Set. The caller holds the stripe's lock.
+func (r *records) hand(d *apikey.Digest, rec record) (queued bool) {
+	if queued = r.keys.Set(d[:16], rec, 1); !queued {
 		r.metrics.dropped.Inc()
 	}
-	return queued, ok
+	return queued
 }
 
 // put runs write under the stripe's lock, if the stripe is still at the given generation.

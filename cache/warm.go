@@ -23,9 +23,14 @@ const (
 //
 // Polls go on meanwhile, and requests that come are answered. What keeps it right is what keeps every
 // load right: the generations of all stripes are read first, then the newest revision heard of, and only
-// then the store; what comes of a digest whose stripe was counted up since is not kept.
+// then the store; what comes of a digest whose stripe was counted up since is not kept. And what the store
+// was asked for on behalf of a request is left alone: the answer may be from after a change that no poll
+// has shown yet, and whoever heard of it must not be told the old story again.
 func (c *Cache) warmUp(ctx context.Context) {
-	defer c.warm.Store(true)
+	defer func() {
+		c.records.warmed()
+		c.warm.Store(true)
+	}()
 	if c.cfg.WarmUp == 0 {
 		return
 	}
@@ -90,13 +95,12 @@ func (w *warming) keep() {
 		}
 		left := w.batch[:0]
 		for _, k := range w.batch {
-			// What requests have loaded meanwhile is at least as new.
 			if now, _ := w.records.get(&k.Digest); now != nil {
 				w.kept++
 				continue
 			}
-			// Where that is refused something changed since: whoever asks for it loads it anew.
-			if _, ok := w.records.set(&k.Digest, record{k, w.generations[stripeIndex(&k.Digest)]}); ok {
+			// Where that is refused it changed since, or is being read: whoever asks for it gets it from the store.
+			if w.records.warm(&k.Digest, record{k, w.generations[stripeIndex(&k.Digest)]}) {
 				left = append(left, k)
 			}
 		}

@@ -4,11 +4,12 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
 	"reflect"
-	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -228,27 +229,156 @@ func TestNothingIsLostInAHurry(t *testing.T) {
 	}
 }
 
-// TestDroppedSetsAreSetAgain hands over more at once than ristretto's queue takes.
-func TestDroppedSetsAreSetAgain(t *testing.T) {
-	const n, rounds = 60_000, 20
-	c := started(t, cachetest.NewStore(), Config{Records: n * rounds})
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // so that hardly anybody works the queue off meanwhile
-	for round := range rounds {
-		w := warming{Cache: c, generations: c.records.generations()}
-		for i := range n {
-			k := key(i)
-			k.Digest = digest(round*n + i)
-			w.batch = append(w.batch, k)
+// TestTheWarmUpTellsNoOldStory: the store has answered RecentKeys, then every key is revoked, which no poll
+// has shown yet. Who loads a key meanwhile is told that it is revoked, and the next must not be told that it
+// is good.
+func TestTheWarmUpTellsNoOldStory(t *testing.T) {
+	const n = 40_000
+	store := usedStore(n)
+	answered, release := make(chan struct{}), make(chan struct{})
+	store.OnAnswer(func(_ context.Context, call string) error {
+		if call == "RecentKeys" { // once
+			close(answered)
+			<-release
 		}
-		w.keep()
-		if w.kept != n || w.lost != 0 {
-			t.Fatalf("got %d kept and %d lost of %d", w.kept, w.lost, n)
-		}
-		if value(t, c, "sets_dropped_total", "queue") > 0 {
+		return nil
+	})
+	c := newCache(t, store, Config{Records: n, WarmUp: time.Minute, Poll: time.Hour, Lease: 2 * time.Hour})
+	running(t, c)
+	<-answered
+	for i := 1; i <= n; i++ {
+		store.Put(revoked(i), digest(i))
+	}
+	var told [n + 1]bool
+	ask := func(i int) {
+		k, err := find(t, c, digest(i))
+		if err != nil {
+			t.Errorf("key %d: %v", i, err)
 			return
 		}
+		if now := !k.RevokedAt.IsZero(); told[i] && !now {
+			t.Errorf("key %d: revoked, then good", i)
+		} else {
+			told[i] = now
+		}
 	}
-	t.Error("nothing was ever dropped: this proves nothing")
+	var all sync.WaitGroup
+	const askers = 8
+	for asker := range askers { // each has keys of its own
+		all.Go(func() {
+			for begun := false; !t.Failed(); begun = true {
+				warm := c.warm.Load()
+				for range 100 {
+					ask(1 + asker + askers*rand.IntN(n/askers))
+				}
+				if begun && warm {
+					return
+				}
+				if asker == 0 && !begun { // some are loaded before, most meanwhile
+					close(release)
+				}
+			}
+		})
+	}
+	all.Wait()
+	news := 0
+	for i := 1; i <= n; i++ {
+		if told[i] {
+			news++
+			ask(i)
+		}
+	}
+	if news == 0 {
+		t.Error("nobody was told that a key is revoked: this proves nothing")
+	}
+}
+
+// The same where ristretto did not keep what the request loaded.
+func TestTheWarmUpTellsNoOldStoryOfWhatWasDropped(t *testing.T) {
+	store := usedStore(2)
+	synctest.Test(t, func(t *testing.T) {
+		release := hold(store)
+		c := newCache(t, store, Config{WarmUp: time.Minute, Poll: time.Hour, Lease: 2 * time.Hour})
+		running(t, c)
+		synctest.Wait() // the store has answered
+		d := digest(1)
+		store.Put(revoked(1), d)
+		if k := mustFind(t, c, d); k.RevokedAt.IsZero() {
+			t.Fatal("an old answer")
+		}
+		c.records.keys.Del(d[:16])
+		c.records.keys.Wait()
+		release()
+		synctest.Wait()
+		if k := mustFind(t, c, d); !c.Ready() || k.RevokedAt.IsZero() {
+			t.Errorf("ready %t: revoked, then good", c.Ready())
+		}
+		if other := digest(2); mustFind(t, c, other) == nil || store.Calls("FindKey") != 2 {
+			t.Errorf("%d keys were read one by one, want 2: the other one is the warm-up's", store.Calls("FindKey"))
+		}
+	})
+}
+
+// The warm-up's Set may still be in ristretto's queue when a request loads the key: see fill.
+func TestWhatARequestLoadsReplacesTheWarmUps(t *testing.T) {
+	r := testRecords(t, 10_000, 10)
+	for n := range 5000 {
+		d := digest(n)
+		r.warm(&d, record{found(d), r.generation(&d)})
+		r.askFor(&d)
+		now := found(d)
+		r.fill(&d, now, r.generation(&d))
+		if k, _ := r.get(&d); k != now {
+			t.Fatalf("record %d is hidden by an older one", n)
+		}
+		if r.warm(&d, record{found(d), r.generation(&d)}) {
+			t.Fatalf("the warm-up may replace record %d", n)
+		}
+	}
+}
+
+// A hook is a counter that is heard.
+type hook struct {
+	prometheus.Counter
+	inc func()
+}
+
+func (h hook) Inc() {
+	h.inc()
+	h.Counter.Inc()
+}
+
+// TestDroppedSetsAreSetAgain hands over more at once than ristretto's queue takes, while nobody works it off.
+func TestDroppedSetsAreSetAgain(t *testing.T) {
+	const n = 40_000
+	c := newCache(t, cachetest.NewStore(), Config{Records: 2 * n})
+	stuck, dropped := make(chan struct{}), make(chan struct{})
+	stick := sync.OnceFunc(func() {
+		close(stuck)
+		<-dropped
+	})
+	c.metrics.rejected, c.metrics.evicted = hook{c.metrics.rejected, stick}, hook{c.metrics.evicted, stick}
+	c.metrics.dropped = hook{c.metrics.dropped, sync.OnceFunc(func() { close(dropped) })}
+	// Whoever works the queue off has to say that there is no room, and gets no further.
+	c.records.keys.UpdateMaxCost(0)
+	d := digest(-1)
+	c.records.set(&d, record{found(d), 0})
+	<-stuck
+	c.records.keys.UpdateMaxCost(2 * n)
+
+	w := warming{Cache: c, generations: c.records.generations()}
+	for i := range n {
+		k := key(i)
+		k.Digest = digest(i)
+		w.batch = append(w.batch, k)
+	}
+	w.keep()
+	if w.kept != n || w.lost != 0 {
+		t.Errorf("got %d kept and %d lost of %d", w.kept, w.lost, n)
+	}
+	if value(t, c, "sets_dropped_total", "queue") == 0 {
+		t.Error("nothing was dropped: this proves nothing")
+	}
 }
 
 func TestPackedIsEqual(t *testing.T) {
@@ -267,8 +397,13 @@ func TestPackedIsEqual(t *testing.T) {
 		},
 		"every right":  func(k *apikey.Key) { k.Scopes = nil },
 		"other scopes": func(k *apikey.Key) { k.Scopes = apikey.Scopes{"b", "a:*"} },
-		"no text":      func(k *apikey.Key) { k.Name, k.Description, k.UserPrincipalName, k.RevokedReason = "", "", "", "" },
-		"nothing":      func(k *apikey.Key) { *k = apikey.Key{} },
+		// Not valid, but a cache is not the one to say so.
+		"one scope of two words": func(k *apikey.Key) { k.Scopes = apikey.Scopes{"a:* b"} },
+		"one scope of two":       func(k *apikey.Key) { k.Scopes = apikey.Scopes{"a:*b"} },
+		"empty scopes":           func(k *apikey.Key) { k.Scopes = apikey.Scopes{"", "a:*", "", "b"} },
+		"many scopes":            func(k *apikey.Key) { k.Scopes = slices.Repeat(apikey.Scopes{"a:*", "b", "c"}, 1000) },
+		"no text":                func(k *apikey.Key) { k.Name, k.Description, k.UserPrincipalName, k.RevokedReason = "", "", "", "" },
+		"nothing":                func(k *apikey.Key) { *k = apikey.Key{} },
 	}
 	same := cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
 	for range 2 { // the second time what is shared is there
@@ -289,6 +424,11 @@ func TestPackedIsEqual(t *testing.T) {
 	a.Name, b.Name = "a", "b"
 	a.InstanceID, a.Scopes = strings.Clone(b.InstanceID), slices.Clone(b.Scopes)
 	one, other := p.pack(&a), p.pack(&b)
+	kept := p.scopes.Len()
+	a.Scopes = slices.Repeat(apikey.Scopes{"a:*"}, packerList)
+	if long, again := p.pack(&a), p.pack(&a); &long.Scopes[0] == &again.Scopes[0] || p.scopes.Len() != kept {
+		t.Error("a long list is kept although its key is gone")
+	}
 	if unsafe.StringData(one.InstanceID) != unsafe.StringData(other.InstanceID) || &one.Scopes[0] != &other.Scopes[0] {
 		t.Error("what two keys have in common is kept twice")
 	}

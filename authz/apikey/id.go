@@ -34,11 +34,13 @@ var errNotUUID = fmt.Errorf("not a UUID such as 0192f0c1-8a4e-7cc3-98c4-dc0c0c07
 
 // Append appends the 36-character, lower-case form.
 func (id ID) Append(dst []byte) []byte {
-	dst = hex.AppendEncode(dst, id[0:4])
-	dst = hex.AppendEncode(append(dst, '-'), id[4:6])
-	dst = hex.AppendEncode(append(dst, '-'), id[6:8])
-	dst = hex.AppendEncode(append(dst, '-'), id[8:10])
-	return hex.AppendEncode(append(dst, '-'), id[10:16])
+	text := [36]byte{8: '-', 13: '-', 18: '-', 23: '-'}
+	hex.Encode(text[0:], id[0:4])
+	hex.Encode(text[9:], id[4:6])
+	hex.Encode(text[14:], id[6:8])
+	hex.Encode(text[19:], id[8:10])
+	hex.Encode(text[24:], id[10:16])
+	return append(dst, text[:]...)
 }
 
 func (id ID) String() string { return string(id.Append(make([]byte, 0, 36))) }

@@ -11,9 +11,13 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
+	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -34,6 +38,10 @@ const (
 	defaultMetrics = "http://127.0.0.1:9193"
 	// benchMakers keys are made at once: a store on a disk writes them in few transactions then.
 	benchMakers = 16
+	// benchKeyLife is how much longer than the run keys live that are not removed, because bench was killed.
+	benchKeyLife = time.Hour
+	// cpuStep is what process_cpu_seconds_total counts in: the kernel's clock ticks.
+	cpuStep = 10 * time.Millisecond
 	// benchRemoval is how long the removal of the instance may take, whatever ended the run.
 	benchRemoval = 2 * time.Minute
 )
@@ -51,17 +59,20 @@ type bench struct {
 	limited float64
 	running int // max-concurrent of each key
 	prefix  string
-	metrics string
+	metrics string // "": where they are by default, if that may be ours; "-": not read
+	cpuFrom string // where the server's processor time is read; "": it is not
 	tls     struct{ ca, cert, key, name string }
 }
 
-func (a *app) benchCommand() *cobra.Command {
-	b := &bench{app: a}
+func (a *app) benchCommand() *cobra.Command { return (&bench{app: a}).command() }
+
+func (b *bench) command() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "bench",
 		Short: "Load a running keyward with Checks, as Envoy sends them, and measure its answers",
 		Long: "Load a running keyward with Checks, as Envoy sends them, and measure its answers. It makes an instance of\n" +
-			"its own, named bench-…, with keys that have no limits, and removes it at the end, also after Ctrl-C.\n\n" +
+			"its own, named bench-…, with keys that have no limits, and removes it at the end, also after Ctrl-C. If it\n" +
+			"is killed, the keys expire an hour after the run would have ended.\n\n" +
 			"Without --rate each stream asks again as soon as it was answered, which shows how much the server can do.\n" +
 			"With --rate requests are due at even distances and latency counts from when each was due, which shows what\n" +
 			"callers feel at that load. CPU is the server's, from its metrics; rates and CPU cover the measured time,\n" +
@@ -74,14 +85,14 @@ func (a *app) benchCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd.Context()) },
 	}
 	f := c.Flags()
-	a.serverFlags(f)
-	f.StringVarP(&a.output, "output", "o", "table", "table or json")
+	b.serverFlags(f)
+	f.StringVarP(&b.output, "output", "o", "table", "table or json")
 	f.StringVar(&b.load.Address, "address", defaultConfig().Listen.Check.Address, "where keyward answers Checks, host:port or unix:///path")
 	f.StringVar(&b.tls.ca, "tls-ca", "", "file: who signed keyward's certificate; the Checks go by TLS then")
 	f.StringVar(&b.tls.cert, "tls-cert", "", "file: our certificate, where keyward wants one from its clients")
 	f.StringVar(&b.tls.key, "tls-key", "", "file: the certificate's key")
 	f.StringVar(&b.tls.name, "tls-name", "", "name in keyward's certificate; by default the host of --address")
-	f.StringVar(&b.metrics, "metrics", "", "keyward's metrics listener, to measure its CPU; - for not (default "+defaultMetrics+", if it answers)")
+	f.StringVar(&b.metrics, "metrics", "", "keyward's metrics listener, to measure its CPU; - for not (default "+defaultMetrics+", if it answers and --address and --server are on this machine)")
 	f.IntVar(&b.load.Connections, "connections", 4, "connections")
 	f.IntVar(&b.load.Streams, "streams", 8, "requests at once on each connection")
 	f.Float64Var(&b.load.Rate, "rate", 0, "requests per second in all, evenly spaced; 0: as fast as they are answered")
@@ -254,6 +265,7 @@ func (b *bench) withInstance(ctx context.Context, progress func(string, ...any),
 
 // makeKeys makes keys of an instance and returns their secrets.
 func (b *bench) makeKeys(ctx context.Context, client *manage.Client, instance, what string, n int, limits admin.LimitsInput, progress func(string, ...any)) (*traffic.Secrets, error) {
+	life := apikey.Duration(b.load.Warmup + b.load.Duration + benchKeyLife).String()
 	made := make(chan apikey.Secret)
 	group, making := errgroup.WithContext(ctx)
 	numbers := make(chan int)
@@ -271,7 +283,7 @@ func (b *bench) makeKeys(ctx context.Context, client *manage.Client, instance, w
 	for range min(benchMakers, n) {
 		group.Go(func() error {
 			for i := range numbers {
-				created, err := client.CreateKey(making, instance, admin.KeyInput{Name: fmt.Sprintf("bench %d", i), Limits: limits})
+				created, err := client.CreateKey(making, instance, admin.KeyInput{Name: fmt.Sprintf("bench %d", i), Limits: limits, ExpiresIn: life})
 				if err != nil {
 					return err
 				}
@@ -349,15 +361,21 @@ type benchReport struct {
 	Streams         int     `json:"streams"`
 	Rate            float64 `json:"rate,omitempty"`
 	DurationSeconds float64 `json:"durationSeconds"`
-	// CPUMicros is the server's processor time for each request.
-	CPUMicros float64 `json:"cpuMicrosPerRequest,omitempty"`
+	// CPUMicros is the server's processor time for each request, rounded to what its clock can tell. CPUFrom
+	// is where it was read.
+	CPUMicros *float64 `json:"cpuMicrosPerRequest,omitempty"`
+	CPUFrom   string   `json:"cpuFrom,omitempty"`
 }
 
 func (b *bench) print(r *traffic.Result) error {
-	cpu := float64(r.CPUPerRequest) / 1e3
+	micros, cpu := serverCPU(r)
 	if b.output == "json" {
-		return b.printData(benchReport{Result: r, Connections: b.load.Connections, Streams: b.load.Streams, Rate: b.load.Rate,
-			DurationSeconds: r.Elapsed.Seconds(), CPUMicros: cpu})
+		report := benchReport{Result: r, Connections: b.load.Connections, Streams: b.load.Streams, Rate: b.load.Rate,
+			DurationSeconds: r.Elapsed.Seconds(), CPUFrom: b.cpuFrom}
+		if b.load.CPU != nil && r.Requests > 0 {
+			report.CPUMicros = &micros
+		}
+		return b.printData(report)
 	}
 	w := tabwriter.NewWriter(b.stdout, 0, 0, 2, ' ', 0)
 	how := "closed loop"
@@ -366,8 +384,8 @@ func (b *bench) print(r *traffic.Result) error {
 	}
 	fmt.Fprintf(w, "LOAD\t%d connections × %d streams, %s, %s\n", b.load.Connections, b.load.Streams, b.load.Duration, how)
 	fmt.Fprintf(w, "REQUESTS/S\t%.0f\n", r.PerSec)
-	if b.load.CPU != nil {
-		fmt.Fprintf(w, "CPU/REQUEST\t%.1f µs of the server\n", cpu)
+	if b.load.CPU != nil && r.Requests > 0 {
+		fmt.Fprintf(w, "CPU/REQUEST\t%s of the server, by %s\n", cpu, b.cpuFrom)
 	}
 	for _, status := range slices.Sorted(maps.Keys(r.Answers)) {
 		fmt.Fprintf(w, "ANSWERS %d\t%d\n", status, r.Answers[status])
@@ -414,27 +432,66 @@ func (b *bench) progress() (show func(format string, args ...any), erase func())
 		func() { fmt.Fprint(out, line) }
 }
 
+// serverCPU is the server's processor time for each request in microseconds, to the power of ten that a
+// step of its clock makes of each, at best a tenth. Result.Requests is not 0, or there is none.
+func serverCPU(r *traffic.Result) (micros float64, text string) {
+	step := float64(cpuStep) / 1e3 / float64(max(r.Requests, 1))
+	unit, digits := 0.1, 1
+	for unit < step {
+		unit, digits = unit*10, 0
+	}
+	text = strconv.FormatFloat(math.Round(float64(r.CPUPerRequest)/1e3/unit)*unit, 'f', digits, 64)
+	micros, _ = strconv.ParseFloat(text, 64) // without what 0.1 leaves behind
+	if micros == 0 {
+		return 0, "less than " + strconv.FormatFloat(unit, 'f', digits, 64) + " µs"
+	}
+	return micros, text + " µs"
+}
+
 // cpu returns what reads the server's processor time from its metrics; nil if that is not wanted, or
 // where nobody said where they are and they are not where they are by default.
 func (b *bench) cpu(ctx context.Context) (func() (time.Duration, error), error) {
-	if b.metrics == "-" {
+	base := b.metricsURL()
+	if base == "" {
 		return nil, nil
 	}
-	base := b.metrics
-	if base == "" {
-		base = defaultMetrics
-	}
-	if !strings.Contains(base, "://") {
-		base = "http://" + base
-	}
-	read := func() (time.Duration, error) { return processTime(ctx, strings.TrimRight(base, "/")+"/metrics") }
+	read := func() (time.Duration, error) { return processTime(ctx, base+"/metrics") }
 	if _, err := read(); err != nil {
 		if b.metrics == "" {
 			return nil, nil
 		}
 		return nil, fmt.Errorf("--metrics: %w", err)
 	}
+	b.cpuFrom = base
+	if u, err := url.Parse(base); err == nil {
+		b.cpuFrom = u.Redacted()
+	}
 	return read, nil
+}
+
+// metricsURL is where the server's metrics are; "" if they are not wanted, or nobody said where they are
+// and the server is on another machine: another keyward's processor time would look just as good.
+func (b *bench) metricsURL() string {
+	base := b.metrics
+	switch {
+	case base == "-":
+		return ""
+	case base != "":
+	case !(Listener{Address: b.load.Address}).isLoopback(), b.secrets == "" && !b.isServerHere():
+		return ""
+	default:
+		return defaultMetrics
+	}
+	if !strings.Contains(base, "://") {
+		base = "http://" + base
+	}
+	return strings.TrimRight(base, "/")
+}
+
+// isServerHere reports whether the Management API is on this machine.
+func (b *bench) isServerHere() bool {
+	u, err := url.Parse(b.serverURL())
+	return err == nil && (Listener{Address: net.JoinHostPort(u.Hostname(), u.Port())}).isLoopback()
 }
 
 // processTime reads process_cpu_seconds_total.

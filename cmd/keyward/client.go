@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -75,16 +76,15 @@ func (a *app) withClient(ctx context.Context, fn func(ctx context.Context, c *ma
 	return reach(ctx, fn(ctx, c))
 }
 
+// serverURL is the server that the flags or the environment name.
+func (a *app) serverURL() string {
+	return cmp.Or(a.server, a.environment("KEYWARD_SERVER"), defaultServer)
+}
+
 // onlineClient returns a client of the server that the flags or the environment name, and what says of an
 // error of its calls, if that is so, that no server answers.
 func (a *app) onlineClient() (_ *manage.Client, reach func(ctx context.Context, err error) error, err error) {
-	server := a.server
-	if server == "" {
-		server = a.environment("KEYWARD_SERVER")
-	}
-	if server == "" {
-		server = defaultServer
-	}
+	server := a.serverURL()
 	if u, err := url.Parse(server); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return nil, nil, usageError{fmt.Errorf("--server: must be a URL such as %s", defaultServer)}
 	}

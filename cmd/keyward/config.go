@@ -154,6 +154,12 @@ func (c Concurrency) validate() error {
 	return errors.Join(faults...)
 }
 
+// connectionIdle is how long a connection may be open without a call: longer than a lease lives, because
+// those that were granted by it are shortened when it ends.
+func (c Concurrency) connectionIdle() time.Duration {
+	return max(connectionIdle, c.TTL.Std(), 4*c.RenewEvery.Std())
+}
+
 // leases translates what concerns running requests.
 func (c Concurrency) leases() local.Config {
 	return local.Config{RenewEvery: c.RenewEvery.Std(), TTL: c.TTL.Std()}

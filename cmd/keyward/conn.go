@@ -37,6 +37,8 @@ type trackedConn struct {
 
 func (c *trackedConn) RemoteAddr() net.Addr { return c.remote }
 
+func (c *trackedConn) limited() *limitedConn { return limitedOf(c.Conn) }
+
 func (c *trackedConn) Close() error {
 	err := c.Conn.Close()
 	c.once.Do(func() {

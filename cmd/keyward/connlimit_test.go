@@ -3,10 +3,14 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"strings"
 	"sync"
@@ -18,6 +22,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -98,11 +103,11 @@ func TestOneConnectionTooManyIsClosedAtOnce(t *testing.T) {
 	wantRefused(t, inner.Addr().String())
 	_ = inner.Close()
 	accepting.Wait()
-	if n := l.open.Load(); n != 2 {
+	if n := l.count(); n != 2 {
 		t.Errorf("got %d open, want 2", n)
 	}
 	_, _ = other.Close(), third.Close()
-	if n := l.open.Load(); n != 0 {
+	if n := l.count(); n != 0 {
 		t.Errorf("got %d open at the end", n)
 	}
 	if n := strings.Count(log.String(), "too many connections"); n != 1 || !strings.Contains(log.String(), "maxConnections=2") {
@@ -132,15 +137,8 @@ func TestServeKeepsToMaxConnections(t *testing.T) {
 	defer conn.Close()
 	healthy := func() {
 		t.Helper()
-		err := eventually(func() error { // /readyz is a moment ahead of it
-			got, err := healthpb.NewHealthClient(conn.conn).Check(t.Context(), &healthpb.HealthCheckRequest{})
-			if err == nil && got.GetStatus() != healthpb.HealthCheckResponse_SERVING {
-				err = errors.New(got.GetStatus().String())
-			}
-			return err
-		})
-		if err != nil {
-			t.Error(err)
+		if got, err := healthpb.NewHealthClient(conn.conn).Check(t.Context(), &healthpb.HealthCheckRequest{}); err != nil || got.GetStatus() != healthpb.HealthCheckResponse_SERVING {
+			t.Errorf("got %v, %v", got, err)
 		}
 	}
 	healthy()
@@ -157,12 +155,153 @@ func TestServeKeepsToMaxConnections(t *testing.T) {
 	}
 }
 
+// TestWhoHasNoCertificateTakesNoPlace: connections that never begin TLS, or show the wrong certificate, keep
+// no Envoy out, however many there are.
+func TestWhoHasNoCertificateTakesNoPlace(t *testing.T) {
+	t.Parallel()
+	dir, at, ca := t.TempDir(), newPorts(), newAuthority(t, "ca")
+	pair := ca.server(t, "keyward")
+	if err := errors.Join(
+		os.WriteFile(dir+"/keyward.yaml", []byte(smallest+"listen:\n  check: {maxConnections: 2, tls: {certFile: cert, keyFile: key, clientCAFile: ca}}\n"), 0o600),
+		os.WriteFile(dir+"/cert", pair.cert, 0o600), os.WriteFile(dir+"/key", pair.key, 0o600), os.WriteFile(dir+"/ca", ca.pem(), 0o600),
+		writeNewPrivate(dir+"/pepper", apikey.MarshalPepper(apikey.NewPepper(1, false))),
+	); err != nil {
+		t.Fatal(err)
+	}
+	server, err := serve(dir, at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(server.kill)
+	const tooMany = 20
+	var strangers []net.Conn
+	for range maxStrangers + tooMany {
+		c, err := net.Dial("tcp", at.check)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		strangers = append(strangers, c)
+	}
+	for _, c := range strangers[:tooMany] {
+		_ = c.SetReadDeadline(time.Now().Add(patience))
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
+			t.Fatalf("got %v: the oldest are not closed", err)
+		}
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(ca.cert)
+	config := &tls.Config{RootCAs: roots, ServerName: "keyward", NextProtos: []string{"h2"}}
+	if c, err := tls.Dial("tcp", at.check, config); err == nil { // TLS 1.3 says later that a certificate is missing
+		if _, err := io.ReadAll(c); err == nil {
+			t.Error("let in without a certificate")
+		}
+		_ = c.Close()
+	}
+	config.Certificates = []tls.Certificate{ca.server(t, "envoy").tls(t)}
+	healthy := func(c *grpc.ClientConn) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		if _, err := healthpb.NewHealthClient(c).Check(ctx, &healthpb.HealthCheckRequest{}); err != nil {
+			t.Error(err)
+		}
+	}
+	var envoys []*grpc.ClientConn
+	for range 2 {
+		c, err := grpc.NewClient(at.check, grpc.WithTransportCredentials(credentials.NewTLS(config)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		healthy(c)
+		envoys = append(envoys, c)
+	}
+	// A third with a certificate is one too many.
+	if c, err := tls.Dial("tcp", at.check, config); err == nil {
+		_ = c.SetReadDeadline(time.Now().Add(patience))
+		if _, err := io.ReadAll(c); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error("one too many was let in")
+		}
+		_ = c.Close()
+	}
+	for _, c := range envoys {
+		healthy(c)
+	}
+	metrics := readMetrics(t, at)
+	// Those that failed or gave up are gone, and the Envoys' handshakes pushed out some more.
+	if got := metrics["keyward_handshakes_dropped_total listener=check"]; got < tooMany {
+		t.Errorf("%v dropped, want %d at least", got, tooMany)
+	}
+	if got := metrics["keyward_connections listener=check"]; got != 2 {
+		t.Errorf("%v open, want 2", got)
+	}
+	if got := metrics["keyward_connections_refused_total listener=check"]; got != 1 {
+		t.Errorf("%v refused, want 1", got)
+	}
+}
+
+// The same for HTTP, where the first request is what takes a place.
+func TestWhoAsksNothingTakesNoPlace(t *testing.T) {
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := newAuthority(t, "ca")
+	l := &limitedListener{Listener: inner, name: "manage", most: 1, tls: true, log: slog.New(slog.DiscardHandler),
+		refused: prometheus.NewCounter(prometheus.CounterOpts{Name: "x"}), dropped: prometheus.NewCounter(prometheus.CounterOpts{Name: "y"})}
+	server := &http.Server{
+		Handler: http.NotFoundHandler(), ConnState: admitHTTP, ReadHeaderTimeout: patience, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError),
+		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{ca.server(t, "keyward").tls(t)}},
+	}
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = server.ServeTLS(l, "", "") })
+	defer serving.Wait()
+	defer server.Close()
+	for range 3 {
+		c, err := net.Dial("tcp", inner.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(ca.cert)
+	for _, http2 := range []bool{false, true} {
+		get := func() (*http.Transport, error) {
+			transport := &http.Transport{ForceAttemptHTTP2: http2, TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "keyward"}}
+			resp, err := (&http.Client{Transport: transport, Timeout: patience}).Get("https://" + inner.Addr().String())
+			if err == nil {
+				_, _ = io.ReadAll(resp.Body)
+				_ = resp.Body.Close()
+			}
+			return transport, err
+		}
+		first, err := get()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := get(); err == nil {
+			t.Error("one too many was let in")
+		}
+		first.CloseIdleConnections()
+		if err := eventually(func() error {
+			if n := l.count(); n != 0 {
+				return fmt.Errorf("%d are open", n)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // pinging connects to a server with our transport options as an Envoy does that asks nothing, and sends a ping
-// every interval. It returns how many were answered before the server hung up, at most as many as were wanted.
+// every interval. The server lets it be idle for an hour. It returns how many were answered before the server hung up, at most as many as were wanted.
 func pinging(t *testing.T, interval time.Duration, want int) (answered int) {
 	t.Helper()
 	l := bufconn.Listen(64 << 10)
-	server := grpc.NewServer(transportOptions()...)
+	server := grpc.NewServer(transportOptions(time.Hour)...)
 	var serving sync.WaitGroup
 	serving.Go(func() { _ = server.Serve(l) })
 	defer serving.Wait()
@@ -229,6 +368,7 @@ func TestEnvoysPingsAreWelcome(t *testing.T) {
 		"as we generate it":       {10 * time.Second, true},
 		"as often as is of use":   {time.Second, true},
 		"a flood is no keepalive": {10 * time.Millisecond, false},
+		"idle for too long":       {5 * time.Minute, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -245,7 +385,7 @@ func TestEnvoysPingsAreWelcome(t *testing.T) {
 // Checks that wait for a place do, and one more that does not.
 func TestNobodyWaitsForAWorker(t *testing.T) {
 	l := bufconn.Listen(1 << 20)
-	server := grpc.NewServer(transportOptions()...)
+	server := grpc.NewServer(transportOptions(time.Hour)...)
 	healthpb.RegisterHealthServer(server, health.NewServer())
 	var serving sync.WaitGroup
 	serving.Go(func() { _ = server.Serve(l) })
@@ -271,5 +411,20 @@ func TestNobodyWaitsForAWorker(t *testing.T) {
 	}
 	if _, err := client.Check(ctx, &healthpb.HealthCheckRequest{}); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestConnectionsOutliveTheirLeases(t *testing.T) {
+	for _, test := range []struct {
+		c    Concurrency
+		want time.Duration
+	}{
+		{defaultConfig().Concurrency, 15 * time.Minute},
+		{Concurrency{Feedback: "none", TTL: apikey.Duration(time.Hour)}, time.Hour},
+		{Concurrency{Feedback: "otlp", RenewEvery: apikey.Duration(time.Hour)}, 4 * time.Hour},
+	} {
+		if got := test.c.connectionIdle(); got != test.want {
+			t.Errorf("%+v: got %v, want %v", test.c, got, test.want)
+		}
 	}
 }

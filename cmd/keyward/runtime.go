@@ -95,19 +95,19 @@ const minMemoryLimit = 32 << 20 // bytes
 // apply puts both in force and says so, with where they come from. The runtime has taken its own variables
 // by then; they are applied once more, to the same effect.
 func (r Runtime) apply(environ []string, log *slog.Logger) {
-	set := map[string]bool{}
+	env := map[string]string{}
 	for _, entry := range environ {
 		name, value, _ := strings.Cut(entry, "=")
-		set[name] = value != ""
+		env[name] = runtimeValue(name, value)
 	}
-	from := func(variable string, isDefault bool) string {
-		switch {
-		case set[variable]:
+	from := func(variable, inForce, byDefault string) string {
+		switch value := env[variable]; {
+		case value != "" && value == inForce:
 			return variable
-		case isDefault:
+		case value == "" && inForce == byDefault:
 			return "default"
 		}
-		return "configuration"
+		return "configuration" // also what --set says instead of the variable
 	}
 	shipped := defaultConfig().Runtime
 	limit, _ := r.memoryLimit() // validated
@@ -121,8 +121,8 @@ func (r Runtime) apply(environ []string, log *slog.Logger) {
 	if limit.bytes != math.MaxInt64 {
 		shown = fmt.Sprintf("%d MiB", limit.bytes>>20)
 	}
-	log.Info("memory", "gcPercent", r.GCPercent, "gcPercentFrom", from("GOGC", r.GCPercent == shipped.GCPercent),
-		"memoryLimit", shown, "memoryLimitFrom", from("GOMEMLIMIT", r.MemoryLimit == shipped.MemoryLimit)+of)
+	log.Info("memory", "gcPercent", r.GCPercent, "gcPercentFrom", from("GOGC", strconv.Itoa(r.GCPercent), strconv.Itoa(shipped.GCPercent)),
+		"memoryLimit", shown, "memoryLimitFrom", from("GOMEMLIMIT", r.MemoryLimit, shipped.MemoryLimit)+of)
 }
 
 // share returns a share of the memory that the process may have, and says of what.

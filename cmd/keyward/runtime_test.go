@@ -82,6 +82,10 @@ func TestMemorySettingsAreInForceAndSaid(t *testing.T) {
 		{Runtime{150, "1GiB"}, nil, []string{"gcPercent=150 gcPercentFrom=configuration", `memoryLimit="1024 MiB" memoryLimitFrom=configuration`}},
 		{Runtime{50, "2GiB"}, []string{"GOGC=50", "GOMEMLIMIT=2GiB"}, []string{"gcPercentFrom=GOGC", `memoryLimit="2048 MiB" memoryLimitFrom=GOMEMLIMIT`}},
 		{Runtime{100, "off"}, nil, []string{"memoryLimit=none"}},
+		{Runtime{-1, "2GiB"}, []string{"GOGC=off", "GOMEMLIMIT="}, []string{"gcPercentFrom=GOGC", "memoryLimitFrom=configuration"}},
+		// --set wins over the variables.
+		{Runtime{100, "1GiB"}, []string{"GOGC=50", "GOMEMLIMIT=2GiB"}, []string{"gcPercentFrom=configuration", "memoryLimitFrom=configuration"}},
+		{Runtime{400, "90%"}, []string{"GOGC=50", "GOMEMLIMIT=2GiB"}, []string{"gcPercentFrom=configuration", `memoryLimitFrom="configuration, 90% of the `}},
 	} {
 		var log bytes.Buffer
 		test.r.apply(test.environ, slog.New(slog.NewTextHandler(&log, nil)))

@@ -520,7 +520,7 @@ func BenchmarkStateAtScale(b *testing.B) {
 	gogc := m["go_gc_gogc_percent"]
 	load, _, _ := strings.Cut(string(loadedBefore), " ")
 	var table strings.Builder
-	fmt.Fprintf(&table, "`KEYS=%d make bench-scale`, %s, %s/%s, %d processors, GOGC %v, on %s. The machine's load average was %s before it began. Median of 3 interleaved rounds of %v at %d requests/s.\n\n",
+	fmt.Fprintf(&table, "`SCALE_KEYS=%d make bench-scale`, %s, %s/%s, %d processors, GOGC %v, on %s. The machine's load average was %s before it began. Median of 3 interleaved rounds of %v at %d requests/s.\n\n",
 		keys, runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), gogc, time.Now().UTC().Format(time.DateOnly), load, length, rate)
 	fmt.Fprintf(&table, "| keys in the store, in memory | %d, %d |\n| --- | --- |\n", keys, cached)
 	for _, line := range [][2]string{

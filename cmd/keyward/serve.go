@@ -58,6 +58,8 @@ const (
 	maxLogMessage = 4 << 20 // bytes
 	// connectionSilence is how much later than it should a first access-log entry may come.
 	connectionSilence = 5 * time.Second
+	// connectionIdle is how long a connection of Envoy's may be open without a call, at least.
+	connectionIdle = 15 * time.Minute
 	// spareFiles are for what else is open: the store, its log, the other listeners.
 	spareFiles = 64
 	// bootstrapWarning is how often the log says that the first token still lives.
@@ -87,6 +89,7 @@ type service struct {
 	redigester *admin.Redigester
 	health     *health.Server
 	draining   atomic.Bool
+	ready      atomic.Bool // what health checks are answered, for /readyz
 	drainDelay time.Duration
 	serving    chan struct{} // closed when everything is
 	pepper     *apikey.Pepper
@@ -175,7 +178,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		if err != nil {
 			return nil, fmt.Errorf("listen.%s: %w", l.name, err)
 		}
-		*l.into = s.limit(bound, l.name, l.config.MaxConnections)
+		*l.into = s.limit(bound, l.name, l.config)
 		switch {
 		case l.config.isLoopback():
 		case !l.config.TLS.enabled():
@@ -203,19 +206,30 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 }
 
 // limit bounds how many connections a listener has open at once.
-func (s *service) limit(l net.Listener, name string, most int) net.Listener {
+func (s *service) limit(l net.Listener, name string, config Listener) net.Listener {
 	labels := prometheus.Labels{"listener": name}
-	var files syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil && uint64(most)+spareFiles > files.Cur {
-		s.log.Warn("this process may open fewer files than it may have connections: raise the limit (ulimit -n, LimitNOFILE), or lower maxConnections",
-			"listener", name, "maxConnections", most, "files", files.Cur)
+	most := uint64(config.MaxConnections) + spareFiles
+	if config.TLS.enabled() {
+		most += maxStrangers
 	}
-	limited := &limitedListener{Listener: l, name: name, most: int64(most), log: s.log, refused: prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "keyward_connections_refused_total", Help: "Connections that were closed because maxConnections were open.", ConstLabels: labels,
-	})}
-	s.registry.MustRegister(limited.refused, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "keyward_connections", Help: "Connections that are open.", ConstLabels: labels,
-	}, func() float64 { return float64(limited.open.Load()) }))
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil && most > files.Cur {
+		s.log.Warn("this process may open fewer files than it may have connections: raise the limit (ulimit -n, LimitNOFILE), or lower maxConnections",
+			"listener", name, "maxConnections", config.MaxConnections, "files", files.Cur, "wanted", most)
+	}
+	counter := func(name, help string) prometheus.Counter {
+		c := prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: labels})
+		s.registry.MustRegister(c)
+		return c
+	}
+	limited := &limitedListener{
+		Listener: l, name: name, most: config.MaxConnections, tls: config.TLS.enabled(), log: s.log,
+		refused: counter("keyward_connections_refused_total", "Connections that were closed because maxConnections were open."),
+		dropped: counter("keyward_handshakes_dropped_total", "Connections that were closed because too many had not agreed on TLS yet."),
+	}
+	s.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "keyward_connections", Help: "Connections that are open; with TLS, from when it is agreed on.", ConstLabels: labels,
+	}, func() float64 { return float64(limited.count()) }))
 	return limited
 }
 
@@ -436,6 +450,7 @@ func (s *service) setHealth(serving bool) {
 	}
 	s.health.SetServingStatus("", status)
 	s.health.SetServingStatus(check.ServiceName, status)
+	s.ready.Store(serving) // last: whom /readyz tells so may ask at once
 }
 
 // close frees what openService opened.
@@ -458,8 +473,9 @@ func (s *service) close() error {
 }
 
 // transportOptions are those of grpc that fit Checks: a great many small calls over few connections, and
-// beside them access logs, which are few streams that never end.
-func transportOptions() []grpc.ServerOption {
+// beside them access logs, which are few streams that never end. A connection without any call for as long as
+// idle is closed.
+func transportOptions(idle time.Duration) []grpc.ServerOption {
 	return []grpc.ServerOption{
 		// A worker keeps the stack that a Check needs, which a fresh goroutine has to grow first: a tenth to a
 		// fifth of a Check's processor time. More than are in flight at once, because whoever finds all busy
@@ -475,13 +491,14 @@ func transportOptions() []grpc.ServerOption {
 		// Envoy pings at the interval of its own configuration, with and without calls: every 10 s in what we
 		// generate, and no sensible one is below a second. grpc's default would hang up on it.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second / 2, PermitWithoutStream: true}),
-		// A node that is frozen or cut off is noticed, and its leases end.
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Second, Timeout: time.Second}),
+		// A node that is frozen or cut off is noticed, and its leases end. One that is idle is told to go
+		// (GOAWAY, in two steps, so that no call is lost), and an Envoy opens another connection when it asks again.
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Second, Timeout: time.Second, MaxConnectionIdle: idle}),
 		// As many as may wait for places in all. An Envoy that has more in flight opens another connection.
 		grpc.MaxConcurrentStreams(4096),
 		grpc.MaxRecvMsgSize(maxLogMessage),
 		grpc.MaxHeaderListSize(64 << 10),
-		// For TLS and HTTP/2 to be agreed on. Until then a connection takes a place of listen.check.maxConnections.
+		// For TLS and HTTP/2 to be agreed on.
 		grpc.ConnectionTimeout(5 * time.Second),
 		grpc.ForceServerCodecV2(wire.NewCodec()),
 	}
@@ -489,9 +506,9 @@ func transportOptions() []grpc.ServerOption {
 
 // grpcServer is the server that Envoy calls.
 func (s *service) grpcServer() (*grpc.Server, error) {
-	options := transportOptions()
+	options := transportOptions(s.cfg.Concurrency.connectionIdle())
 	if r := s.reloaders["check"]; r != nil {
-		options = append(options, grpc.Creds(credentials.NewTLS(r.server())))
+		options = append(options, grpc.Creds(admitting{credentials.NewTLS(r.server())}))
 	}
 	server := grpc.NewServer(options...)
 	s.accessLogs.Register(server)
@@ -513,6 +530,7 @@ func (s *service) httpServer(handler http.Handler) *http.Server {
 		ReadTimeout:       30 * time.Second,
 		WriteTimeout:      60 * time.Second,
 		IdleTimeout:       2 * time.Minute,
+		ConnState:         admitHTTP,
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
 	}
@@ -526,7 +544,7 @@ func (s *service) metricsHandler() http.Handler {
 		switch {
 		case s.draining.Load():
 			http.Error(w, "draining", http.StatusServiceUnavailable)
-		case !s.cache.Ready():
+		case !s.ready.Load():
 			http.Error(w, "keys are not loaded, or the store has been away for too long", http.StatusServiceUnavailable)
 		default:
 			_, _ = io.WriteString(w, "ready\n")

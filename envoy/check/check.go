@@ -159,7 +159,7 @@ func (s *Server) answer(ctx context.Context, from Connection, c *call, message, 
 		s.metrics.malformed.Inc()
 		return nil, errTooLong
 	}
-	r.Connection = from.ConnectionID()
+	r.At, r.Connection = start, from.ConnectionID()
 	c.reader.to, c.reader.headers, c.reader.extensions = r, s.authorizer.HeaderNames(), s.authorizer.ExtensionNames()
 	about, err := c.reader.read(message)
 	if err != nil {

@@ -36,6 +36,7 @@ import (
 // facts is everything behind the authorizer: one function says what a digest finds.
 type facts struct {
 	find   func() (*apikey.Key, error)
+	policy apikey.Policy
 	limits limits.Decision
 
 	mu    sync.Mutex
@@ -49,7 +50,9 @@ func (f *facts) Cached(d *apikey.Digest) (*apikey.Key, bool, error) {
 func (f *facts) FindKey(context.Context, apikey.Digest, netip.Addr) (*apikey.Key, error) {
 	return f.find()
 }
-func (f *facts) Instance(id string) *apikey.Instance { return &apikey.Instance{ID: id} }
+func (f *facts) Instance(id string) *apikey.Instance {
+	return &apikey.Instance{ID: id, Policy: f.policy}
+}
 func (f *facts) LastUsed(context.Context, apikey.ID) (time.Time, error) {
 	return time.Time{}, nil
 }

@@ -20,6 +20,11 @@ func (s *Server) answerOn(ctx context.Context, from Connection, message, dst []b
 	return s.answer(ctx, from, c, message, dst)
 }
 
+// Handle answers as gRPC lets it: decode gives the message, and the answer is the codec's to send.
+func (s *Server) Handle(ctx context.Context, decode func(any) error) (any, error) {
+	return handle(s, ctx, decode, nil)
+}
+
 // Read reads a message as a Check does.
 func Read(r *authz.Request, message []byte, headers, extensions []string) (grpc bool, err error) {
 	c := reader{to: r, headers: headers, extensions: extensions}

@@ -318,6 +318,30 @@ func TestListKeepsItsOrder(t *testing.T) {
 	}
 }
 
+// TestSpellingsAreBounded: to compare each with all others must not become anybody's weapon.
+func TestSpellingsAreBounded(t *testing.T) {
+	spelling := func(n int) string {
+		b := []byte("x-agent-access-token")
+		for i := range b {
+			if n>>i&1 == 1 && b[i] != '-' {
+				b[i] -= 'a' - 'A'
+			}
+		}
+		return string(b)
+	}
+	for _, many := range []int{60, 5000} {
+		headers := map[string]string{}
+		for n := range many {
+			headers[spelling(n*2)] = "v"
+		}
+		var r authz.Request
+		_, err := check.Read(&r, marshal(t, request("/", headers)), wantedHeaders, nil)
+		if refused := errors.Is(err, check.ErrMalformed); refused != (len(headers) > 64) {
+			t.Errorf("%d spellings: %v", len(headers), err)
+		}
+	}
+}
+
 // TestDamagedMessages cuts and changes a real one everywhere.
 func TestDamagedMessages(t *testing.T) {
 	message := marshal(t, fullRequest(secret))
@@ -416,6 +440,65 @@ func TestWritesAsGeneratedCodeDoes(t *testing.T) {
 	}
 }
 
+// TestWritesEveryLength: all that holds a text of n bytes passes the lengths where one more byte is needed
+// to say so, one after the other.
+func TestWritesEveryLength(t *testing.T) {
+	cfg := check.Config{Leases: authz.NewLeaseIDs(apikey.Peppers{Current: apikey.NewPepper(1, false)})}
+	s, err := check.New(nil, cfg, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := checktest.New(nil, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &authz.Decision{Reason: authz.ReasonKey, Key: &apikey.Key{Type: apikey.TypeUser}}
+	for _, around := range []int{1 << 7, 1 << 14} {
+		for n := max(0, around-1100); n < around+4; n++ { // an allow has less than 1,100 bytes beside it
+			d.Key.InstanceID = strings.Repeat("i", n)
+			got := new(authv3.CheckResponse)
+			if err := proto.Unmarshal(s.Allow(d), got); err != nil || !proto.Equal(plain.Allow(d), got) {
+				t.Fatalf("an instance of %d bytes: %v, or not as generated code has it", n, err)
+			}
+		}
+	}
+}
+
+// TestScopesAreCappedByThePolicy: what an upstream is told, through the authorizer itself.
+func TestScopesAreCappedByThePolicy(t *testing.T) {
+	for name, tt := range map[string]struct{ key, allowed apikey.Scopes }{
+		"no cap":           {apikey.Scopes{"a:b", "c"}, nil},
+		"within":           {apikey.Scopes{"a:b", "c"}, apikey.Scopes{"a:*", "c", "d"}},
+		"narrower":         {apikey.Scopes{"a:*", "c"}, apikey.Scopes{"a:b", "a:x:y"}},
+		"the key has all":  {nil, apikey.Scopes{"a:b", "c:*"}},
+		"neither says any": {nil, nil},
+		"nothing in both":  {apikey.Scopes{"a:b"}, apikey.Scopes{"c"}},
+		"nothing allowed":  {apikey.Scopes{"a:b"}, apikey.Scopes{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFacts()
+			capped := *record
+			capped.Scopes = tt.key
+			f.find = func() (*apikey.Key, error) { return &capped, nil }
+			f.policy.AllowedScopes = tt.allowed
+			s, _, _ := newServer(t, f, authz.Config{}, check.Config{})
+			out, err := checkOnce(t, s, t.Context(), withKey("/"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := strings.Join(tt.key.Intersect(nil, tt.allowed).Strings(), " ")
+			if tt.key == nil && tt.allowed == nil {
+				want = "*"
+			}
+			got, sent := headersOf(out.GetOkResponse().GetHeaders())["x-keyward-scopes"]
+			removed := slices.Contains(out.GetOkResponse().GetHeadersToRemove(), "x-keyward-scopes")
+			if got != want || sent != (want != "") || removed == sent {
+				t.Errorf("got %q, sent %v, removed %v, want %q", got, sent, removed, want)
+			}
+		})
+	}
+}
+
 func sameAnswer(t *testing.T, want *authv3.CheckResponse, message []byte) {
 	t.Helper()
 	got := new(authv3.CheckResponse)
@@ -442,7 +525,7 @@ func sameAnswer(t *testing.T, want *authv3.CheckResponse, message []byte) {
 // randomDecision makes one with texts of every length that matters, around those of one and two bytes.
 func randomDecision(random *rand.Rand) *authz.Decision {
 	text := func() string {
-		n := []int{0, 1, 20, 64, 127, 128, 300, 20_000}[min(random.IntN(60), 7)]
+		n := []int{0, 1, 20, 64, 127, 128, 300, 16_383, 16_384, 20_000}[min(random.IntN(60), 9)]
 		if random.IntN(6) != 0 {
 			n = random.IntN(40)
 		}

@@ -112,6 +112,10 @@ func (c *reader) reset() {
 	}
 }
 
+// maxSpellings is how many entries of the map of headers may be spellings of wanted names: Envoy sends
+// each in lower case, and to compare each with all others must not become anybody's weapon.
+const maxSpellings = 64
+
 // keepTaken is how much room for headers is kept: one large request should not make every later one
 // large.
 const keepTaken = 128
@@ -297,7 +301,7 @@ func (c *reader) readMapped(b []byte) bool {
 		}
 	}
 	c.mapped = append(c.mapped, h)
-	return true
+	return len(c.mapped) <= maxSpellings
 }
 
 // readList reads a core.v3.HeaderMap.
@@ -428,7 +432,7 @@ func readEntry(b []byte) (key, value []byte, ok bool) {
 // answers like any other HTTP.
 func isGRPC(contentType string) bool {
 	const grpc = "application/grpc"
-	if len(contentType) < len(grpc) || !strings.EqualFold(contentType[:len(grpc)], grpc) {
+	if len(contentType) < len(grpc) || contentType[len(grpc)-1]|0x20 != 'c' || !strings.EqualFold(contentType[:len(grpc)], grpc) {
 		return false
 	}
 	rest := contentType[len(grpc):]

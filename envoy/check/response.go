@@ -76,17 +76,16 @@ const (
 func (a *answers) allow(dst []byte, d *authz.Decision) []byte {
 	dst = appendStatus(dst, codes.OK)
 	dst, ok := open(dst, responseOK)
-	set := uint64(0)
+	text, set := textOf(d), uint64(0)
 	if k := d.Key; k != nil {
-		var room [36]byte
-		dst = identify(dst, &a.identity[identityKeyID], &set, k.ID.Append(room[:0]))
+		dst = identify(dst, &a.identity[identityKeyID], &set, text.key[:])
 		dst = identify(dst, &a.identity[identityKeyType], &set, k.Type)
 		dst = identify(dst, &a.identity[identityInstanceID], &set, k.InstanceID)
 		dst = identify(dst, &a.identity[identityAgent], &set, k.AgentName)
 		dst = identify(dst, &a.identity[identityUser], &set, k.UserPrincipalName)
 		var scopes [256]byte
 		dst = identify(dst, &a.identity[identityScopes], &set, d.AppendScopes(scopes[:0]))
-		dst = identify(dst, &a.identity[identityDecisionID], &set, d.ID.Append(room[:0]))
+		dst = identify(dst, &a.identity[identityDecisionID], &set, text.decision[:])
 	}
 	for i, name := range a.remove {
 		if set&(1<<i) == 0 {
@@ -106,7 +105,7 @@ func (a *answers) allow(dst []byte, d *authz.Decision) []byte {
 	dst = shut(dst, ok)
 
 	dst, metadata := open(dst, responseMetadata)
-	dst = appendFacts(dst, d)
+	dst = appendFacts(dst, d, &text)
 	if d.Leased {
 		var room [authz.LeaseIDSize]byte
 		dst = appendFact(dst, "keyward.lease", a.leases.Append(room[:0], d.Lease))
@@ -174,11 +173,12 @@ func (a *answers) deny(dst []byte, d *authz.Decision, about about) []byte {
 		dst = appendLimit(dst, d, retry, limit)
 	}
 	var room [512]byte
-	dst = appendBody(dst, how, about, appendMessage(room[:0], d), retry, limit, d.ID)
+	text := textOf(d)
+	dst = appendBody(dst, how, about, appendMessage(room[:0], d), retry, limit, &text)
 	dst = shut(dst, denied)
 
 	dst, metadata := open(dst, responseMetadata)
-	dst = appendFacts(dst, d)
+	dst = appendFacts(dst, d, &text)
 	dst = appendFact(dst, "keyward.denied", "true")
 	return shut(dst, metadata)
 }
@@ -222,20 +222,21 @@ func (a *answers) failure(dst []byte, d *authz.Decision, about about, err error)
 	dst = appendHTTPStatus(dst, unavailable.http)
 	var room [20]byte
 	dst = appendHeader(dst, deniedHeaders, "retry-after", strconv.AppendInt(room[:0], retry, 10))
-	dst = appendBody(dst, &unavailable, about, "The key could not be checked right now. Retry shortly.", retry, "", d.ID)
+	text := textOf(d)
+	dst = appendBody(dst, &unavailable, about, "The key could not be checked right now. Retry shortly.", retry, "", &text)
 	dst = shut(dst, denied)
 	if a.errorResponse {
 		return dst, nil
 	}
 	dst, metadata := open(dst, responseMetadata)
 	dst = appendFact(dst, "keyward.reason", "busy")
-	dst = appendFact(dst, "keyward.decision_id", d.ID.Append(make([]byte, 0, 2*len(d.ID))))
+	dst = appendFact(dst, "keyward.decision_id", text.decision[:])
 	dst = appendFact(dst, "keyward.denied", "true")
 	return shut(dst, metadata), nil
 }
 
 // appendBody writes the last headers of a refusal and its body: text for gRPC callers, JSON for others.
-func appendBody[S string | []byte](dst []byte, how *refusal, about about, message S, retry int64, limit string, id authz.ID) []byte {
+func appendBody[S string | []byte](dst []byte, how *refusal, about about, message S, retry int64, limit string, text *ids) []byte {
 	dst = appendHeader(dst, deniedHeaders, "cache-control", "no-store")
 	if about.grpc {
 		// Without it Envoy makes UNAVAILABLE of a 429, which many clients retry at once.
@@ -246,7 +247,11 @@ func appendBody[S string | []byte](dst []byte, how *refusal, about about, messag
 	dst = appendHeader(dst, deniedHeaders, "content-type", "application/json")
 	dst, body := open(dst, deniedBody)
 	dst = append(append(dst, `{"error":{"code":"`...), how.code...)
-	dst = appendJSON(append(dst, `","message":"`...), message)
+	if dst = append(dst, `","message":"`...); how == &refusals[authz.Forbidden] { // which may name a scope
+		dst = appendJSON(dst, message)
+	} else {
+		dst = append(dst, message...)
+	}
 	if retry != 0 {
 		dst = strconv.AppendInt(append(dst, `","retryAfter":`...), retry, 10)
 	} else {
@@ -255,7 +260,7 @@ func appendBody[S string | []byte](dst []byte, how *refusal, about about, messag
 	if limit != "" {
 		dst = append(append(append(dst, `,"limit":"`...), limit...), '"')
 	}
-	dst = append(id.Append(append(dst, `,"decisionId":"`...)), `"}}`...)
+	dst = append(append(append(dst, `,"decisionId":"`...), text.decision[:]...), `"}}`...)
 	return shut(dst, body)
 }
 
@@ -305,23 +310,37 @@ func cut(s string, n int) string {
 	return strings.ToValidUTF8(s[:n], "") + "…"
 }
 
+// ids are the texts of what an answer names more than once.
+type ids struct {
+	key      [36]byte
+	decision [2 * len(authz.ID{})]byte
+}
+
+func textOf(d *authz.Decision) (text ids) {
+	d.ID.Append(text.decision[:0])
+	if d.Key != nil {
+		d.Key.ID.Append(text.key[:0])
+	} else if d.Reason == authz.ReasonUnknownKey { // so that the time does not tell
+		nobodys.ID.Append(text.key[:0])
+	}
+	return text
+}
+
 // appendFacts writes what goes to Envoy's later filters and logs, under envoy.filters.http.ext_authz.
-func appendFacts(dst []byte, d *authz.Decision) []byte {
-	var room [2 * len(d.ID)]byte
+func appendFacts(dst []byte, d *authz.Decision, text *ids) []byte {
 	dst = appendFact(dst, "keyward.reason", d.Reason.String())
-	dst = appendFact(dst, "keyward.decision_id", d.ID.Append(room[:0]))
+	dst = appendFact(dst, "keyward.decision_id", text.decision[:])
 	switch {
 	case d.Key != nil:
-		return appendKey(dst, d.Key)
+		return appendKey(dst, d.Key, text)
 	case d.Reason == authz.ReasonUnknownKey: // written and left out, so that the time does not tell
-		return appendKey(dst, &nobodys)[:len(dst)]
+		return appendKey(dst, &nobodys, text)[:len(dst)]
 	}
 	return dst
 }
 
-func appendKey(dst []byte, k *apikey.Key) []byte {
-	var room [36]byte
-	dst = appendFact(dst, "keyward.key_id", k.ID.Append(room[:0]))
+func appendKey(dst []byte, k *apikey.Key, text *ids) []byte {
+	dst = appendFact(dst, "keyward.key_id", text.key[:])
 	return appendFact(dst, "keyward.instance", k.InstanceID)
 }
 

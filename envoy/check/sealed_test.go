@@ -1,11 +1,13 @@
 package check
 
 import (
+	"bytes"
 	"testing"
 
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -47,6 +49,28 @@ func TestHalfAnswersDoNotLeave(t *testing.T) {
 			}
 			if _, err := sealed(append(message, message...), nil); err == nil {
 				t.Errorf("%s: left twice", name)
+			}
+		}
+	}
+}
+
+// TestLengthsOfEveryWidth: room is left for a length of one byte, and made for more.
+func TestLengthsOfEveryWidth(t *testing.T) {
+	for _, around := range []int{0, 1 << 7, 1 << 14, 1 << 21} {
+		for n := max(0, around-2); n <= around+2; n++ {
+			dst := append(make([]byte, 0, 3), 'a') // without room, so that it moves
+			dst, begin := open(dst, responseOK)
+			for i := range n {
+				dst = append(dst, byte(i*7))
+			}
+			dst = shut(dst, begin)
+			content := make([]byte, n)
+			for i := range content {
+				content[i] = byte(i * 7)
+			}
+			want := protowire.AppendBytes(protowire.AppendTag([]byte{'a'}, 3, protowire.BytesType), content)
+			if !bytes.Equal(dst, want) {
+				t.Errorf("%d bytes: written wrongly", n)
 			}
 		}
 	}
