@@ -35,7 +35,8 @@ type ChangedKey struct {
 
 // rotatedKey is the third answer that carries a secret.
 type rotatedKey struct {
-	createdKey
+	Key    admin.KeyRecord `json:"key"`
+	Secret string          `json:"secret" doc:"In this answer only: keep it now."`
 	Effect
 }
 
@@ -73,10 +74,10 @@ func (h *handler) keyLife(api huma.API, instance, keys, key string) {
 	alias[bool](schemas)
 	alias[int](schemas)
 	alias[[]string](schemas)
-	alias[map[string]*string](schemas)
 	alias[apikey.ExpirationPolicy](schemas)
-	alias[admin.LimitsPatch](schemas)
-	alias[admin.RatePatch](schemas)
+	objectAlias[map[string]*string](schemas)
+	objectAlias[admin.LimitsPatch](schemas)
+	objectAlias[admin.RatePatch](schemas)
 
 	route(h, api, http.MethodGet, keys+":limits", "getKeyLimits", "Get how many keys there may be, how many there are, and how fast they may be made", nil, h.keyLimits)
 	route(h, api, http.MethodPost, keys+":revoke", "revokeKeys", "Revoke every key that a filter means, or tell which", admin.BulkRevocation{}, h.revokeKeys, 202)
@@ -91,6 +92,17 @@ func (h *handler) keyLife(api huma.API, instance, keys, key string) {
 // alias documents a member of a merge patch as its value, which may be null.
 func alias[T any](schemas huma.Registry) {
 	schemas.RegisterTypeAlias(reflect.TypeFor[admin.Member[T]](), reflect.TypeFor[*T]())
+}
+
+// objectAlias does the same for an object, of which huma does not say that it may be null.
+func objectAlias[T any](schemas huma.Registry) {
+	schemas.RegisterTypeAlias(reflect.TypeFor[admin.Member[T]](), reflect.TypeFor[orNull[T]]())
+}
+
+type orNull[T any] struct{}
+
+func (orNull[T]) Schema(r huma.Registry) *huma.Schema {
+	return &huma.Schema{AnyOf: []*huma.Schema{r.Schema(reflect.TypeFor[T](), true, ""), {Type: "null"}}}
 }
 
 // etag is the version of a key: what was decided of it, not when it was last used.
@@ -176,7 +188,7 @@ func (h *handler) rotateKey(ctx context.Context, c *call, in *atKey) (*out[rotat
 	answer := &out[rotatedKey]{
 		Status: sooner(made.Propagation),
 		ETag:   etag(made.Key),
-		Body:   rotatedKey{createdKey{admin.RecordOf(made.Key, time.Now()), made.Secret.Reveal()}, effectOf(made.Propagation)},
+		Body:   rotatedKey{admin.RecordOf(made.Key, time.Now()), made.Secret.Reveal(), effectOf(made.Propagation)},
 	}
 	if made.Replayed {
 		answer.Replayed = "true"
