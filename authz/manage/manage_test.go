@@ -453,7 +453,15 @@ func TestNotYetEverywhereIs202(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, route := range []struct{ method, target, body string }{
+			{"PATCH", "/instances/a/apiKeys/" + made.Key.ID.String(), `{"disabled":true}`},
+			{"PATCH", "/instances/a/apiKeys/" + made.Key.ID.String(), `{"disabled":false}`},
+			{"POST", "/instances/a/apiKeys/" + made.Key.ID.String() + "/rotate", `{"gracePeriod":"0s"}`},
+			{"POST", "/instances/a/apiKeys/" + made.Key.ID.String() + "/generations/1/revoke", ""},
+			{"POST", "/instances/a/apiKeys:revoke", `{"all":true}`},
+			{"POST", "/instances/a/apiKeys:revoke", `{"all":true}`}, // what is done may still be on its way
 			{"DELETE", "/instances/a/apiKeys/" + made.Key.ID.String(), ""},
+			{"POST", "/instances/a/disable", ""},
+			{"POST", "/instances/a/enable", ""},
 			{"PUT", "/instances/a", `{"policy":{"disabled":true}}`},
 			{"DELETE", "/instances/a", ""},
 		} {
