@@ -79,31 +79,7 @@ func (c *Client) Key(ctx context.Context, instanceID string, id apikey.ID) (admi
 
 // Keys lists the keys of an instance, newest first, page by page as they are asked for. An error ends it.
 func (c *Client) Keys(ctx context.Context, instanceID string) iter.Seq2[admin.KeyRecord, error] {
-	return func(yield func(admin.KeyRecord, error) bool) {
-		query := url.Values{"maxpagesize": {strconv.Itoa(pageSize)}}
-		for {
-			page, err := send[list[admin.KeyRecord]](ctx, c, http.MethodGet, instancePath(instanceID, "apiKeys"), query, nil)
-			if err != nil {
-				yield(admin.KeyRecord{}, err)
-				return
-			}
-			for _, k := range page.Value {
-				if !yield(k, nil) {
-					return
-				}
-			}
-			if page.NextLink == "" {
-				return
-			}
-			// Only the cursor is taken from the link: the token goes to no other server.
-			next, err := url.Parse(page.NextLink)
-			if err != nil || next.Query().Get("cursor") == "" {
-				yield(admin.KeyRecord{}, fmt.Errorf("list keys: the server's nextLink has no cursor"))
-				return
-			}
-			query.Set("cursor", next.Query().Get("cursor"))
-		}
-	}
+	return c.FindKeys(ctx, instanceID, admin.KeyListInput{})
 }
 
 // RevokeKey ends a key for good. It may be repeated. reason is for the audit and may be empty.
@@ -168,6 +144,12 @@ func send[T any](ctx context.Context, c *Client, method, path string, query url.
 	}
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
+		if method == http.MethodPatch {
+			req.Header.Set("Content-Type", mergePatch)
+		}
+	}
+	if seen, ok := ctx.Value(ifMatchKey{}).(string); ok && method != http.MethodGet {
+		req.Header.Set(ifMatchHeader, seen)
 	}
 	if once, ok := ctx.Value(onceKey{}).(string); ok && method == http.MethodPost {
 		req.Header.Set(onceHeader, once)
@@ -187,6 +169,9 @@ func send[T any](ctx context.Context, c *Client, method, path string, query url.
 	}
 	if err := json.Unmarshal(got, &answer); err != nil {
 		return answer, fmt.Errorf("the answer is not what a Management API sends: is there something else at %s?", c.base)
+	}
+	if versioned, ok := any(&answer).(interface{ version(etag string) }); ok {
+		versioned.version(resp.Header.Get("ETag"))
 	}
 	return answer, nil
 }

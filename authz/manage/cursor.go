@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
+	"encoding/json"
 	"time"
 
 	"keyward/authz/admin"
@@ -13,9 +14,11 @@ import (
 )
 
 // cursors says where a list goes on, in a form that callers can carry but not make: it is authenticated
-// together with the instance it is for. Everything that differs is the same error.
+// together with the list that it is for, so that one of another instance, filter or order is no cursor
+// here. Everything that differs is the same error.
 //
-// Shape: base64url of CreatedAt in µs (8 bytes) ‖ key id (16) ‖ HMAC-SHA-256 (16).
+// Shape: base64url of the time that orders in µs (8 bytes) ‖ key id (16) ‖ the name that orders ‖
+// HMAC-SHA-256 (16). Names are short: [maxCursorName].
 type cursors struct{ key [32]byte }
 
 func newCursors(pepper *apikey.Pepper) cursors {
@@ -28,30 +31,45 @@ func newCursors(pepper *apikey.Pepper) cursors {
 }
 
 const (
-	placeLen     = 8 + 16
-	cursorMACLen = 16
+	placeLen      = 8 + 16
+	cursorMACLen  = 16
+	maxCursorName = 1 << 10 // more than any name of a key has
 )
 
-func (c cursors) encode(instanceID string, p admin.KeyPlace) string {
-	b := binary.BigEndian.AppendUint64(make([]byte, 0, placeLen+cursorMACLen), uint64(p.At.UnixMicro()))
-	b = append(b, p.ID[:]...)
-	return base64.RawURLEncoding.EncodeToString(append(b, c.mac(instanceID, b)...))
+// keysOf names the list of keys that a cursor is for. Filter and order are as the caller wrote them, not
+// as they are meant now: "unused for 90 days" means another day on every page.
+func keysOf(instanceID string, in admin.KeyListInput) string {
+	filter, err := json.Marshal(in)
+	if err != nil {
+		panic(err) // of a struct of strings
+	}
+	return "keys of " + instanceID + " " + string(filter)
 }
 
-func (c cursors) decode(instanceID, s string) (admin.KeyPlace, error) {
+func (c cursors) encode(list string, p admin.KeyPlace) string {
+	b := binary.BigEndian.AppendUint64(make([]byte, 0, placeLen+len(p.Name)+cursorMACLen), uint64(p.At.UnixMicro()))
+	b = append(b, p.ID[:]...)
+	b = append(b, p.Name...)
+	return base64.RawURLEncoding.EncodeToString(append(b, c.mac(list, b)...))
+}
+
+func (c cursors) decode(list, s string) (admin.KeyPlace, error) {
 	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
-	if err != nil || len(b) != placeLen+cursorMACLen || !hmac.Equal(b[placeLen:], c.mac(instanceID, b[:placeLen])) {
+	end := len(b) - cursorMACLen
+	if err != nil || end < placeLen || end > placeLen+maxCursorName || !hmac.Equal(b[end:], c.mac(list, b[:end])) {
 		return admin.KeyPlace{}, apikey.Invalid("cursor", "is not one that this list gave: begin again without it")
 	}
 	return admin.KeyPlace{
-		At: time.UnixMicro(int64(binary.BigEndian.Uint64(b))).UTC(),
-		ID: apikey.ID(b[8:placeLen]),
+		At:   time.UnixMicro(int64(binary.BigEndian.Uint64(b))).UTC(),
+		ID:   apikey.ID(b[8:placeLen]),
+		Name: string(b[placeLen:end]),
 	}, nil
 }
 
-func (c cursors) mac(instanceID string, place []byte) []byte {
+func (c cursors) mac(list string, place []byte) []byte {
 	h := hmac.New(sha256.New, c.key[:])
-	h.Write(place) // of fixed length, so where it ends is clear
-	h.Write([]byte(instanceID))
+	h.Write(binary.BigEndian.AppendUint64(nil, uint64(len(list)))) // where one ends and the other begins
+	h.Write([]byte(list))
+	h.Write(place)
 	return h.Sum(nil)[:cursorMACLen]
 }

@@ -13,10 +13,14 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"keyward/authz/admin"
 	"keyward/authz/apikey"
 )
 
-const maxBody = 1 << 20
+const (
+	maxBody    = 1 << 20
+	mergePatch = "application/merge-patch+json"
+)
 
 // readBody reads the JSON body of a request into a value. Errors: errMediaType, errTooLarge,
 // *apikey.InvalidError.
@@ -29,9 +33,12 @@ func readBody(w http.ResponseWriter, r *http.Request, into any) error {
 }
 
 // readData reads the body of a request as it is.
+//
+// A merge patch may call itself one.
 func readData(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil || kind != "application/json" || r.Header.Get("Content-Encoding") != "" {
+	known := kind == "application/json" || r.Method == http.MethodPatch && kind == mergePatch
+	if err != nil || !known || r.Header.Get("Content-Encoding") != "" {
 		return nil, errMediaType
 	}
 	if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
@@ -52,10 +59,10 @@ func readData(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 // accepts the opposite of most of these, and two readers that disagree about a document are a hole.
 //
 // null stands for an absent member, except where the field's tag says strict:"notnull" because absent
-// and empty mean opposite things.
+// and empty mean opposite things, and in a merge patch, whose admin.Member tells the two apart.
 //
-// Shape: into points to a struct of strings, ints, bools, structs, slices, maps of strings, and pointers
-// to those. Depth is bounded by that type. Errors: *apikey.InvalidError, which never repeats a value.
+// Shape: into points to a struct of strings, ints, bools, structs, slices, maps of strings, pointers to
+// those, and members of merge patches of them. Depth is bounded by that type. Errors: *apikey.InvalidError, which never repeats a value.
 func decode(data []byte, into any) error {
 	switch {
 	case len(bytes.TrimSpace(data)) == 0:
@@ -82,6 +89,14 @@ func (d decoder) value(path string, v reflect.Value) error {
 }
 
 func (d decoder) from(token json.Token, path string, v reflect.Value) error {
+	if isMember(v.Type()) {
+		v.FieldByName("Present").SetBool(true)
+		if token == nil {
+			v.FieldByName("Null").SetBool(true)
+			return nil
+		}
+		return d.from(token, path, v.FieldByName("Value"))
+	}
 	if token == nil {
 		return nil
 	}
@@ -153,7 +168,13 @@ func (d decoder) array(path string, v reflect.Value) error {
 	return err
 }
 
-// entries reads a map of strings. Its names are the caller's own, so errors do not repeat them.
+// isMember reports whether t is an admin.Member of something.
+func isMember(t reflect.Type) bool {
+	return t.PkgPath() == reflect.TypeFor[admin.KeyPatch]().PkgPath() && strings.HasPrefix(t.Name(), "Member[")
+}
+
+// entries reads a map of strings, or of pointers to strings where null is a value too. Its names are the
+// caller's own, so errors do not repeat them.
 func (d decoder) entries(path string, v reflect.Value) error {
 	v.Set(reflect.MakeMap(v.Type()))
 	for d.More() {
@@ -165,15 +186,21 @@ func (d decoder) entries(path string, v reflect.Value) error {
 		if err != nil {
 			return err
 		}
-		s, ok := value.(string)
-		if !ok {
+		one := reflect.New(v.Type().Elem()).Elem()
+		nullable := one.Kind() == reflect.Pointer
+		switch s, ok := value.(string); {
+		case ok && nullable:
+			one.Set(reflect.ValueOf(&s))
+		case ok:
+			one.SetString(s)
+		case value != nil || !nullable:
 			return apikey.Invalid(path, "must have strings as values")
 		}
 		key := reflect.ValueOf(name)
 		if v.MapIndex(key).IsValid() {
 			return apikey.Invalid(path, "has a name twice")
 		}
-		v.SetMapIndex(key, reflect.ValueOf(s))
+		v.SetMapIndex(key, one)
 	}
 	_, err := d.Token()
 	return err

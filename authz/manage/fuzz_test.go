@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
@@ -29,6 +30,10 @@ var fuzzRoutes = []struct{ method, target string }{
 	{"GET", "/instances/demo/apiKeys"},
 	{"DELETE", "/instances/demo/apiKeys/0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f"},
 	{"DELETE", "/instances/gone"},
+	{"PATCH", "/instances/demo/apiKeys/0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f"},
+	{"POST", "/instances/demo/apiKeys/0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f/rotate"},
+	{"POST", "/instances/demo/apiKeys:revoke"},
+	{"GET", "/instances/demo/apiKeys:limits"},
 }
 
 // FuzzRequests: whatever body and query come, the API answers, never with a fault of its own; an error
@@ -58,6 +63,20 @@ func FuzzRequests(f *testing.F) {
 	f.Add(uint8(4), "reason=lost+it", "", []byte(nil))
 	f.Add(uint8(4), "reason=c4n4ry%00&reason=c4n4ry", "text/plain", []byte("\xff"))
 	f.Add(uint8(5), "revokeKeys=c4n4ry", "", []byte(nil))
+	f.Add(uint8(3), "type=c4n4ry&status=c4n4ry&unusedFor=c4n4ry&expiresBefore=c4n4ry&neverUsed=c4n4ry&orderby=c4n4ry", "", []byte(nil))
+	f.Add(uint8(3), "namePrefix=c4n4ry&userPrincipalName=c4n4ry&expiresBefore=30d&orderby=name+desc", "", []byte(nil))
+	for _, body := range []string{
+		`{"name":"c4n4ry","description":null,"scopes":["c4n4ry"],"allowedIps":["c4n4ry"],"limits":{"rate":{"requests":1,"per":"c4n4ry"}},"metadata":{"c4n4ry":null}}`,
+		`{"disabled":true,"expiresIn":"1d","inactivityDays":null,"expirationPolicy":"none","type":"c4n4ry"}`, `{"limits":{"c4n4ry":1}}`, `{"metadata":{"c4n4ry":1}}`, `{"disabled":null}`,
+	} {
+		f.Add(uint8(6), "", "application/merge-patch+json", []byte(body))
+	}
+	f.Add(uint8(7), "", "application/json", []byte(`{"gracePeriod":"1h","expiresIn":"30d"}`))
+	f.Add(uint8(7), "", "application/json", []byte(`{"gracePeriod":"c4n4ry","expirationDate":"c4n4ry","endOldest":true}`))
+	f.Add(uint8(8), "", "application/json", []byte(`{"filter":{"type":"user","unusedFor":"90d"},"reason":"unused","count":0}`))
+	f.Add(uint8(8), "", "application/json", []byte(`{"all":true,"filter":{"status":"c4n4ry","expiresBefore":"c4n4ry"},"reason":"c4n4ry","dryRun":true}`))
+	f.Add(uint8(9), "userPrincipalName=c4n4ry", "", []byte(nil))
+	f.Add(uint8(9), "userPrincipalName=c4n4ry&agentName=c4n4ry", "", []byte(nil))
 
 	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
 	store, err := sqlite.Open(f.Context(), sqlite.Config{Path: filepath.Join(f.TempDir(), "keyward.db"), Audit: admin.NewAuditKeys(peppers)})
@@ -73,6 +92,20 @@ func FuzzRequests(f *testing.F) {
 	svc := admin.New(store, admin.Config{Peppers: peppers}, nil, logger)
 	api := New(svc, Config{Pepper: peppers.Current, Log: logger, Caller: &root})
 	if _, err := svc.PutInstance(f.Context(), root, "demo", apikey.Policy{}); err != nil {
+		f.Fatal(err)
+	}
+	// A key for the routes that need one, under the id that they name.
+	if _, err := store.Update(f.Context(), func(tx admin.Tx) error {
+		id, err := apikey.ParseID("0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f")
+		if err != nil {
+			return err
+		}
+		err = tx.InsertKey(f.Context(), &apikey.Key{ID: id, InstanceID: "demo", Type: apikey.TypeInstance, Name: "n", CreatedAt: time.Now()})
+		if err != nil {
+			return err
+		}
+		return tx.Audit(f.Context(), admin.Event{At: time.Now(), Actor: "test", Action: "test"})
+	}); err != nil {
 		f.Fatal(err)
 	}
 
@@ -94,7 +127,7 @@ func FuzzRequests(f *testing.F) {
 			}
 			return
 		}
-		if !slices.Contains([]int{400, 403, 404, 413, 415}, w.Code) {
+		if !slices.Contains([]int{400, 403, 404, 409, 413, 415, 429}, w.Code) {
 			t.Errorf("got status %d", w.Code)
 		}
 		var said ErrorBody

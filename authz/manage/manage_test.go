@@ -181,6 +181,14 @@ var sweep = []struct {
 	{"GET", "/instances/a/apiKeys", "", 200, 200, 200, 200, 200, 200, 200, 200},
 	{"POST", "/instances/a/apiKeys", `{"name":"n"}`, 201, 201, 403, 201, 201, 403, 201, 201},
 	{"GET", "/instances/a/apiKeys/{key}", "", 200, 200, 200, 200, 200, 200, 404, 404},
+	{"GET", "/instances/a/apiKeys:limits", "", 200, 200, 200, 200, 200, 200, 200, 200},
+	{"POST", "/instances/a/apiKeys:revoke", `{"filter":{"namePrefix":"none"}}`, 200, 200, 403, 200, 200, 403, 200, 200},
+	{"PATCH", "/instances/a/apiKeys/{key}", `{"description":"d"}`, 200, 200, 403, 200, 200, 403, 404, 404},
+	{"POST", "/instances/a/apiKeys/{key}/rotate", `{"endOldest":true}`, 200, 200, 403, 200, 200, 403, 404, 404},
+	{"POST", "/instances/a/apiKeys/{key}/generations/1/revoke", "", 409, 409, 403, 409, 409, 403, 404, 404},
+	{"GET", "/instances/a/apiKeys/{key}/advice", "", 200, 200, 200, 200, 200, 200, 404, 404},
+	{"POST", "/instances/a/disable", "", 200, 200, 403, 200, 200, 403, 403, 403},
+	{"POST", "/instances/a/enable", "", 200, 200, 403, 200, 200, 403, 403, 403},
 	{"DELETE", "/instances/a/apiKeys/{key}", "", 200, 200, 403, 200, 200, 403, 404, 404},
 	{"GET", "/instances/a/inFlight", "", 200, 200, 200, 200, 200, 200, 403, 403},
 	{"DELETE", "/instances/a/inFlight/none", "", 404, 404, 403, 404, 404, 403, 403, 403},
@@ -445,7 +453,15 @@ func TestNotYetEverywhereIs202(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, route := range []struct{ method, target, body string }{
+			{"PATCH", "/instances/a/apiKeys/" + made.Key.ID.String(), `{"disabled":true}`},
+			{"PATCH", "/instances/a/apiKeys/" + made.Key.ID.String(), `{"disabled":false}`},
+			{"POST", "/instances/a/apiKeys/" + made.Key.ID.String() + "/rotate", `{"gracePeriod":"0s"}`},
+			{"POST", "/instances/a/apiKeys/" + made.Key.ID.String() + "/generations/1/revoke", ""},
+			{"POST", "/instances/a/apiKeys:revoke", `{"all":true}`},
+			{"POST", "/instances/a/apiKeys:revoke", `{"all":true}`}, // what is done may still be on its way
 			{"DELETE", "/instances/a/apiKeys/" + made.Key.ID.String(), ""},
+			{"POST", "/instances/a/disable", ""},
+			{"POST", "/instances/a/enable", ""},
 			{"PUT", "/instances/a", `{"policy":{"disabled":true}}`},
 			{"DELETE", "/instances/a", ""},
 		} {
@@ -654,7 +670,9 @@ func TestCursorsCannotBeMade(t *testing.T) {
 		"empty":              "/instances/a/apiKeys?cursor=",
 		"garbage":            "/instances/a/apiKeys?cursor=%00%ff",
 		"another instance's": "/instances/b/apiKeys?cursor=" + cursor,
-		"another server's":   "/instances/a/apiKeys?cursor=" + newCursors(nil).encode("a", admin.KeyPlace{}),
+		"another server's":   "/instances/a/apiKeys?cursor=" + newCursors(nil).encode(keysOf("a", admin.KeyListInput{}), admin.KeyPlace{}),
+		"another filter's":   "/instances/a/apiKeys?maxpagesize=1&namePrefix=n&cursor=" + cursor,
+		"another order's":    "/instances/a/apiKeys?maxpagesize=1&orderby=createdAt&cursor=" + cursor,
 		"long":               "/instances/a/apiKeys?cursor=" + strings.Repeat("A", 1<<16),
 		"cut":                "/instances/a/apiKeys?cursor=" + cursor[:len(cursor)-2],
 	}
@@ -696,12 +714,12 @@ func TestNoSuchPathOrMethod(t *testing.T) {
 		"/instances":                "GET, HEAD",
 		"/instances/a":              "DELETE, GET, HEAD, PUT",
 		"/instances/a/apiKeys":      "GET, HEAD, POST",
-		"/instances/a/apiKeys/" + k: "DELETE, GET, HEAD",
+		"/instances/a/apiKeys/" + k: "DELETE, GET, HEAD, PATCH",
 		"/tokens":                   "GET, HEAD, POST",
 		"/tokens/" + k:              "DELETE",
 		"/openapi.json":             "GET, HEAD",
 	} {
-		w := d.send(d.owner, "PATCH", target, "")
+		w := d.send(d.owner, "OPTIONS", target, "")
 		wantError(t, w, 405, CodeMethodNotAllowed, "")
 		if got := w.Header().Get("Allow"); got != allow {
 			t.Errorf("%s: Allow %q, want %q", target, got, allow)

@@ -30,11 +30,6 @@ type (
 		TokenID string `path:"tokenId" format:"uuid"`
 	}
 	// huma looks into no embedded struct whose name is not exported, so the paths are repeated.
-	keyList struct {
-		InstanceID  string `path:"instanceId"`
-		MaxPageSize number `query:"maxpagesize" doc:"Keys on a page; more than 1000 counts as 1000. By default 100."`
-		Cursor      string `query:"cursor" doc:"From nextLink."`
-	}
 	keyRevocation struct {
 		InstanceID string `path:"instanceId"`
 		KeyID      string `path:"keyId" format:"uuid"`
@@ -80,6 +75,7 @@ type out[T any] struct {
 	Status   int
 	Location string `header:"Location"`
 	Replayed string `header:"Idempotent-Replayed"` // "true", or absent
+	ETag     string `header:"ETag"`                // of what is in versioned
 	Body     T
 }
 
@@ -115,9 +111,10 @@ func (h *handler) routes(api huma.API) {
 	route(h, api, http.MethodPut, instance, "putInstance", "Create an instance or replace its policy", InstanceInput{}, h.putInstance, 201, 202)
 	route(h, api, http.MethodGet, instance, "getInstance", "Get an instance", nil, h.getInstance)
 	route(h, api, http.MethodDelete, instance, "deleteInstance", "Delete an instance with its keys", nil, h.deleteInstance, 202)
-	route(h, api, http.MethodGet, keys, "listKeys", "List the keys of an instance, newest first", nil, h.listKeys)
+	route(h, api, http.MethodGet, keys, "listKeys", "List the keys of an instance, by default newest first", nil, h.listKeys)
 	route(h, api, http.MethodPost, keys, "createKey", "Create a key", admin.KeyInput{}, h.createKey)
 	route(h, api, http.MethodGet, key, "getKey", "Get a key", nil, h.getKey)
+	h.keyLife(api, instance, keys, key)
 	route(h, api, http.MethodDelete, key, "revokeKey", "Revoke a key for good", nil, h.revokeKey, 202)
 	route(h, api, http.MethodGet, inFlight, "listInFlight", "List the requests that run now, the oldest first", nil, h.listInFlight)
 	route(h, api, http.MethodDelete, lease, "endInFlight", "End a lease by force; the request itself goes on", nil, h.endInFlight)
@@ -136,7 +133,7 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 	do func(context.Context, *call, *I) (*out[T], error), also ...int) {
 	schemas := api.OpenAPI().Components.Schemas
 	usual := http.StatusOK
-	if method == http.MethodPost {
+	if method == http.MethodPost && !actions[id] {
 		usual = http.StatusCreated
 	}
 	op := huma.Operation{
@@ -150,6 +147,9 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 	op.Parameters = append(op.Parameters, versionParameter)
 	if onceOperations[id] {
 		op.Parameters = append(op.Parameters, onceParameter)
+	}
+	if conditional[id] {
+		op.Parameters = append(op.Parameters, ifMatchParameter)
 	}
 	params := queryParams(reflect.TypeFor[I]())
 	huma.Register(api, op, func(ctx context.Context, in *I) (*out[T], error) {
@@ -174,22 +174,27 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 	})
 	item := api.OpenAPI().Paths[path]
 	registered := map[string]*huma.Operation{
-		http.MethodGet: item.Get, http.MethodPut: item.Put, http.MethodPost: item.Post, http.MethodDelete: item.Delete,
+		http.MethodGet: item.Get, http.MethodPut: item.Put, http.MethodPost: item.Post, http.MethodPatch: item.Patch, http.MethodDelete: item.Delete,
 	}[method]
 	first := registered.Responses[strconv.Itoa(usual)]
 	for _, status := range also {
 		registered.Responses[strconv.Itoa(status)] = &huma.Response{Description: http.StatusText(status), Content: first.Content, Headers: first.Headers}
 	}
 	for status, response := range registered.Responses {
-		if status != strconv.Itoa(http.StatusCreated) {
-			response.Headers = nil // Location is of what was created
+		sent := map[string]*huma.Param{}
+		for name, header := range response.Headers {
+			if name == "Location" && status == strconv.Itoa(http.StatusCreated) || name == "Idempotent-Replayed" && onceOperations[id] || name == "ETag" && versioned[id] {
+				sent[name] = header
+			}
 		}
+		response.Headers = sent
 	}
 	if body != nil {
-		registered.RequestBody = &huma.RequestBody{
-			Required: true,
-			Content:  map[string]*huma.MediaType{"application/json": {Schema: schemas.Schema(reflect.TypeOf(body), true, "")}},
+		content := map[string]*huma.MediaType{"application/json": {Schema: schemas.Schema(reflect.TypeOf(body), true, "")}}
+		if method == http.MethodPatch {
+			content[mergePatch] = content["application/json"]
 		}
+		registered.RequestBody = &huma.RequestBody{Required: true, Content: content}
 	}
 }
 
@@ -310,38 +315,6 @@ const (
 	maxPage   = 1000
 )
 
-func (h *handler) listKeys(ctx context.Context, c *call, in *keyList) (*out[list[admin.KeyRecord]], error) {
-	size, err := pageSizeOf(in.MaxPageSize)
-	if err != nil {
-		return nil, err
-	}
-	// The cursor holds for the instance, however its id is spelled.
-	id, err := apikey.CanonicalInstanceID(in.InstanceID)
-	if err != nil {
-		return nil, apikey.ErrNotFound
-	}
-	var after admin.KeyPlace
-	if c.r.URL.Query().Has("cursor") {
-		if after, err = h.cursors.decode(id, in.Cursor); err != nil {
-			return nil, err
-		}
-	}
-	query := admin.KeyQuery{After: after, Limit: size + 1}
-	keys, err := h.svc.Keys(ctx, c.Caller, id, query) // one more tells whether this is the last page
-	if err != nil {
-		return nil, err
-	}
-	next := ""
-	if len(keys) > size {
-		keys = keys[:size]
-		next = nextLink(c.r, h.cursors.encode(id, query.Order.PlaceOf(keys[size-1])))
-	}
-	at := time.Now()
-	page := listOf(keys, func(k *apikey.Key) admin.KeyRecord { return admin.RecordOf(k, at) })
-	page.NextLink = next
-	return ok(page), nil
-}
-
 // nextLink is the request's own address with another cursor.
 func nextLink(r *http.Request, cursor string) string { return nextLinkWith(r, "cursor", cursor) }
 
@@ -376,6 +349,7 @@ func (h *handler) createKey(ctx context.Context, c *call, in *atInstance) (*out[
 	return &out[createdKey]{
 		Status:   http.StatusCreated,
 		Replayed: replayed,
+		ETag:     etag(made.Key),
 		Location: "/instances/" + made.Key.InstanceID + "/apiKeys/" + made.Key.ID.String(),
 		Body:     createdKey{admin.RecordOf(made.Key, time.Now()), made.Secret.Reveal()},
 	}, nil
@@ -386,7 +360,7 @@ func (h *handler) getKey(ctx context.Context, c *call, in *atKey) (*out[admin.Ke
 	if err != nil {
 		return nil, err
 	}
-	return ok(admin.RecordOf(k, time.Now())), nil
+	return &out[admin.KeyRecord]{Status: http.StatusOK, ETag: etag(k), Body: admin.RecordOf(k, time.Now())}, nil
 }
 
 func (h *handler) revokeKey(ctx context.Context, c *call, in *keyRevocation) (*out[RevokedKey], error) {

@@ -15,7 +15,8 @@ import (
 func (a *app) instancesCommand() *cobra.Command {
 	c := &cobra.Command{Use: "instances", Short: "Make, list and delete instances, and set their policies", Args: cobra.NoArgs}
 	a.clientFlags(c)
-	c.AddCommand(a.instancesPut(), a.instancesGet(), a.instancesList(), a.instancesDelete())
+	c.AddCommand(a.instancesPut(), a.instancesGet(), a.instancesList(), a.instancesDelete(),
+		a.instancesSwitch("disable", "Refuse every key of an instance, at once", true), a.instancesSwitch("enable", "No longer refuse every key of an instance", false))
 	return c
 }
 

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -15,15 +17,19 @@ import (
 )
 
 func (a *app) keysCommand() *cobra.Command {
-	c := &cobra.Command{Use: "keys", Short: "Make, list and revoke keys", Args: cobra.NoArgs}
+	c := &cobra.Command{Use: "keys", Short: "Make, find, change, rotate and revoke keys", Args: cobra.NoArgs}
 	a.clientFlags(c)
-	c.AddCommand(a.keysCreate(), a.keysList(), a.keysGet(), a.keysRevoke())
+	c.AddCommand(
+		a.keysCreate(), a.keysList(), a.keysGet(), a.keysUpdate(), a.keysRotate(), a.keysAdvice(), a.keysLimits(), a.keysRevoke(),
+		a.keysSwitch("disable", "Refuse a key until it is enabled; when the command returns, it is refused everywhere", true),
+		a.keysSwitch("enable", "No longer refuse a key", false),
+	)
 	return c
 }
 
 func (a *app) keysCreate() *cobra.Command {
 	var in admin.KeyInput
-	var keyType, rate, expires string
+	var keyType, rate, expires, policy string
 	var noScopes bool
 	var burst, maxConcurrent, inactivityDays int
 	c := &cobra.Command{
@@ -34,7 +40,7 @@ func (a *app) keysCreate() *cobra.Command {
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			in.Type = apikey.Type(keyType)
-			in.ExpirationDate = expires
+			in.ExpirationDate, in.ExpirationPolicy = expires, apikey.ExpirationPolicy(policy)
 			if noScopes {
 				if len(in.Scopes) > 0 {
 					return usageError{errors.New("--no-scopes does not go with --scope")}
@@ -59,16 +65,7 @@ func (a *app) keysCreate() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				if a.quiet {
-					fmt.Fprintln(a.stdout, created.Secret.Reveal())
-					return nil
-				}
-				fmt.Fprintln(a.stderr, "Keep the secret now: it is not shown again.")
-				answer := struct {
-					Key    admin.KeyRecord `json:"key"`
-					Secret string          `json:"secret"`
-				}{created.Key, created.Secret.Reveal()}
-				return printOne(a, answer, append(keyFields(created.Key), [2]string{"SECRET", created.Secret.Reveal()}))
+				return a.printMade(created)
 			})
 		},
 	}
@@ -87,6 +84,7 @@ func (a *app) keysCreate() *cobra.Command {
 	f.IntVar(&maxConcurrent, "max-concurrent", 0, "requests that may run at once; inherited if not set")
 	f.StringVar(&in.ExpiresIn, "expires-in", "", "life of the key, such as 120d")
 	f.StringVar(&expires, "expires", "", "end of the key: RFC 3339, or a date, which means its end in UTC")
+	f.StringVar(&policy, "expiration-policy", "", "none, time or inactivity; a date and days that are not given are the policy's")
 	f.StringVar(&in.NotBefore, "not-before", "", "beginning of the key's life")
 	f.IntVar(&inactivityDays, "inactivity-days", 0, "the key ends after so many days without use")
 	f.StringToStringVar(&in.Metadata, "metadata", nil, "name=value to keep with the key; repeat for more")
@@ -108,24 +106,6 @@ func parseRate(s string) (*admin.RateInput, error) {
 	return &admin.RateInput{Requests: &n, Per: per}, nil
 }
 
-func (a *app) keysList() *cobra.Command {
-	return &cobra.Command{
-		Use: "list INSTANCE", Short: "List the keys of an instance, newest first", Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
-				var all []admin.KeyRecord
-				for k, err := range client.Keys(ctx, args[0]) {
-					if err != nil {
-						return err
-					}
-					all = append(all, k)
-				}
-				return printList(a, all, keyTable)
-			})
-		},
-	}
-}
-
 var keyTable = table[admin.KeyRecord]{
 	header: "ID\tNAME\tTYPE\tOWNER\tSTATUS\tHINT\tCREATED\tEXPIRES\tLAST USED",
 	row: func(k admin.KeyRecord) []string {
@@ -145,14 +125,22 @@ func keyFields(k admin.KeyRecord) [][2]string {
 			scopes = "none"
 		}
 	}
-	return [][2]string{
+	return append([][2]string{
 		{"ID", k.ID.String()}, {"INSTANCE", k.InstanceID}, {"NAME", k.Name}, {"DESCRIPTION", k.Description},
 		{"TYPE", string(k.Type)}, {"AGENT", k.AgentName}, {"USER", k.UserPrincipalName}, {"STATUS", k.Status},
 		{"HINT", k.Hint}, {"SCOPES", scopes}, {"ENVIRONMENT", k.Environment}, {"ALLOWED IPS", strings.Join(k.AllowedIPs, " ")},
 		{"LIMITS", limitsText(k.Limits)}, {"CREATED", stamp(k.CreatedAt) + " by " + k.CreatedBy},
 		{"NOT BEFORE", stamp(k.NotBefore)}, {"EXPIRES", stamp(k.ExpirationDate)}, {"IDLE AFTER", daysText(k.InactivityDays)},
-		{"LAST USED", stamp(k.LastUsedAt)},
+		{"LAST USED", stamp(k.LastUsedAt)}, {"LEAK REPORTED", stamp(k.LeakReportedAt)}, {"METADATA", metadataText(k.Metadata)},
+	}, generationFields(k)...)
+}
+
+func metadataText(entries map[string]string) string {
+	var parts []string
+	for _, name := range slices.Sorted(maps.Keys(entries)) {
+		parts = append(parts, name+"="+entries[name])
 	}
+	return strings.Join(parts, " ")
 }
 
 func daysText(n int) string {
@@ -195,11 +183,11 @@ func (a *app) keysGet() *cobra.Command {
 				return err
 			}
 			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
-				k, err := client.Key(ctx, args[0], id)
+				k, err := client.VersionedKey(ctx, args[0], id)
 				if err != nil {
 					return err
 				}
-				return printOne(a, k, keyFields(k))
+				return printOne(a, k, append(keyFields(k.KeyRecord), [2]string{"ETAG", k.ETag}))
 			})
 		},
 	}
@@ -211,49 +199,4 @@ func parseID(name, s string) (apikey.ID, error) {
 		return id, usageError{fmt.Errorf("%s: %w", name, err)}
 	}
 	return id, nil
-}
-
-func (a *app) keysRevoke() *cobra.Command {
-	var reason string
-	c := &cobra.Command{
-		Use: "revoke INSTANCE KEY-ID", Short: "End a key for good; when the command returns, it is refused everywhere", Args: cobra.ExactArgs(2),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := parseID("KEY-ID", args[1])
-			if err != nil {
-				return err
-			}
-			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
-				if !a.yes {
-					k, err := client.Key(ctx, args[0], id)
-					if err != nil {
-						return err
-					}
-					used := "never used"
-					if !k.LastUsedAt.IsZero() {
-						used = "last used " + when(k.LastUsedAt)
-					}
-					if err := a.confirm(fmt.Sprintf("Revoke %q (%s, %s)?", k.Name, k.Hint, used)); err != nil {
-						return err
-					}
-				}
-				revoked, err := client.RevokeKey(ctx, args[0], id, reason)
-				if err != nil {
-					return err
-				}
-				if revoked.Replicas.Confirmed < revoked.Replicas.Total {
-					fmt.Fprintf(a.stderr, "Not everywhere yet: %d of %d replicas know; all do by %s.\n",
-						revoked.Replicas.Confirmed, revoked.Replicas.Total, stamp(revoked.EffectiveEverywhereAt))
-				}
-				if a.quiet {
-					fmt.Fprintln(a.stdout, revoked.KeyID)
-					return nil
-				}
-				return printOne(a, revoked, [][2]string{
-					{"ID", revoked.KeyID.String()}, {"REVOKED", stamp(revoked.RevokedAt)}, {"EFFECTIVE EVERYWHERE", stamp(revoked.EffectiveEverywhereAt)},
-				})
-			})
-		},
-	}
-	c.Flags().StringVar(&reason, "reason", "", "keyCompromise, superseded, ownerLeft, unused or other")
-	return c
 }

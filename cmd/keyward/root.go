@@ -125,7 +125,7 @@ func (a *app) root() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		a.serveCommand(), a.devCommand(),
-		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.auditCommand(), a.inFlightCommand(), a.pepperCommand(),
+		a.instancesCommand(), a.keysCommand(), a.policyCommand(), a.tokensCommand(), a.auditCommand(), a.inFlightCommand(), a.pepperCommand(),
 		a.envoyCommand(), a.benchCommand(), a.configCommand(), a.versionCommand(),
 	)
 	root.InitDefaultCompletionCmd()
