@@ -149,31 +149,21 @@ const (
 
 // send sends one request, with body as JSON unless nil, and reads the answer.
 func send[T any](ctx context.Context, c *Client, method, path string, query url.Values, body any) (T, error) {
-	var answer T
-	address := c.base + path
-	if len(query) > 0 {
-		address += "?" + query.Encode()
+	if body == nil {
+		return sendAs[T](ctx, c, method, path, query, "", nil)
 	}
-	var content io.Reader
-	if body != nil {
-		b, err := json.Marshal(body)
-		if err != nil {
-			return answer, err
-		}
-		content = bytes.NewReader(b)
-	}
-	req, err := http.NewRequestWithContext(ctx, method, address, content)
+	b, err := json.Marshal(body)
 	if err != nil {
-		return answer, err
+		var none T
+		return none, err
 	}
-	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
-	}
-	if once, ok := ctx.Value(onceKey{}).(string); ok && method == http.MethodPost {
-		req.Header.Set(onceHeader, once)
-	}
-	req.Header.Set("Authorization", "Bearer "+c.token.Reveal())
-	resp, err := c.http.Do(req)
+	return sendAs[T](ctx, c, method, path, query, "application/json", bytes.NewReader(b))
+}
+
+// sendAs sends one request with a body of a type, and reads the answer.
+func sendAs[T any](ctx context.Context, c *Client, method, path string, query url.Values, mediaType string, body io.Reader) (T, error) {
+	var answer T
+	resp, err := c.do(ctx, method, path, query, mediaType, body)
 	if err != nil {
 		return answer, err
 	}
@@ -182,13 +172,40 @@ func send[T any](ctx context.Context, c *Client, method, path string, query url.
 	if err != nil {
 		return answer, fmt.Errorf("read the answer: %w", err)
 	}
-	if resp.StatusCode/100 != 2 {
-		return answer, errorOf(resp, got)
-	}
 	if err := json.Unmarshal(got, &answer); err != nil {
 		return answer, fmt.Errorf("the answer is not what a Management API sends: is there something else at %s?", c.base)
 	}
 	return answer, nil
+}
+
+// do sends one request, with a body of a type unless that is "". The answer is a success; whoever asked
+// closes its body.
+func (c *Client) do(ctx context.Context, method, path string, query url.Values, mediaType string, body io.Reader) (*http.Response, error) {
+	address := c.base + path
+	if len(query) > 0 {
+		address += "?" + query.Encode()
+	}
+	req, err := http.NewRequestWithContext(ctx, method, address, body)
+	if err != nil {
+		return nil, err
+	}
+	if mediaType != "" {
+		req.Header.Set("Content-Type", mediaType)
+	}
+	if once, ok := ctx.Value(onceKey{}).(string); ok && method == http.MethodPost {
+		req.Header.Set(onceHeader, once)
+	}
+	req.Header.Set("Authorization", "Bearer "+c.token.Reveal())
+	resp, err := c.http.Do(req)
+	if err != nil || resp.StatusCode/100 == 2 {
+		return resp, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	got, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return nil, fmt.Errorf("read the answer: %w", err)
+	}
+	return nil, errorOf(resp, got)
 }
 
 func errorOf(resp *http.Response, got []byte) *Error {

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -30,8 +31,13 @@ func readBody(w http.ResponseWriter, r *http.Request, into any) error {
 
 // readData reads the body of a request as it is.
 func readData(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	return readDataAs(w, r, "application/json")
+}
+
+// readDataAs is the same with other media types.
+func readDataAs(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, error) {
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil || kind != "application/json" || r.Header.Get("Content-Encoding") != "" {
+	if err != nil || !slices.Contains(types, kind) || r.Header.Get("Content-Encoding") != "" {
 		return nil, errMediaType
 	}
 	if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
@@ -213,7 +219,10 @@ func (d decoder) members(path string, v reflect.Value) error {
 
 // member finds the field that a member is for.
 func member(t reflect.Type, path, name string) (reflect.StructField, error) {
-	for field := range t.Fields() {
+	for _, field := range reflect.VisibleFields(t) {
+		if field.Anonymous {
+			continue // its fields come by themselves
+		}
 		known, _, _ := strings.Cut(field.Tag.Get("json"), ",")
 		if known == name {
 			return field, nil

@@ -17,7 +17,7 @@ import (
 func (a *app) keysCommand() *cobra.Command {
 	c := &cobra.Command{Use: "keys", Short: "Make, list and revoke keys", Args: cobra.NoArgs}
 	a.clientFlags(c)
-	c.AddCommand(a.keysCreate(), a.keysList(), a.keysGet(), a.keysRevoke())
+	c.AddCommand(a.keysCreate(), a.keysList(), a.keysGet(), a.keysRevoke(), a.keysImport(), a.keysExport())
 	return c
 }
 
