@@ -2,9 +2,12 @@ package admin
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"keyward/authz/apikey"
@@ -21,7 +24,8 @@ const ImportedBy = "import by "
 type ImportInput struct {
 	KeyInput
 	ID        string `json:"id,omitempty" format:"uuid" doc:"Any UUID. Absent: a new one."`
-	Secret    string `json:"secret,omitempty" doc:"What the holder of the key sends. Its prefix says the type, unless type does. Never kept, and in no answer."`
+	Secret    string `json:"secret,omitempty" doc:"What the holder of the key sends: of our own format, or of a foreign shape that the server's configuration registers. Our prefix says the type, and an Agent Access Token its instance, agent and id. Never kept, and in no answer."`
+	SHA256    string `json:"sha256,omitempty" pattern:"^[0-9A-Fa-f]{64}$" doc:"Instead of a foreign secret: its SHA-256, in hexadecimal digits."`
 	CreatedAt string `json:"createdAt,omitempty" doc:"RFC 3339 with a zone, or a date, which means its beginning in UTC. Absent: now. The policy's longest life counts from the import."`
 	Disabled  bool   `json:"disabled,omitempty"`
 }
@@ -112,15 +116,19 @@ func (s *Service) ImportKeys(ctx context.Context, caller Caller, instanceID stri
 
 // A proof is what a row says of the secret: how the key is found.
 type proof struct {
-	typ     apikey.Type // that the secret itself names; "": none
+	typ     apikey.Type        // that the secret itself names; "": none
+	token   *apikey.AgentToken // that the secret is; nil: it is none
 	hint    string
 	digests []apikey.Digest // under the current pepper, and during a rotation the previous one
 	err     error
 }
 
 func (s *Service) proofOf(in *ImportInput) proof {
+	if in.SHA256 != "" {
+		return s.proofOfSHA256(in)
+	}
 	if in.Secret == "" {
-		return proof{err: apikey.Invalid("secret", "is missing")}
+		return proof{err: apikey.Invalid("secret", "is missing: give it, or sha256")}
 	}
 	kind, err := s.cfg.Format.Check(in.Secret)
 	switch {
@@ -132,11 +140,36 @@ func (s *Service) proofOf(in *ImportInput) proof {
 		return proof{err: apikey.Invalid("secret", "is a management token, not a key")}
 	}
 	p := proof{typ: typeOf(kind), hint: s.cfg.Format.Hint(apikey.NewSecret(in.Secret))}
-	p.digests = append(p.digests, s.cfg.Peppers.Current.Digest(in.Secret))
-	if s.cfg.Peppers.Previous != nil {
-		p.digests = append(p.digests, s.cfg.Peppers.Previous.Digest(in.Secret))
+	if kind == apikey.KindForeign {
+		if token, err := apikey.ParseAgentToken(in.Secret); err == nil {
+			p.typ, p.token = apikey.TypeAgent, &token
+		}
 	}
+	p.digests = s.digests(func(pepper *apikey.Pepper) apikey.Digest { return pepper.DigestOf(kind, in.Secret) })
 	return p
+}
+
+// proofOfSHA256 is the proof of a foreign secret that only its holder knows.
+func (s *Service) proofOfSHA256(in *ImportInput) proof {
+	sum, err := hex.DecodeString(in.SHA256)
+	switch {
+	case in.Secret != "":
+		return proof{err: apikey.Invalid("sha256", "does not go with secret: give one of them")}
+	case err != nil || len(sum) != sha256.Size:
+		return proof{err: apikey.Invalid("sha256", "must be 64 hexadecimal digits")}
+	case len(s.cfg.Format.Foreign) == 0:
+		return proof{err: apikey.Invalid("sha256", "is of no use: the server's configuration registers no foreign shape (credentials.foreign), so it would know no such secret")}
+	}
+	return proof{digests: s.digests(func(pepper *apikey.Pepper) apikey.Digest { return pepper.DigestSHA256([sha256.Size]byte(sum)) })}
+}
+
+// digests are those under the current pepper and, during a rotation, the previous one.
+func (s *Service) digests(under func(*apikey.Pepper) apikey.Digest) []apikey.Digest {
+	all := []apikey.Digest{under(s.cfg.Peppers.Current)}
+	if s.cfg.Peppers.Previous != nil {
+		all = append(all, under(s.cfg.Peppers.Previous))
+	}
+	return all
 }
 
 // typeOf is the type of keys whose secrets have a kind.
@@ -220,7 +253,7 @@ func (b *importing) one(ctx context.Context, row *ImportRow, p *proof) (ImportSt
 			continue
 		case err != nil:
 			return RowRefused, apikey.ID{}, err
-		case found.InstanceID != b.instance.ID || row.Input.ID != "" && found.ID != k.ID:
+		case found.InstanceID != b.instance.ID || (row.Input.ID != "" || p.token != nil) && found.ID != k.ID:
 			return RowRefused, apikey.ID{}, &StateError{"another key has this secret"}
 		}
 		return RowExisting, found.ID, nil
@@ -251,12 +284,28 @@ func (b *importing) key(in *ImportInput, p *proof) (*apikey.Key, error) {
 	case p.typ != "" && input.Type != p.typ:
 		bad.add(apikey.Invalid("type", "is not the one that the secret's prefix says"))
 	}
+	id := in.ID
+	if t := p.token; t != nil {
+		// What the token says of itself is what the row says, or the row is about another one.
+		for _, own := range []struct {
+			field, says string
+			to          *string
+		}{{"agentName", t.AgentName, &input.AgentName}, {"id", t.KeyID.String(), &id}} {
+			if *own.to != "" && !strings.EqualFold(*own.to, own.says) {
+				bad.add(apikey.Invalid(own.field, "is not the one that the token names"))
+			}
+			*own.to = own.says
+		}
+		if t.InstanceID != b.instance.ID {
+			bad.add(apikey.Invalid("secret", "is a token of another instance"))
+		}
+	}
 	k, err := input.key(b.s.cfg.Format, &b.policy, b.at)
 	if err != nil {
 		bad = append(bad, err)
 	}
-	if k.ID = newID(); in.ID != "" {
-		if k.ID, err = apikey.ParseID(in.ID); err != nil || k.ID.IsZero() {
+	if k.ID = newID(); id != "" {
+		if k.ID, err = apikey.ParseID(id); err != nil || k.ID.IsZero() {
 			bad.add(apikey.Invalid("id", "must be a UUID such as 0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f"))
 		}
 	}

@@ -135,7 +135,7 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 	if err := admin.OpenPeppers(ctx, store, peppers, name); err != nil {
 		return err
 	}
-	format := apikey.Format{First: cfg.Credentials.Prefix}
+	format := cfg.format()
 	service := admin.New(store, admin.Config{Format: format, Peppers: peppers}, nil, log)
 	handler := manage.New(service, manage.Config{
 		Format: format, Pepper: peppers.Current, Log: log,
