@@ -99,15 +99,15 @@ func (a *app) importKeys(ctx context.Context, client *manage.Client, instance st
 		if opts.DryRun {
 			would = "would be "
 		}
-		fmt.Fprintf(a.stderr, "%s%d imported, %d there already, %d refused\n", would, sum.Imported, sum.Existing, sum.Refused)
+		fmt.Fprintf(a.stderr, "%s%d imported, %d there already, %d refused, %d held back with them\n", would, sum.Imported, sum.Existing, sum.Refused, held)
 	}
 	switch {
 	case sum.Refused == 0:
 		return nil
 	case opts.DryRun:
-		return usageError{fmt.Errorf("%d rows cannot be imported", sum.Refused)}
+		return usageError{fmt.Errorf("rows that cannot be imported: %d", sum.Refused)}
 	}
-	return usageError{fmt.Errorf("%d rows cannot be imported, and with them %d others of their batch: mend them and import the file again", sum.Refused, held)}
+	return usageError{fmt.Errorf("rows that cannot be imported: %d, and with them %d others of their batch: mend them and import the file again", sum.Refused, held)}
 }
 
 // printRows shows rows one by one.
