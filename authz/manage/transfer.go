@@ -26,7 +26,7 @@ const ndjson = "application/x-ndjson"
 
 // transferRoutes are those by which keys come and go in numbers.
 func (h *handler) transferRoutes(api huma.API, keys string) {
-	const how = " One JSON object a line, at most 1000 in 1 MiB: all of them, or none. To repeat it does no harm."
+	const how = " One JSON object a line, at most 500 in 1 MiB: all of them, or none. To repeat it does no harm."
 	route(h, api, http.MethodPost, keys+":import", "importKeys", "Import keys whose secrets their holders have already."+how, admin.ImportInput{}, h.importKeys, 200)
 	body := api.OpenAPI().Paths[keys+":import"].Post.RequestBody
 	body.Content[ndjson] = body.Content["application/json"] // the schema of each line
@@ -188,11 +188,11 @@ type ImportOptions struct {
 	DryRun bool
 	// FromRow is the first line to be sent, from 1; those before are passed over. 0: the first.
 	FromRow int
-	// Batch is how many lines go at once, all or none, at most 1000; 0: 500.
+	// Batch is how many lines go at once, all or none, at most 500; 0: 100.
 	Batch int
 }
 
-const usualBatch = 500
+const usualBatch = 100
 
 // ImportKeys imports keys from lines of JSON, in batches as the reports are asked for. It ends after a
 // batch that was refused, but for a dry run, and after an error. What was reported as done is kept; to

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 
@@ -58,7 +59,7 @@ func TestReportsNameTheRow(t *testing.T) {
 	}
 	wantError(t, d.send(d.owner, "POST", "/instances/a/apiKeys:import", rows[0], "Content-Type", "text/plain"), 415, CodeUnsupportedMediaType, "")
 	wantError(t, d.send(d.owner, "POST", "/instances/a/apiKeys:import", "\n\n"), 400, CodeInvalidRequest, "")
-	wantError(t, d.send(d.owner, "POST", "/instances/a/apiKeys:import", strings.Repeat("{}\n", 1001)), 400, CodeInvalidRequest, "")
+	wantError(t, d.send(d.owner, "POST", "/instances/a/apiKeys:import", strings.Repeat("{}\n", 501)), 400, CodeInvalidRequest, "")
 	wantError(t, d.send(d.owner, "POST", "/instances/a/apiKeys:import", strings.Repeat(" ", 1<<20)+"{}"), 413, CodePayloadTooLarge, "")
 }
 
@@ -155,8 +156,10 @@ func TestAnExportThatBreaksOffIsAnError(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if done, err := d.svc.ImportKeys(t.Context(), root, "a", rows, false); err != nil || !done.Done {
-		t.Fatal(done.Done, err)
+	for batch := range slices.Chunk(rows, 200) {
+		if done, err := d.svc.ImportKeys(t.Context(), root, "a", batch, false); err != nil || !done.Done {
+			t.Fatal(done.Done, err)
+		}
 	}
 	failing := &failingKeys{Store: d.store, after: 1}
 	server := httptest.NewServer(on(t, failing, apikey.Peppers{Current: pepper}).Handler)

@@ -51,7 +51,7 @@ func (a *app) keysImport() *cobra.Command {
 	}
 	c.Flags().BoolVar(&opts.DryRun, "dry-run", false, "judge every row, and keep nothing")
 	c.Flags().IntVar(&opts.FromRow, "from-row", 1, "begin with this line")
-	c.Flags().IntVar(&opts.Batch, "batch", 500, "lines that are imported together or not at all, at most 1000")
+	c.Flags().IntVar(&opts.Batch, "batch", 100, "lines that are imported together or not at all, at most 500")
 	return c
 }
 
