@@ -235,11 +235,12 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		d.Reason = ReasonAmbiguousCredential
 		return nil
 	}
-	if d.Reason = shape(rules.Credentials.Format, found.secret); d.Reason != ReasonNone {
+	var kind apikey.Kind
+	if kind, d.Reason = shape(rules.Credentials.Format, found.secret); d.Reason != ReasonNone {
 		return nil
 	}
 
-	q := question{rule: rule, query: query, secret: found.secret, client: r.clientAddr(rules.ClientAddress, rules.TrustedHops), mayBlock: mayBlock, at: r.At}
+	q := question{rule: rule, query: query, secret: found.secret, kind: kind, client: r.clientAddr(rules.ClientAddress, rules.TrustedHops), mayBlock: mayBlock, at: r.At}
 	instance, err := a.known(ctx, r, d, &q)
 	if err != nil || d.Reason != ReasonNone {
 		return err
@@ -272,6 +273,7 @@ type question struct {
 	rule     *Rule
 	query    string
 	secret   string
+	kind     apikey.Kind
 	client   netip.Addr
 	mayBlock bool
 	at       time.Time // when the key's life was judged
@@ -321,15 +323,15 @@ const maxLooks = 4
 var nobodys = apikey.Key{InstanceID: "00000000-0000-0000-0000-000000000000", RevokedAt: time.Unix(1, 0)}
 
 // shape refuses what cannot be a key, at no cost. A management token is no key.
-func shape(format apikey.Format, secret string) Reason {
+func shape(format apikey.Format, secret string) (apikey.Kind, Reason) {
 	kind, err := format.Check(secret)
 	switch {
 	case errors.Is(err, apikey.ErrChecksum):
-		return ReasonBadChecksum
+		return 0, ReasonBadChecksum
 	case err != nil || kind == apikey.KindManagement:
-		return ReasonMalformedCredential
+		return 0, ReasonMalformedCredential
 	}
-	return ReasonNone
+	return kind, ReasonNone
 }
 
 // anyRequest is the rule of requests that no rule matches.
@@ -350,7 +352,7 @@ func isPreflight(r *Request) bool {
 // previous one as well.
 func (a *Authorizer) find(ctx context.Context, r *Request, q *question) (*apikey.Key, error) {
 	digest := &r.digests[0] // in the request, where a pointer to it costs no allocation
-	*digest = a.peppers.Current.Digest(q.secret)
+	*digest = a.peppers.Current.DigestOf(q.kind, q.secret)
 	k, ok, err := a.keys.Cached(digest)
 	if ok && err == nil {
 		return k, nil
@@ -359,7 +361,7 @@ func (a *Authorizer) find(ctx context.Context, r *Request, q *question) (*apikey
 		// Memory is asked about both before anything is read for either: a key that is held under its old
 		// digest must not have to wait for news of the new one.
 		old := &r.digests[1]
-		*old = a.peppers.Previous.Digest(q.secret)
+		*old = a.peppers.Previous.DigestOf(q.kind, q.secret)
 		before, oldOK, oldErr := a.keys.Cached(old)
 		if !oldOK && oldErr == nil && q.mayBlock {
 			before, oldErr = a.keys.FindKey(ctx, *old, q.client)

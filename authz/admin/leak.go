@@ -57,15 +57,16 @@ func newLeaks() leaks {
 // one address (of IPv6: one /64); *apikey.BusyError while too many wait.
 func (s *Service) ReportLeaked(secret apikey.Secret, from netip.Addr, requestID string) error {
 	sent := secret.Reveal()
-	if kind, err := s.cfg.Format.Check(sent); err != nil || kind == apikey.KindManagement {
+	kind, err := s.cfg.Format.Check(sent)
+	if err != nil || kind == apikey.KindManagement {
 		return apikey.Invalid("secret", "is not an API key: its prefix, length or checksum is wrong")
 	}
 	if err := s.leaks.spend(from); err != nil {
 		return err
 	}
-	l := leak{digests: []apikey.Digest{s.cfg.Peppers.Current.Digest(sent)}, from: from.String(), requestID: requestID}
+	l := leak{digests: []apikey.Digest{s.cfg.Peppers.Current.DigestOf(kind, sent)}, from: from.String(), requestID: requestID}
 	if s.cfg.Peppers.Previous != nil {
-		l.digests = append(l.digests, s.cfg.Peppers.Previous.Digest(sent))
+		l.digests = append(l.digests, s.cfg.Peppers.Previous.DigestOf(kind, sent))
 	}
 	select {
 	case s.leaks.queue <- l:

@@ -85,6 +85,8 @@ const (
 	rotateKey      = "key.rotate"
 	revokeKey      = "key.revoke"
 	revokeOneOfKey = "key.revokeGeneration"
+	importKeys     = "key.import"
+	exportKeys     = "key.export"
 	// What nobody asks for: it happens.
 	expireKey = "key.expire"
 	removeKey = "key.remove"
@@ -112,6 +114,8 @@ var may = map[string][]Role{
 	updateKey:      {RoleOwner, RoleOperator, RoleUser},
 	rotateKey:      {RoleOwner, RoleOperator, RoleUser},
 	revokeKey:      {RoleOwner, RoleOperator, RoleUser},
+	importKeys:     {RoleOwner, RoleOperator},
+	exportKeys:     {RoleOwner, RoleOperator, RoleAuditor},
 	readTokens:     {RoleOwner, RoleAuditor},
 	createToken:    {RoleOwner},
 	revokeToken:    {RoleOwner},

@@ -80,7 +80,8 @@ type Reader interface {
 	// does not read the keys.
 	CountKeys(ctx context.Context, instanceID string, owner KeyOwner, now time.Time) (KeyCounts, error)
 	// Creations returns when the newest keys of an instance were made, newest first, at most limit and
-	// only after since. createdBy narrows it to one creator; "" is everybody.
+	// only after since. createdBy narrows it to one creator; "" is everybody, but
+	// keys that were imported, whose creator begins with ImportedBy, are left out.
 	Creations(ctx context.Context, instanceID, createdBy string, since time.Time, limit int) ([]time.Time, error)
 	// DueKeys lists keys of all instances that are over and not marked: not revoked, and with an
 	// ExpirationDate before expired, or IdleAfter before idle. At most limit, in no order.

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"unsafe"
 )
 
 // A Digest is how a key is found: HMAC-SHA-256 of the secret under the pepper, 32 bytes. A secret
@@ -70,8 +71,23 @@ func (p *Pepper) String() string { return fmt.Sprintf("pepper version %d", p.ver
 // GoString names the pepper without showing it.
 func (p *Pepper) GoString() string { return p.String() }
 
-// Digest returns the digest of a secret.
-func (p *Pepper) Digest(secret string) Digest {
+// Digest returns the digest of a secret that keyward made.
+func (p *Pepper) Digest(secret string) Digest { return digest(p, secret) }
+
+// DigestOf returns the digest of a secret of a kind. Foreign secrets are found by the digest of their
+// SHA-256, so that a key is the same whether it was imported with the secret or with its SHA-256.
+func (p *Pepper) DigestOf(kind Kind, secret string) Digest {
+	if kind != KindForeign {
+		return digest(p, secret)
+	}
+	return p.DigestSHA256(sha256.Sum256(unsafe.Slice(unsafe.StringData(secret), len(secret)))) //nolint:gosec // a conversion to []byte would allocate
+}
+
+// DigestSHA256 returns the digest of a foreign secret whose SHA-256 is known. The 32 bytes themselves are
+// no secret that anybody could send: they fit no [Shape], and what does not is not looked up.
+func (p *Pepper) DigestSHA256(sum [sha256.Size]byte) Digest { return digest(p, sum[:]) }
+
+func digest[T string | []byte](p *Pepper, secret T) Digest {
 	m, _ := p.macs.Get().(*mac)
 	if m == nil {
 		m = &mac{hash: hmac.New(sha256.New, []byte(*p.key))}

@@ -74,6 +74,8 @@ const (
 // The zero Format has the first part "kw".
 type Format struct {
 	First string // [a-z][a-z0-9]{0,9}
+	// Foreign are the shapes of secrets that keyward did not make, and takes.
+	Foreign []Shape
 }
 
 const (
@@ -99,7 +101,7 @@ func (f Format) Validate() error {
 	if !firstPattern.MatchString(f.first()) {
 		return Invalid("prefix", "must be 1 to 10 lower-case letters and digits, a letter first")
 	}
-	return nil
+	return f.validateForeign()
 }
 
 func (f Format) first() string {
@@ -129,12 +131,23 @@ func (f Format) New(k Kind) Secret {
 	return NewSecret(string(b))
 }
 
-// Len is the length of every secret of this format, in bytes.
+// Len is the length of every secret that keyward makes, in bytes.
 func (f Format) Len() int { return len(f.first()) + 2 + randomLen + checksumLen }
 
 // Owns reports whether s starts with one of our prefixes, and of which kind. What it owns is a
 // credential of ours, good or bad: it is judged, and never passed on to an upstream.
 func (f Format) Owns(s string) (Kind, bool) {
+	if k, ok := f.made(s); ok {
+		return k, true
+	}
+	if f.foreign(s) != nil {
+		return KindForeign, true
+	}
+	return 0, false
+}
+
+// made is Owns of what keyward makes itself.
+func (f Format) made(s string) (Kind, bool) {
 	first := f.first()
 	n := len(first)
 	if len(s) < n+2 || s[:n] != first || s[n+1] != '_' {
@@ -150,8 +163,14 @@ func (f Format) Owns(s string) (Kind, bool) {
 // Check looks at shape and checksum. It costs no hash and no look-up.
 // Errors: [ErrShape], [ErrChecksum].
 func (f Format) Check(s string) (Kind, error) {
-	k, ok := f.Owns(s)
-	if !ok || len(s) != f.Len() {
+	k, ok := f.made(s)
+	if !ok {
+		if shape := f.foreign(s); shape != nil && shape.fits(s) {
+			return KindForeign, nil
+		}
+		return 0, ErrShape
+	}
+	if len(s) != f.Len() {
 		return 0, ErrShape
 	}
 	for i := len(f.first()) + 2; i < len(s); i++ {
@@ -172,6 +191,9 @@ const hintLen = 4
 // Hint is what lists show of a secret: its prefix and last four characters.
 func (f Format) Hint(s Secret) string {
 	text := s.Reveal()
+	if shape := f.foreign(text); shape != nil && shape.fits(text) {
+		return shape.hint(text)
+	}
 	if len(text) != f.Len() {
 		return ""
 	}

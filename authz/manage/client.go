@@ -125,28 +125,55 @@ const (
 
 // send sends one request, with body as JSON unless nil, and reads the answer.
 func send[T any](ctx context.Context, c *Client, method, path string, query url.Values, body any) (T, error) {
+	if body == nil {
+		return sendAs[T](ctx, c, method, path, query, "", nil)
+	}
+	b, err := json.Marshal(body)
+	if err != nil {
+		var none T
+		return none, err
+	}
+	mediaType := "application/json"
+	if method == http.MethodPatch {
+		mediaType = mergePatch
+	}
+	return sendAs[T](ctx, c, method, path, query, mediaType, bytes.NewReader(b))
+}
+
+// sendAs sends one request with a body of a type, and reads the answer.
+func sendAs[T any](ctx context.Context, c *Client, method, path string, query url.Values, mediaType string, body io.Reader) (T, error) {
 	var answer T
+	resp, err := c.do(ctx, method, path, query, mediaType, body)
+	if err != nil {
+		return answer, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	got, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return answer, fmt.Errorf("read the answer: %w", err)
+	}
+	if err := json.Unmarshal(got, &answer); err != nil {
+		return answer, fmt.Errorf("the answer is not what a Management API sends: is there something else at %s?", c.base)
+	}
+	if versioned, ok := any(&answer).(interface{ version(etag string) }); ok {
+		versioned.version(resp.Header.Get("ETag"))
+	}
+	return answer, nil
+}
+
+// do sends one request, with a body of a type unless that is "". The answer is a success; whoever asked
+// closes its body.
+func (c *Client) do(ctx context.Context, method, path string, query url.Values, mediaType string, body io.Reader) (*http.Response, error) {
 	address := c.base + path
 	if len(query) > 0 {
 		address += "?" + query.Encode()
 	}
-	var content io.Reader
-	if body != nil {
-		b, err := json.Marshal(body)
-		if err != nil {
-			return answer, err
-		}
-		content = bytes.NewReader(b)
-	}
-	req, err := http.NewRequestWithContext(ctx, method, address, content)
+	req, err := http.NewRequestWithContext(ctx, method, address, body)
 	if err != nil {
-		return answer, err
+		return nil, err
 	}
-	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
-		if method == http.MethodPatch {
-			req.Header.Set("Content-Type", mergePatch)
-		}
+	if mediaType != "" {
+		req.Header.Set("Content-Type", mediaType)
 	}
 	if seen, ok := ctx.Value(ifMatchKey{}).(string); ok && method != http.MethodGet {
 		req.Header.Set(ifMatchHeader, seen)
@@ -156,24 +183,15 @@ func send[T any](ctx context.Context, c *Client, method, path string, query url.
 	}
 	req.Header.Set("Authorization", "Bearer "+c.token.Reveal())
 	resp, err := c.http.Do(req)
-	if err != nil {
-		return answer, err
+	if err != nil || resp.StatusCode/100 == 2 {
+		return resp, err
 	}
 	defer func() { _ = resp.Body.Close() }()
 	got, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return answer, fmt.Errorf("read the answer: %w", err)
+		return nil, fmt.Errorf("read the answer: %w", err)
 	}
-	if resp.StatusCode/100 != 2 {
-		return answer, errorOf(resp, got)
-	}
-	if err := json.Unmarshal(got, &answer); err != nil {
-		return answer, fmt.Errorf("the answer is not what a Management API sends: is there something else at %s?", c.base)
-	}
-	if versioned, ok := any(&answer).(interface{ version(etag string) }); ok {
-		versioned.version(resp.Header.Get("ETag"))
-	}
-	return answer, nil
+	return nil, errorOf(resp, got)
 }
 
 func errorOf(resp *http.Response, got []byte) *Error {

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -36,8 +37,13 @@ func readBody(w http.ResponseWriter, r *http.Request, into any) error {
 //
 // A merge patch may call itself one.
 func readData(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	return readDataAs(w, r, "application/json")
+}
+
+// readDataAs is the same with other media types.
+func readDataAs(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, error) {
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	known := kind == "application/json" || r.Method == http.MethodPatch && kind == mergePatch
+	known := slices.Contains(types, kind) || r.Method == http.MethodPatch && kind == mergePatch
 	if err != nil || !known || r.Header.Get("Content-Encoding") != "" {
 		return nil, errMediaType
 	}
@@ -240,7 +246,10 @@ func (d decoder) members(path string, v reflect.Value) error {
 
 // member finds the field that a member is for.
 func member(t reflect.Type, path, name string) (reflect.StructField, error) {
-	for field := range t.Fields() {
+	for _, field := range reflect.VisibleFields(t) {
+		if field.Anonymous {
+			continue // its fields come by themselves
+		}
 		known, _, _ := strings.Cut(field.Tag.Get("json"), ",")
 		if known == name {
 			return field, nil

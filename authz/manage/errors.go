@@ -128,7 +128,7 @@ func fail(status int, code, message string) *failure {
 
 var (
 	errTooLarge  = errors.New("the body is larger than 1 MiB")
-	errMediaType = errors.New("the body must be application/json in UTF-8, not compressed")
+	errMediaType = errors.New("the body must be application/json in UTF-8, not compressed; for an import, application/x-ndjson")
 )
 
 // statusOf translates an error into an answer. It is the one place that does.

@@ -135,7 +135,7 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 	if err := admin.OpenPeppers(ctx, store, peppers, name); err != nil {
 		return err
 	}
-	format := apikey.Format{First: cfg.Credentials.Prefix}
+	format := cfg.format()
 	service := admin.New(store, admin.Config{Format: format, Peppers: peppers}, nil, log)
 	handler := manage.New(service, manage.Config{
 		Format: format, Pepper: peppers.Current, Log: log,
@@ -153,7 +153,9 @@ func (t inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
 		r.Body = http.NoBody
 	}
 	answer := &memoryResponse{header: http.Header{}}
-	t.handler.ServeHTTP(answer, r)
+	if aborted(t.handler, answer, r) {
+		return nil, io.ErrUnexpectedEOF // half an answer is none, as from a network
+	}
 	if answer.status == 0 {
 		answer.status = http.StatusOK
 	}
@@ -161,6 +163,19 @@ func (t inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
 		StatusCode: answer.status, Status: http.StatusText(answer.status), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 		Header: answer.header, Body: io.NopCloser(&answer.body), ContentLength: int64(answer.body.Len()), Request: r,
 	}, nil
+}
+
+// aborted has a handler answer, and reports whether it gave up in the middle.
+func aborted(h http.Handler, w http.ResponseWriter, r *http.Request) (gaveUp bool) {
+	defer func() {
+		if v := recover(); v == http.ErrAbortHandler { //nolint:errorlint // net/http compares it so too
+			gaveUp = true
+		} else if v != nil {
+			panic(v)
+		}
+	}()
+	h.ServeHTTP(w, r)
+	return false
 }
 
 type memoryResponse struct {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -66,6 +67,31 @@ type Credentials struct {
 	Query   string   `yaml:"query"`  // name of a query parameter; "" looks in none
 	Prefix  string   `yaml:"prefix"` // first part of every secret
 	Realm   string   `yaml:"realm"`  // of the WWW-Authenticate header
+	// Foreign are the shapes of secrets that keyward did not make, for keys that were imported.
+	Foreign []ForeignShape `yaml:"foreign"`
+}
+
+// A ForeignShape says how secrets of somebody else look: a prefix and lengths, or a parser that knows them.
+type ForeignShape struct {
+	Prefix    string `yaml:"prefix"`
+	MinLength int    `yaml:"minLength"` // of the whole secret; by default 16 beyond the prefix
+	MaxLength int    `yaml:"maxLength"` // by default 512
+	Parser    string `yaml:"parser"`    // agentAccessToken; "" by prefix
+}
+
+// format is how secrets look.
+func (c *Config) format() apikey.Format {
+	f := apikey.Format{First: c.Credentials.Prefix}
+	for _, shape := range c.Credentials.Foreign {
+		if shape.Parser != "" {
+			f.Foreign = append(f.Foreign, apikey.Shape{AgentToken: true, Prefix: shape.Prefix, MinLength: shape.MinLength, MaxLength: shape.MaxLength})
+			continue
+		}
+		f.Foreign = append(f.Foreign, apikey.Shape{
+			Prefix: shape.Prefix, MinLength: cmp.Or(shape.MinLength, len(shape.Prefix)+16), MaxLength: cmp.Or(shape.MaxLength, 512),
+		})
+	}
+	return f
 }
 
 // Client says which address counts as the client's.
@@ -304,8 +330,13 @@ func (c *Config) validate() error {
 			fault("credentials.headers", "has a name that identityHeaders has too: what a client sends there must not come to look like what keyward says")
 		}
 	}
-	if bad, ok := errors.AsType[*apikey.InvalidError](apikey.Format{First: c.Credentials.Prefix}.Validate()); ok {
-		fault("credentials.prefix", bad.Reason)
+	for i, shape := range c.Credentials.Foreign {
+		if shape.Parser != "" && shape.Parser != "agentAccessToken" {
+			fault(fmt.Sprintf("credentials.foreign[%d].parser", i), "must be agentAccessToken, or absent")
+		}
+	}
+	if bad, ok := errors.AsType[*apikey.InvalidError](c.format().Validate()); ok {
+		fault("credentials."+bad.Field, bad.Reason)
 	}
 	// authz stops at its first fault, so it is asked about one thing at a time.
 	cfg, err := c.authorizer()
@@ -339,7 +370,7 @@ func (c *Config) authorizer() (authz.Config, error) {
 			Headers:        c.Credentials.Headers,
 			NoBearer:       c.Credentials.Bearer != nil && !*c.Credentials.Bearer,
 			QueryParameter: c.Credentials.Query,
-			Format:         apikey.Format{First: c.Credentials.Prefix},
+			Format:         c.format(),
 		},
 		IgnoreCase:    c.IgnoreCase,
 		DenyUnrouted:  c.DefaultRoute == "deny",
@@ -421,7 +452,7 @@ func (c *Config) checkConfig() check.Config {
 	return check.Config{
 		Identity:      check.Identity(c.IdentityHeaders),
 		Realm:         c.Credentials.Realm,
-		Format:        apikey.Format{First: c.Credentials.Prefix},
+		Format:        c.format(),
 		ErrorResponse: c.Errors == "error_response",
 		LogPerSecond:  *c.Log.DecisionsPerSecond,
 		Timeout:       c.Concurrency.wait() + time.Second, // a wait that was asked for is not cut short

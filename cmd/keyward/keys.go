@@ -23,6 +23,7 @@ func (a *app) keysCommand() *cobra.Command {
 		a.keysCreate(), a.keysList(), a.keysGet(), a.keysUpdate(), a.keysRotate(), a.keysAdvice(), a.keysLimits(), a.keysRevoke(),
 		a.keysSwitch("disable", "Refuse a key until it is enabled; when the command returns, it is refused everywhere", true),
 		a.keysSwitch("enable", "No longer refuse a key", false),
+		a.keysImport(), a.keysExport(),
 	)
 	return c
 }

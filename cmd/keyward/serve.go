@@ -149,7 +149,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.admin = admin.New(s.store, admin.Config{
-		Format: apikey.Format{First: cfg.Credentials.Prefix}, Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, AuditKeep: cfg.Audit.Keep.Std(),
+		Format: cfg.format(), Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, AuditKeep: cfg.Audit.Keep.Std(),
 	}, s.cache, s.log)
 	s.lastUsed = usage.NewLastUsed(s.store, s.log)
 	s.redigester = admin.NewRedigester(s.store, peppers.Current.Version(), s.cache.Learn, s.log)
@@ -329,7 +329,7 @@ func (s *service) run(ctx context.Context) error {
 	}
 
 	manageServer := s.httpServer(manage.New(s.admin, manage.Config{
-		Format: apikey.Format{First: s.cfg.Credentials.Prefix}, Pepper: s.pepper, Log: s.log, Version: readVersion().Version,
+		Format: s.cfg.format(), Pepper: s.pepper, Log: s.log, Version: readVersion().Version,
 	}))
 	metricsServer := s.httpServer(s.metricsHandler())
 	group.Go(func() error { return grpcServer.Serve(s.check) })

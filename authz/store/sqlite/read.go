@@ -58,7 +58,8 @@ const (
 			AND (?2 = '' OR type = ?2 AND ?3 = CASE type WHEN 'agent' THEN agent_name ELSE user_principal_name END)) o
 	LEFT JOIN key_counts c ON c.instance_id = ?1 AND c.type = ?2 AND c.name = ?3`
 
-	creations = `SELECT created_at FROM keys WHERE instance_id = ? AND created_at > ? ORDER BY created_at DESC LIMIT ?`
+	creations = `SELECT created_at FROM keys WHERE instance_id = ? AND created_at > ?
+		AND created_by NOT GLOB '` + admin.ImportedBy + `*' ORDER BY created_at DESC LIMIT ?`
 
 	creationsBy = `SELECT created_at FROM keys INDEXED BY keys_by_creator
 	WHERE instance_id = ? AND created_at > ? AND created_by = ? ORDER BY created_at DESC LIMIT ?`

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"slices"
+	"strings"
 	"time"
 
 	"keyward/authz/admin"
@@ -65,7 +66,8 @@ func (r *memoryReader) CountKeys(ctx context.Context, instanceID string, owner a
 // Creations implements admin.Reader.
 func (r *memoryReader) Creations(ctx context.Context, instanceID, createdBy string, since time.Time, limit int) ([]time.Time, error) {
 	list, err := r.some(ctx, func(k *memoryKey) bool {
-		return k.InstanceID == instanceID && k.CreatedAt.After(micros(since)) && (createdBy == "" || createdBy == k.CreatedBy)
+		return k.InstanceID == instanceID && k.CreatedAt.After(micros(since)) &&
+			(createdBy == "" && !strings.HasPrefix(k.CreatedBy, admin.ImportedBy) || createdBy != "" && createdBy == k.CreatedBy)
 	})
 	var times []time.Time
 	for _, k := range list {

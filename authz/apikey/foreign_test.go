@@ -1,0 +1,168 @@
+package apikey_test
+
+import (
+	"crypto/sha256"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"keyward/authz/apikey"
+)
+
+// The token that reference implementations agree on.
+const (
+	tokenInstance = "NfYmD45x1VE4aLuxejdmSnhNKupGV6SY3PgqPFH4EBxLCuz8k"
+	tokenContext  = "25SDHuoyL2qesXhJwG7ZzqxMuyS2xXhpNhVGXSzy5iR49jJfLvLFSP9LhWDFRxGhhSaREydkw4unBkiPifvMEvAyjPW7SYwVUVcKJDR"
+	tokenKey      = "jtTBaL8RrVeEvQDkJ7cXaYa2eE3Xh7GN7bs49GeQGg8mFBCp4"
+	tokenSecret   = "6ywo1VdN1YNnohPCoRVXjqzs31usB8U18hQAUMz3TM6worfPf2mtMGVXbhzi6Wvj4pNMPAHxgztHZkLD9oQCHR4Q5SsZVvQUU3iuxK38e9XiFCHawfC8Y6tP3MmFR9TLfCDMGLANgF5Kd8uRr3xz1Pt1rn6JpStpKXYhpYqp12SZQK"
+)
+
+var agentToken = strings.Join([]string{"keya", tokenInstance, tokenContext, tokenKey, tokenSecret, "ayek"}, ".")
+
+var foreignFormat = apikey.Format{Foreign: []apikey.Shape{{Prefix: "acme_", MinLength: 21, MaxLength: 40}, {AgentToken: true}}}
+
+func TestForeignShapes(t *testing.T) {
+	part := func(i int, with string) string {
+		parts := strings.Split(agentToken, ".")
+		parts[i] = with
+		return strings.Join(parts, ".")
+	}
+	for s, want := range map[string]error{
+		"acme_0123456789abcdef":                          nil,
+		"acme_" + strings.Repeat("x", 35):                nil,
+		"acme_" + strings.Repeat("x", 36):                apikey.ErrShape,
+		"acme_0123456789abcde":                           apikey.ErrShape,
+		"acme_0123456789abc ef":                          apikey.ErrShape,
+		"acme_0123456789abc,ef":                          apikey.ErrShape,
+		"acme_0123456789abc\"ef":                         apikey.ErrShape,
+		"acme_0123456789abc\x7fef":                       apikey.ErrShape,
+		"acme_0123456789abcéef":                          apikey.ErrShape,
+		"ACME_0123456789abcdef":                          apikey.ErrShape,
+		"other_0123456789abcdef":                         apikey.ErrShape,
+		agentToken:                                       nil,
+		strings.ToUpper(agentToken[:4]) + agentToken[4:]: apikey.ErrShape,
+		part(5, "AYEK"):                                  apikey.ErrShape,
+		agentToken + ".ayek":                             apikey.ErrShape,
+		part(3, tokenKey+"."+tokenKey):                   apikey.ErrShape,
+		part(3, ""):                                      apikey.ErrShape,
+		part(2, tokenContext+"0"):                        apikey.ErrShape,
+		part(2, tokenContext+"l"):                        apikey.ErrShape,
+		part(4, tokenSecret[:100]):                       apikey.ErrShape,
+		part(4, tokenSecret+tokenSecret):                 apikey.ErrShape,
+		"keya..ayek":                                     apikey.ErrShape,
+		"keya.ayek":                                      apikey.ErrShape,
+	} {
+		kind, err := foreignFormat.Check(s)
+		if err != want || (err == nil) != (kind == apikey.KindForeign) {
+			t.Errorf("%q: got %c, %v, want %v", s, kind, err, want)
+		}
+		if _, err := (apikey.Format{}).Check(s); err == nil {
+			t.Errorf("%q fits without being registered", s)
+		}
+	}
+	// What begins like one is judged, and never passed on.
+	if kind, ok := foreignFormat.Owns("keya.whatever"); !ok || kind != apikey.KindForeign {
+		t.Error("what begins like a foreign secret is not ours to judge")
+	}
+	// Ours stay ours.
+	ours := apikey.Format{}.New(apikey.KindAgent).Reveal()
+	if kind, err := foreignFormat.Check(ours); err != nil || kind != apikey.KindAgent {
+		t.Errorf("our own: %c, %v", kind, err)
+	}
+	for secret, want := range map[string]string{"acme_0123456789abcdef": "acme_…cdef", agentToken: "keya.…SZQK"} {
+		if got := foreignFormat.Hint(apikey.NewSecret(secret)); got != want {
+			t.Errorf("hint %q, want %q", got, want)
+		}
+	}
+}
+
+func TestBadShapesAreRefused(t *testing.T) {
+	for name, shapes := range map[string][]apikey.Shape{
+		"short prefix":         {{Prefix: "ab", MinLength: 40, MaxLength: 50}},
+		"long prefix":          {{Prefix: strings.Repeat("a", 33), MinLength: 60, MaxLength: 90}},
+		"prefix with a comma":  {{Prefix: "abc,", MinLength: 40, MaxLength: 50}},
+		"guessable":            {{Prefix: "acme_", MinLength: 20, MaxLength: 50}},
+		"longest is shorter":   {{Prefix: "acme_", MinLength: 40, MaxLength: 39}},
+		"too long":             {{Prefix: "acme_", MinLength: 40, MaxLength: 1025}},
+		"ours":                 {{Prefix: "kwi_", MinLength: 40, MaxLength: 50}},
+		"begins as ours":       {{Prefix: "kwi_x", MinLength: 40, MaxLength: 50}},
+		"JWT":                  {{Prefix: "eyJhbGciOi", MinLength: 40, MaxLength: 50}},
+		"twice":                {{Prefix: "acme_", MinLength: 40, MaxLength: 50}, {Prefix: "acme_x", MinLength: 40, MaxLength: 50}},
+		"token twice":          {{AgentToken: true}, {AgentToken: true}},
+		"token and its prefix": {{AgentToken: true}, {Prefix: "keya.x", MinLength: 40, MaxLength: 50}},
+		"token with prefix":    {{AgentToken: true, Prefix: "keya."}},
+	} {
+		if (apikey.Format{Foreign: shapes}).Validate() == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	if err := foreignFormat.Validate(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestParseAgentToken(t *testing.T) {
+	got, err := apikey.ParseAgentToken(agentToken)
+	id, _ := apikey.ParseID("aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee")
+	want := apikey.AgentToken{InstanceID: "11111111-2222-3333-4444-555555555555", AgentName: "demo-agent", KeyID: id}
+	if diff := cmp.Diff(want, got); err != nil || diff != "" {
+		t.Errorf("%v (-want +got)\n%s", err, diff)
+	}
+	parts := strings.Split(agentToken, ".")
+	for name, change := range map[string]func([]string){
+		"instance and context disagree": func(p []string) { p[1] = p[3] },
+		"context of something else":     func(p []string) { p[2] = p[1] },
+		"key id is none":                func(p []string) { p[3] = "2J" },
+		"secret of 129 bytes":           func(p []string) { p[4] = "1" + p[4] },
+		"not base58":                    func(p []string) { p[1] = "0OIl" },
+	} {
+		changed := append([]string{}, parts...)
+		change(changed)
+		if got, err := apikey.ParseAgentToken(strings.Join(changed, ".")); err == nil {
+			t.Errorf("%s: %+v", name, got)
+		} else if strings.Contains(err.Error(), tokenKey) {
+			t.Errorf("%s: the error shows the token", name)
+		}
+	}
+}
+
+// A foreign secret and its SHA-256 find the same key; the SHA-256 itself, sent as a secret, finds none.
+func TestForeignDigests(t *testing.T) {
+	p := apikey.NewPepper(1, false)
+	const secret = "acme_0123456789abcdef"
+	sum := sha256.Sum256([]byte(secret))
+	digest := p.DigestOf(apikey.KindForeign, secret)
+	if digest != p.DigestSHA256(sum) {
+		t.Error("the secret and its SHA-256 have different digests")
+	}
+	if digest == p.Digest(secret) || digest == apikey.NewPepper(1, false).DigestSHA256(sum) {
+		t.Error("the digest is not HMAC(pepper, SHA-256)")
+	}
+	if _, err := foreignFormat.Check(string(sum[:])); err == nil {
+		t.Error("the SHA-256 passes for a secret")
+	}
+	ours := apikey.Format{}.New(apikey.KindInstance).Reveal()
+	if p.DigestOf(apikey.KindInstance, ours) != p.Digest(ours) {
+		t.Error("our own secrets have another digest")
+	}
+}
+
+func TestForeignSecretsCostNoAllocation(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	p := apikey.NewPepper(1, false)
+	for _, secret := range []string{"acme_0123456789abcdef", agentToken} {
+		p.DigestOf(apikey.KindForeign, secret) // the pool and its room for input
+		if n := testing.AllocsPerRun(1000, func() {
+			kind, err := foreignFormat.Check(secret)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p.DigestOf(kind, secret)
+		}); n != 0 {
+			t.Errorf("%d characters: %v allocations", len(secret), n)
+		}
+	}
+}
