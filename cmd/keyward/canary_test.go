@@ -195,7 +195,8 @@ routes:
 			{path("/?key=" + q)}, {path("/?key=" + q + "&key=" + q)}, {path("/?%6Bey=" + q)}, {path("/" + s)}, {path("/a/" + s), header("x-api-key", good)},
 			{path("/i/" + s), header("x-api-key", s)}, {path("//" + s)}, {path("/open?key=" + q), header("x-api-key", s)}, {path("/maybe"), header("cookie", s)},
 			{method(s), header("x-api-key", s)}, {header("x-forwarded-for", s, "x-request-id", s, "x-keyward-key-id", s)},
-			{header("x-api-key", s, "content-type", "application/grpc")}, {from(s), header("x-api-key", s)},
+			{header("x-api-key", s, "content-type", "application/grpc")},
+			{path("/%6" + string("0123456789ABCDEF"[s[0]&15]) + s[1:])},
 		} {
 			l.check(where...)
 		}
