@@ -37,7 +37,7 @@ dev: build ## Envoy, a demo service and keyward in one terminal, with a first ke
 	@$(MAKE) --no-print-directory have-envoy
 	@bin/keyward dev
 
-test: envoys ## get what the tests need, then run all of them with the race detector
+test: envoys schemathesis ## get what the tests need, then run all of them with the race detector
 	go test -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
 	@# Without it: what the detector's own cost would hide, allocations and load.
 	go test -timeout 10m -run TestLeasesUnderLoad $(TESTFLAGS) ./envoy/e2e
@@ -87,6 +87,19 @@ envoys: have-envoy
 .PHONY: have-envoy
 have-envoy:
 	@[ -n "$$ENVOY_BIN" ] || command -v envoy >/dev/null || $(PYTHON) envoy/envoytest/fetch.py $(ENVOY_VERSION)
+
+# Asks a server what its OpenAPI document says: TestSchemathesis. Without it the test is skipped, in CI it fails.
+.PHONY: schemathesis
+schemathesis:
+	@$(MAKE) --no-print-directory $(TOOLS)/schemathesis/.complete || { \
+		echo "schemathesis is not to be had, so TestSchemathesis is skipped: it needs $(PYTHON) with venv and pip, and its packages"; \
+		[ -z "$$CI" ]; }
+
+$(TOOLS)/schemathesis/.complete: cmd/keyward/testdata/schemathesis/requirements.txt
+	rm -rf $(TOOLS)/schemathesis
+	$(PYTHON) -m venv $(TOOLS)/schemathesis
+	$(TOOLS)/schemathesis/bin/pip install --quiet --disable-pip-version-check --only-binary :all: -r $<
+	touch $@
 
 clean: ## remove what was built and fetched
 	rm -rf bin .tools .envoy

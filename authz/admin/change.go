@@ -222,6 +222,7 @@ func (p *KeyPatch) apply(format apikey.Format, k *apikey.Key, policy *apikey.Pol
 			changed.Scopes = apikey.Scopes{}
 		}
 		bad.add(allowed(policy, changed.Scopes))
+		bad.add(noSecretScope(format, "scopes", changed.Scopes))
 	}
 	if p.AllowedIPs.Present {
 		list := p.AllowedIPs.Value

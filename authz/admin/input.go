@@ -122,6 +122,7 @@ func (in *KeyInput) key(format apikey.Format, policy *apikey.Policy, now time.Ti
 	k.Scopes, err = parseScopes("scopes", in.Scopes)
 	bad.add(err)
 	bad.add(allowed(policy, k.Scopes))
+	bad.add(noSecretScope(format, "scopes", k.Scopes))
 	k.AllowedIPs, err = parsePrefixes("allowedIps", in.AllowedIPs)
 	bad.add(err)
 	k.Limits, err = in.Limits.Limits("limits")
@@ -315,6 +316,7 @@ func (in *TokenInput) token(format apikey.Format, now time.Time) (*Token, error)
 	if in.InstanceID != "" {
 		t.InstanceID, err = apikey.CanonicalInstanceID(in.InstanceID)
 		bad.add(err)
+		bad.add(noSecret(format, "instanceId", in.InstanceID))
 	}
 	if in.ExpiresIn != "" {
 		t.ExpiresAt, err = expiresIn(in.ExpiresIn, maxLife, now)
@@ -548,8 +550,8 @@ func text(field, s string, least, most int, also string) error {
 	return nil
 }
 
-// noSecret refuses text with one of our secrets in it: what is typed into a wrong field would be in
-// clear in lists, backups and the audit.
+// noSecret refuses text with one of our secrets in it, also a mistyped one: what is typed into a wrong
+// field would be in clear in lists, backups and the audit.
 func noSecret(format apikey.Format, field, s string) error {
 	for i := range len(s) {
 		kind, ours := format.Owns(s[i:])
@@ -563,8 +565,18 @@ func noSecret(format apikey.Format, field, s string) error {
 				end = i + n
 			}
 		}
-		if _, err := format.Check(s[i:end]); err == nil {
+		if _, err := format.Check(s[i:end]); !errors.Is(err, apikey.ErrShape) {
 			return apikey.Invalid(field, "contains a secret: revoke it if it is in use, and leave it out")
+		}
+	}
+	return nil
+}
+
+// noSecretScope refuses a scope that is a secret: one has the grammar of the other.
+func noSecretScope(format apikey.Format, field string, scopes apikey.Scopes) error {
+	for _, scope := range scopes {
+		if err := noSecret(format, field, string(scope)); err != nil {
+			return err
 		}
 	}
 	return nil

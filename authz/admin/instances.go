@@ -31,6 +31,9 @@ func (s *Service) PutInstance(ctx context.Context, caller Caller, instanceID str
 	if err := policy.Validate(); err != nil {
 		return PutResult{}, under("policy", err)
 	}
+	if err := noSecretScope(s.cfg.Format, "policy.allowedScopes", policy.AllowedScopes); err != nil {
+		return PutResult{}, err
+	}
 	var in *apikey.Instance
 	var created bool
 	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {

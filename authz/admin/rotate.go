@@ -19,10 +19,11 @@ type RotateInput struct {
 }
 
 const (
-	usualGrace   = 24 * time.Hour
-	longestGrace = 30 * 24 * time.Hour
-	// maxValid is how many secrets of a key are valid at once.
-	maxValid = 2
+	// UsualGrace is how long the secret before goes on where nobody says, LongestGrace at most.
+	UsualGrace   = 24 * time.Hour
+	LongestGrace = 30 * 24 * time.Hour
+	// MaxValid is how many secrets of a key are valid at once.
+	MaxValid = 2
 )
 
 // RotateKey gives an active key another secret, a new generation under the same id: counters, limits and
@@ -85,12 +86,12 @@ func (s *Service) rotateKey(ctx context.Context, caller Caller, instance string,
 			}
 		}
 		valid := validGenerations(&rotated, at)
-		if len(valid) >= maxValid && !in.EndOldest {
+		if len(valid) >= MaxValid && !in.EndOldest {
 			return &StateError{fmt.Sprintf("%d secrets are valid already, which is the most: end one of them first, or say endOldest", len(valid))}
 		}
 		for i, g := range valid {
 			switch {
-			case len(valid)-i >= maxValid || grace == 0: // all but the newest
+			case len(valid)-i >= MaxValid || grace == 0: // all but the newest
 				g.ValidUntil, g.Revoked, ended = at, true, true
 			case g.ValidUntil.IsZero() || until.Before(g.ValidUntil):
 				g.ValidUntil = until
@@ -128,13 +129,13 @@ func (s *Service) rotateKey(ctx context.Context, caller Caller, instance string,
 
 func (in *RotateInput) grace() (time.Duration, error) {
 	if in.GracePeriod == "" {
-		return usualGrace, nil
+		return UsualGrace, nil
 	}
 	d, err := apikey.ParseDuration(in.GracePeriod)
 	if err != nil {
 		return 0, under("gracePeriod", err)
 	}
-	if d < 0 || d.Std() > longestGrace {
+	if d < 0 || d.Std() > LongestGrace {
 		return 0, apikey.Invalid("gracePeriod", "must be from 0s to 30d")
 	}
 	return d.Std(), nil

@@ -134,6 +134,13 @@ func (f Format) New(k Kind) Secret {
 // Len is the length of every secret that keyward makes, in bytes.
 func (f Format) Len() int { return len(f.first()) + 2 + randomLen + checksumLen }
 
+// Pattern is a regular expression that finds secrets of this format in a text, in a group, in the common
+// part of RE2, PCRE and Python. What it finds by chance, [Format.Check] refuses.
+func (f Format) Pattern() string {
+	kinds := string([]byte{byte(KindInstance), byte(KindAgent), byte(KindUser), byte(KindManagement)})
+	return fmt.Sprintf(`\b(%s[%s]_[0-9A-Za-z]{%d})\b`, f.first(), kinds, randomLen+checksumLen)
+}
+
 // Owns reports whether s starts with one of our prefixes, and of which kind. What it owns is a
 // credential of ours, good or bad: it is judged, and never passed on to an upstream.
 func (f Format) Owns(s string) (Kind, bool) {

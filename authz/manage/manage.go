@@ -66,6 +66,7 @@ func New(svc *admin.Service, cfg Config) http.Handler {
 	api.OpenAPI().Components.Schemas.RegisterTypeAlias(reflect.TypeFor[huma.ErrorModel](), reflect.TypeFor[ErrorBody]())
 	h.routes(api)
 	h.document(api.OpenAPI())
+	h.serveDocs(api.OpenAPI())
 	return h
 }
 
@@ -102,7 +103,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}()
 
 	caller := admin.Caller{RequestID: id}
-	if r.URL.Path != documentPath {
+	if r.URL.Path != documentPath && r.URL.Path != docsPath {
 		var err error
 		caller, err = h.authenticate(r)
 		caller.RequestID, caller.RemoteAddr = id, r.RemoteAddr

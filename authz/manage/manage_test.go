@@ -237,7 +237,7 @@ func TestEveryRouteWantsAToken(t *testing.T) {
 			"revoked":       bearer(revoked.Secret),
 			"two in a line": {"Authorization", "Bearer " + d.owner.Reveal() + ", Bearer " + d.owner.Reveal()},
 		} {
-			routes := [][2]string{{"GET", "/"}, {"GET", "/nothing"}, {"PATCH", "/tokens"}, {"GET", "/docs"}, {"GET", "/openapi.yaml"}}
+			routes := [][2]string{{"GET", "/"}, {"GET", "/nothing"}, {"PATCH", "/tokens"}, {"GET", "/docs/"}, {"GET", "/openapi.yaml"}}
 			for _, route := range sweep {
 				routes = append(routes, [2]string{route.method, ids(route.target, key, revoked)})
 			}
@@ -699,7 +699,7 @@ func TestNoSuchPathOrMethod(t *testing.T) {
 	k := d.key(t, "a").Key.ID.String()
 	for _, target := range []string{
 		"/", "/instances/", "/instances/a/", "//instances", "/instances/../tokens", "/instances/a/apikeys", "/Instances",
-		"/docs", "/openapi", "/openapi.yaml", "/openapi-3.0.json", "/schemas/KeyRecord.json",
+		"/docs/", "/openapi", "/openapi.yaml", "/openapi-3.0.json", "/schemas/KeyRecord.json",
 		"/instances/%2e%2e/tokens", "/instances/b", "/instances/%00", "/instances/" + strings.Repeat("x", 1<<16),
 		"/instances/a/apiKeys/x", "/instances/a/apiKeys/%00", "/instances/a/apiKeys/" + k + "/", "/instances/a%2fapiKeys",
 		"/instances/a/apiKeys/00000000-0000-0000-0000-000000000000", "/instances/a/apiKeys/" + k[:35], "/instances/a/apiKeys/" + d.owner.Reveal(),
@@ -723,6 +723,7 @@ func TestNoSuchPathOrMethod(t *testing.T) {
 		"/tokens":                   "GET, HEAD, POST",
 		"/tokens/" + k:              "DELETE",
 		"/openapi.json":             "GET, HEAD",
+		"/docs":                     "GET, HEAD",
 	} {
 		w := d.send(d.owner, "OPTIONS", target, "")
 		wantError(t, w, 405, CodeMethodNotAllowed, "")

@@ -2,6 +2,7 @@ package check
 
 import (
 	"log/slog"
+	"net/url"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -131,22 +132,29 @@ func (l *decisionLog) panicked(p any) {
 	l.log.Error("panic in a Check: please report it", "what", what, "stack", stack)
 }
 
-// describe tells a decision without anything that could be a secret: no query, no header, and a path only
-// up to what looks like one of ours.
-func (l *decisionLog) describe(r *authz.Request, d *authz.Decision) []any {
-	path, _, _ := strings.Cut(r.Path, "?")
-	path = cut(path, 256)
-	for i := range path {
-		if _, ours := l.format.Owns(path[i:]); ours {
-			path = path[:i] + "[secret]"
-			break
+// clean returns a text of a client's up to what looks like one of our secrets.
+func (l *decisionLog) clean(text string) string {
+	for i := range text {
+		if _, ours := l.format.Owns(text[i:]); ours {
+			return text[:i] + "[secret]"
 		}
 	}
+	return text
+}
+
+// describe tells a decision without anything that could be a secret: no query, no header, and of path and
+// method only what comes before one of ours.
+func (l *decisionLog) describe(r *authz.Request, d *authz.Decision) []any {
+	path, _, _ := strings.Cut(r.Path, "?")
+	if plain, err := url.PathUnescape(path); err == nil && l.clean(plain) != plain {
+		path = plain // because escapes hide where the secret begins
+	}
+	path = cut(l.clean(path), 256)
 	attrs := []any{
 		slog.String("decisionId", d.ID.String()),
 		slog.String("outcome", d.Outcome().String()),
 		slog.String("reason", d.Reason.String()),
-		slog.String("method", cut(r.Method, 32)),
+		slog.String("method", l.clean(cut(r.Method, 32))),
 		slog.String("path", path),
 		slog.String("peer", r.Peer),
 	}

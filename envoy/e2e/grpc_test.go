@@ -91,7 +91,7 @@ func TestGRPCCallers(t *testing.T) {
 			if diff := cmp.Diff(defaultNames.of(k, "calls:*"), got); diff != "" {
 				t.Errorf("%s (-want +got):\n%s", credentials[0], diff)
 			}
-			if seen.has(k.secret[coreAt:]) || seen.has("evil") {
+			if seen.has(k.secret[8:]) || seen.has("evil") {
 				t.Errorf("%s: the secret or a spoof reached the upstream", credentials[0])
 			}
 		}

@@ -192,7 +192,7 @@ func TestLimits(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			s.canary.add(made.Secret.Reveal())
+			s.canary.Add(made.Secret.Reveal())
 			if passed, _ := split(t, f.atOnce(t, 12, []string{withKey(made.Secret.Reveal())})); passed != 3 {
 				t.Errorf("%d passed, want 3", passed)
 			}

@@ -259,7 +259,7 @@ func (s *server) token(t *testing.T, name, instance string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.canary.add(made.Secret.Reveal())
+	s.canary.Add(made.Secret.Reveal())
 	return made.Secret.Reveal()
 }
 

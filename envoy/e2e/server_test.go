@@ -12,13 +12,13 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/authz/apikey/canarytest"
 	"keyward/authz/manage"
 )
 
@@ -30,7 +30,7 @@ type server struct {
 
 	config  config
 	process *process
-	canary  canary
+	canary  canarytest.Canary
 }
 
 // A config is what a test says of keyward, besides files and ports.
@@ -77,7 +77,7 @@ func serve(t testing.TB, c config) *server {
 
 // as returns a client with another token.
 func (s *server) as(token apikey.Secret) *manage.Client {
-	s.canary.add(token.Reveal())
+	s.canary.Add(token.Reveal())
 	return manage.NewClient("http://"+s.manage, token, nil)
 }
 
@@ -290,7 +290,7 @@ func (s *server) key(t testing.TB, instance string, in admin.KeyInput) key {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.canary.add(made.Secret.Reveal())
+	s.canary.Add(made.Secret.Reveal())
 	return key{made.Key, made.Secret.Reveal()}
 }
 
@@ -314,7 +314,7 @@ func limited(requests int, per string, burst int) admin.LimitsInput {
 // unknown is a secret that looks like one of ours, and that nobody has.
 func (s *server) unknown(kind apikey.Kind) string {
 	secret := apikey.Format{}.New(kind).Reveal()
-	s.canary.add(secret)
+	s.canary.Add(secret)
 	return secret
 }
 
@@ -348,23 +348,11 @@ func (s *server) checkLogs(t testing.TB) {
 			t.Errorf("keyward's log: %s", log[at:min(len(log), at+4<<10)])
 		}
 	}
-	hits, err := s.canary.search(s.dir, "pepper", "admin.token")
+	hits, err := s.canary.Search(s.dir, "pepper", "admin.token")
 	if err != nil {
 		t.Error(err)
 	}
 	for _, hit := range hits {
 		t.Errorf("a secret was written down: %s", hit)
 	}
-}
-
-// A canary remembers every secret. Safe for concurrent use.
-type canary struct {
-	mu      sync.Mutex
-	secrets []string
-}
-
-func (c *canary) add(secret string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.secrets = append(c.secrets, secret)
 }
