@@ -66,6 +66,8 @@ type Credentials struct {
 	Query   string   `yaml:"query"`  // name of a query parameter; "" looks in none
 	Prefix  string   `yaml:"prefix"` // first part of every secret
 	Realm   string   `yaml:"realm"`  // of the WWW-Authenticate header
+	// Deprecation tells clients with an older secret than their key's newest so, in the answers they get.
+	Deprecation bool `yaml:"deprecation"`
 }
 
 // Client says which address counts as the client's.
@@ -417,6 +419,7 @@ func (c *Config) checkConfig() check.Config {
 		Realm:         c.Credentials.Realm,
 		Format:        apikey.Format{First: c.Credentials.Prefix},
 		ErrorResponse: c.Errors == "error_response",
+		Deprecation:   c.Credentials.Deprecation,
 		LogPerSecond:  *c.Log.DecisionsPerSecond,
 		Timeout:       c.Concurrency.wait() + time.Second, // a wait that was asked for is not cut short
 	}

@@ -32,9 +32,9 @@ type stack struct {
 	server  *check.Server
 	limiter *local.Limiter
 	// secrets are of keys that are cached: in classes, for each sort of Check one.
-	free, leased, spent []string
-	unknown, broken     []string
-	ids                 map[string]apikey.ID // of secrets
+	free, leased, spent, old []string
+	unknown, broken          []string
+	ids                      map[string]apikey.ID // of secrets
 }
 
 // touch forgets last uses, which are written behind a Check's back.
@@ -60,11 +60,11 @@ func newStack(t testing.TB, n int) *stack {
 	s := &stack{ids: map[string]apikey.ID{}}
 	var digests []apikey.Digest
 	number := 0
-	issue := func(in apikey.Limits) string {
+	issue := func(in apikey.Limits, generations ...apikey.Generation) string {
 		number++
 		k := &apikey.Key{
 			InstanceID: "demo", Type: apikey.TypeAgent, AgentName: "sales", Limits: in,
-			Scopes: apikey.Scopes{"completions:write", "files:read"}, Generation: 1, Generations: []apikey.Generation{{Number: 1}},
+			Scopes: apikey.Scopes{"completions:write", "files:read"}, Generation: 1, Generations: generations,
 		}
 		for i := range 8 {
 			k.ID[i], k.ID[15-i] = byte(number>>(8*i)), byte(number>>(8*i))
@@ -76,15 +76,18 @@ func newStack(t testing.TB, n int) *stack {
 		digests = append(digests, digest)
 		return secret
 	}
+	first := apikey.Generation{Number: 1}
+	until := apikey.Generation{Number: 1, ValidUntil: time.Now().Add(24 * time.Hour)}
 	wide := apikey.Rate{Requests: 1_000_000, Per: apikey.Duration(time.Second)}
 	for range n {
-		s.free = append(s.free, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: -1}))
-		s.leased = append(s.leased, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: 1_000_000}))
+		s.free = append(s.free, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: -1}, first))
+		s.leased = append(s.leased, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: 1_000_000}, first))
 		s.unknown = append(s.unknown, format.New(apikey.KindAgent).Reveal())
 		good := format.New(apikey.KindAgent).Reveal()
 		s.broken = append(s.broken, good[:len(good)-1]+string(good[len(good)-1]^1))
 		if len(s.spent) < 1000 {
-			s.spent = append(s.spent, issue(apikey.Limits{Rate: apikey.Rate{Requests: 1, Per: apikey.Duration(24 * time.Hour)}, Burst: 1, MaxConcurrent: 10}))
+			s.spent = append(s.spent, issue(apikey.Limits{Rate: apikey.Rate{Requests: 1, Per: apikey.Duration(24 * time.Hour)}, Burst: 1, MaxConcurrent: 10}, first))
+			s.old = append(s.old, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: -1}, until, apikey.Generation{Number: 2, CreatedAt: time.Now()}))
 		}
 	}
 
@@ -115,7 +118,7 @@ func newStack(t testing.TB, n int) *stack {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.server, err = check.New(a, check.Config{Leases: authz.NewLeaseIDs(peppers)}, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
+	s.server, err = check.New(a, check.Config{Leases: authz.NewLeaseIDs(peppers), Deprecation: true}, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,6 +185,7 @@ var sorts = []struct {
 }{
 	{"allowed", 0, func(s *stack) []string { return s.free }},
 	{"allowed_lease", 0, func(s *stack) []string { return s.leased }},
+	{"allowed_old", 0, func(s *stack) []string { return s.old }}, // answered with Deprecation and Sunset
 	{"denied_burst", 8, func(s *stack) []string { return s.spent }},
 	{"unknown_cached", 16, func(s *stack) []string { return s.unknown }},
 	{"bad_checksum", 16, func(s *stack) []string { return s.broken }},
