@@ -43,6 +43,7 @@ type Config struct {
 type Listen struct {
 	Check   Listener `yaml:"check"`   // gRPC, for Envoy
 	Manage  Listener `yaml:"manage"`  // Management API
+	Holders Listener `yaml:"holders"` // what holders of keys may ask; off unless it has an address
 	Metrics Listener `yaml:"metrics"` // Prometheus, health
 }
 
@@ -209,6 +210,7 @@ func defaultConfig() Config {
 			// Each thread of an Envoy keeps one connection, and its health checks one more.
 			Check:   Listener{Address: "127.0.0.1:9191", MaxConnections: 4096},
 			Manage:  Listener{Address: "127.0.0.1:9192", MaxConnections: 512},
+			Holders: Listener{MaxConnections: 512},
 			Metrics: Listener{Address: "127.0.0.1:9193", MaxConnections: 512},
 		},
 		Credentials:   Credentials{Headers: authz.DefaultCredentialHeaders, Bearer: &yes, Prefix: apikey.DefaultFirst, Realm: "keyward"},
@@ -237,6 +239,7 @@ func (c *Config) validate() error {
 	faults := []error{
 		c.Listen.Check.validate("listen.check"),
 		c.Listen.Manage.validate("listen.manage"),
+		c.Listen.Holders.validate("listen.holders"),
 		c.Listen.Metrics.validate("listen.metrics"),
 		c.Concurrency.validate(),
 		c.Runtime.validate(),

@@ -126,6 +126,7 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(
 		a.serveCommand(), a.devCommand(),
 		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.auditCommand(), a.inFlightCommand(), a.pepperCommand(),
+		a.selfCommand(), a.revokeLeakedCommand(),
 		a.envoyCommand(), a.benchCommand(), a.configCommand(), a.versionCommand(),
 	)
 	root.InitDefaultCompletionCmd()
