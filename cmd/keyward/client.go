@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/user"
 	"strings"
 	"time"
 
@@ -128,10 +127,7 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	name := "keyward --offline"
-	if u, err := user.Current(); err == nil {
-		name += " as " + u.Username
-	}
+	name := localActor("keyward --offline")
 	if err := admin.OpenPeppers(ctx, store, peppers, name); err != nil {
 		return err
 	}

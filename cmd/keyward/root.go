@@ -127,6 +127,7 @@ func (a *app) root() *cobra.Command {
 		a.serveCommand(), a.devCommand(),
 		a.instancesCommand(), a.keysCommand(), a.tokensCommand(), a.auditCommand(), a.inFlightCommand(), a.pepperCommand(),
 		a.selfCommand(), a.revokeLeakedCommand(),
+		a.backupCommand(), a.restoreCommand(), a.migrateCommand(),
 		a.envoyCommand(), a.benchCommand(), a.configCommand(), a.versionCommand(),
 	)
 	root.InitDefaultCompletionCmd()
