@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,6 +48,7 @@ func (a *app) clientFlags(c *cobra.Command) {
 func (a *app) serverFlags(flags *pflag.FlagSet) {
 	flags.StringVar(&a.server, "server", "", "Management API to call (KEYWARD_SERVER; default "+defaultServer+")")
 	flags.StringVar(&a.tokenFile, "token-file", "", "file with the management token (KEYWARD_TOKEN_FILE)")
+	flags.StringVar(&a.contextName, "context", "", "context to work in, see keyward context (KEYWARD_CONTEXT)")
 }
 
 func wrapUsage(err error) error {
@@ -77,22 +79,24 @@ func (a *app) withClient(ctx context.Context, fn func(ctx context.Context, c *ma
 // onlineClient returns a client of the server that the flags or the environment name, and what says of an
 // error of its calls, if that is so, that no server answers.
 func (a *app) onlineClient() (_ *manage.Client, reach func(ctx context.Context, err error) error, err error) {
-	server := a.server
-	if server == "" {
-		server = a.environment("KEYWARD_SERVER")
+	server, err := a.named("--server", a.server, "KEYWARD_SERVER")
+	if err != nil {
+		return nil, nil, err
 	}
-	if server == "" {
-		server = defaultServer
+	in, err := a.serverContext(server)
+	if err != nil {
+		return nil, nil, err
 	}
+	server = cmp.Or(server, in.Server, defaultServer)
 	if u, err := url.Parse(server); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return nil, nil, usageError{fmt.Errorf("--server: must be a URL such as %s", defaultServer)}
 	}
-	file := a.tokenFile
-	if file == "" {
-		file = a.environment("KEYWARD_TOKEN_FILE")
+	file := cmp.Or(a.tokenFile, a.environment("KEYWARD_TOKEN_FILE"), in.TokenFile)
+	if a.contextName != "" {
+		file = cmp.Or(a.tokenFile, in.TokenFile, a.environment("KEYWARD_TOKEN_FILE"))
 	}
 	if file == "" {
-		return nil, nil, usageError{errors.New("no management token: name its file by --token-file or KEYWARD_TOKEN_FILE; the first one is in admin.token beside the server's store")}
+		return nil, nil, usageError{errors.New("no management token: name its file by --token-file, KEYWARD_TOKEN_FILE or a context; the first one is in admin.token beside the server's store")}
 	}
 	token, err := readPrivate(file)
 	if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -31,6 +32,7 @@ type holdersClient struct {
 
 func (h *holdersClient) flags(c *cobra.Command) {
 	c.Flags().StringVar(&h.address, "holders", "", "holders' listener to call (KEYWARD_HOLDERS; default http://"+usualHolders+")")
+	c.Flags().StringVar(&h.contextName, "context", "", "context to work in, see keyward context (KEYWARD_CONTEXT)")
 	c.Flags().StringVarP(&h.output, "output", "o", "table", "table, json, jsonl or yaml")
 	check := c.RunE
 	c.RunE = func(cmd *cobra.Command, args []string) error {
@@ -142,13 +144,18 @@ func (a *app) readSecret() (apikey.Secret, error) {
 func (h *holdersClient) call(ctx context.Context, method, path string, secret apikey.Secret, body, into any) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	base := h.address
-	if base == "" {
-		base = h.environment("KEYWARD_HOLDERS")
+	base, err := h.named("--holders", h.address, "KEYWARD_HOLDERS")
+	if err != nil {
+		return err
 	}
-	if base == "" {
-		base = "http://" + usualHolders
+	in, err := h.serverContext(base)
+	if err != nil {
+		return err
 	}
+	if base == "" && in.Server != "" && in.Holders == "" {
+		return usageError{errors.New("the context does not say where holders are listened to: name it by --holders, or by keyward context set --holders")}
+	}
+	base = cmp.Or(base, in.Holders, "http://"+usualHolders)
 	if u, err := url.Parse(base); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return usageError{fmt.Errorf("--holders: must be a URL such as http://%s", usualHolders)}
 	}
