@@ -43,7 +43,8 @@ func TestHolderLearnsWhatIsInForceAndSpendsNothing(t *testing.T) {
 		}
 		key := func(s apikey.Secret) authz.Pair { return header("x-api-key", s.Reveal()) }
 
-		k := apikey.Key{InstanceID: "capped", Scopes: apikey.Scopes{"bills:read", "orders:read"}, Limits: apikey.Limits{Burst: 7, MaxConcurrent: 5}}
+		k := apikey.Key{InstanceID: "capped", Scopes: apikey.Scopes{"bills:read", "orders:read"}, Limits: apikey.Limits{Burst: 7, MaxConcurrent: 5},
+			AllowedIPs: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}}
 		good := w.issue(k)
 		room := lookable{w, map[limits.Class]int64{limits.ClassBurst: 6, limits.ClassInstance: 4, limits.ClassConcurrency: 2}}
 		got, reason, err := ask(room, key(good))
