@@ -533,11 +533,8 @@ func (a *Authorizer) TakeBack(ctx context.Context, d *Decision) {
 	_ = a.limiter.End(context.WithoutCancel(ctx), []limits.Ending{{Lease: d.Lease, Cause: limits.CauseContext}})
 }
 
-// limit judges and spends. waited says that it took long enough for other things to have changed.
-func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *rules, q *question, instance *apikey.Instance) (waited bool, err error) {
-	k := d.Key
-	inForce := instance.Policy.LimitsOf(k)
-	rates := r.rates[:0]
+// appendRates appends the rates that a request with the key must pass.
+func appendRates(rates []limits.RateDemand, k *apikey.Key, instance *apikey.Instance, inForce apikey.Limits) []limits.RateDemand {
 	if total := limits.RateOf(instance.Policy.Total); !total.IsZero() {
 		var room [64]byte
 		owner := sha256.Sum256(append(room[:0], instance.ID...))
@@ -550,6 +547,14 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 			Cell: limits.Cell{Owner: k.ID, Class: limits.ClassBurst}, Rate: rate,
 		})
 	}
+	return rates
+}
+
+// limit judges and spends. waited says that it took long enough for other things to have changed.
+func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *rules, q *question, instance *apikey.Instance) (waited bool, err error) {
+	k := d.Key
+	inForce := instance.Policy.LimitsOf(k)
+	rates := appendRates(r.rates[:0], k, instance, inForce)
 	demand := &r.demand // in the request, as the digests are
 	*demand = limits.Demand{Rates: rates}
 	if inForce.MaxConcurrent > 0 {

@@ -32,6 +32,13 @@ func RateOf(l apikey.Limits) Rate {
 // IsZero reports whether r limits nothing.
 func (r Rate) IsZero() bool { return r.Interval == 0 }
 
+// Left is how many requests Take would let through at now, one after the other, of the bucket that will next
+// be full at time full.
+func (r Rate) Left(full, now int64) int64 {
+	interval := int64(r.Interval)
+	return max(0, (now+r.Burst*interval-max(full, now))/interval)
+}
+
 // Take spends one request from the bucket that will next be full at time full, in nanoseconds on the
 // limiter's clock, and returns when it will be full after that. Where there is no room it returns full
 // as it counts now and how long to wait for room; above 0 means refused. Zero as full is a bucket never

@@ -6,10 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
-	"sync"
 	"time"
-
-	"github.com/hashicorp/golang-lru/v2/simplelru"
 
 	"keyward/authz/apikey"
 	"keyward/limits"
@@ -17,11 +14,8 @@ import (
 
 // leaks are the reports of leaked secrets that wait for their turn.
 type leaks struct {
-	queue chan leak
-
-	mu      sync.Mutex
-	sources *simplelru.LRU[netip.Addr, int64] // limits.Rate's state of each address
-	begin   time.Time
+	queue   chan leak
+	sources *Sources
 }
 
 // A leak is one report. It holds digests: the secret itself is forgotten when the report is accepted.
@@ -32,20 +26,15 @@ type leak struct {
 }
 
 const (
-	leakQueue   = 1024
-	leakSources = 16_384
-	leakPause   = time.Second // before a store that does not answer is asked again
+	leakQueue = 1024
+	leakPause = time.Second // before a store that does not answer is asked again
 )
 
 // leakRate is how often one address may report.
 var leakRate = limits.Rate{Interval: time.Minute, Burst: 30}
 
 func newLeaks() leaks {
-	sources, err := simplelru.NewLRU[netip.Addr, int64](leakSources, nil)
-	if err != nil {
-		panic(err) // only for a size below 1
-	}
-	return leaks{queue: make(chan leak, leakQueue), sources: sources, begin: time.Now()}
+	return leaks{queue: make(chan leak, leakQueue), sources: NewSources(leakRate)}
 }
 
 // ReportLeaked takes the report that a secret has leaked. Whoever has the secret may say so: it is its own
@@ -61,8 +50,8 @@ func (s *Service) ReportLeaked(secret apikey.Secret, from netip.Addr, requestID 
 	if err != nil || kind == apikey.KindManagement {
 		return apikey.Invalid("secret", "is not an API key: its prefix, length or checksum is wrong")
 	}
-	if err := s.leaks.spend(from); err != nil {
-		return err
+	if wait := s.leaks.sources.Take(from); wait > 0 {
+		return &RateError{What: "reports came from one address", Limit: int(leakRate.Burst), Per: time.Duration(leakRate.Burst) * leakRate.Interval, RetryAfter: max(wait, time.Second)}
 	}
 	l := leak{digests: []apikey.Digest{s.cfg.Peppers.Current.DigestOf(kind, sent)}, from: from.String(), requestID: requestID}
 	if s.cfg.Peppers.Previous != nil {
@@ -74,25 +63,6 @@ func (s *Service) ReportLeaked(secret apikey.Secret, from netip.Addr, requestID 
 	default:
 		return &apikey.BusyError{What: "too many reports of leaked keys wait", RetryAfter: time.Second}
 	}
-}
-
-// spend judges how often an address has reported.
-func (l *leaks) spend(from netip.Addr) error {
-	from = from.Unmap()
-	if from.Is6() { // one subscriber has a whole /64
-		if network, err := from.WithZone("").Prefix(64); err == nil {
-			from = network.Addr()
-		}
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	full, _ := l.sources.Get(from)
-	full, wait := leakRate.Take(full, int64(time.Since(l.begin)))
-	l.sources.Add(from, full)
-	if wait > 0 {
-		return &RateError{What: "reports came from one address", Limit: int(leakRate.Burst), Per: time.Duration(leakRate.Burst) * leakRate.Interval, RetryAfter: max(wait, time.Second)}
-	}
-	return nil
 }
 
 // RunLeakReports does what reports of leaked secrets ask for until ctx is done, and then what still waits.

@@ -490,7 +490,11 @@ func (b *bench) metricsURL() string {
 
 // isServerHere reports whether the Management API is on this machine.
 func (b *bench) isServerHere() bool {
-	u, err := url.Parse(b.serverURL())
+	server, _, err := b.serverURL()
+	if err != nil {
+		return false
+	}
+	u, err := url.Parse(server)
 	return err == nil && (Listener{Address: net.JoinHostPort(u.Hostname(), u.Port())}).isLoopback()
 }
 

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/user"
 	"strings"
 	"time"
 
@@ -49,6 +48,7 @@ func (a *app) clientFlags(c *cobra.Command) {
 func (a *app) serverFlags(flags *pflag.FlagSet) {
 	flags.StringVar(&a.server, "server", "", "Management API to call (KEYWARD_SERVER; default "+defaultServer+")")
 	flags.StringVar(&a.tokenFile, "token-file", "", "file with the management token (KEYWARD_TOKEN_FILE)")
+	flags.StringVar(&a.contextName, "context", "", "context to work in, see keyward context (KEYWARD_CONTEXT)")
 }
 
 func wrapUsage(err error) error {
@@ -76,24 +76,32 @@ func (a *app) withClient(ctx context.Context, fn func(ctx context.Context, c *ma
 	return reach(ctx, fn(ctx, c))
 }
 
-// serverURL is the server that the flags or the environment name.
-func (a *app) serverURL() string {
-	return cmp.Or(a.server, a.environment("KEYWARD_SERVER"), defaultServer)
+// serverURL is the server that the flags, the environment or the context in use name, and that context.
+func (a *app) serverURL() (string, ServerContext, error) {
+	server, err := a.named("--server", a.server, "KEYWARD_SERVER")
+	if err != nil {
+		return "", ServerContext{}, err
+	}
+	in, err := a.serverContext(server)
+	return cmp.Or(server, in.Server, defaultServer), in, err
 }
 
 // onlineClient returns a client of the server that the flags or the environment name, and what says of an
 // error of its calls, if that is so, that no server answers.
 func (a *app) onlineClient() (_ *manage.Client, reach func(ctx context.Context, err error) error, err error) {
-	server := a.serverURL()
+	server, in, err := a.serverURL()
+	if err != nil {
+		return nil, nil, err
+	}
 	if u, err := url.Parse(server); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return nil, nil, usageError{fmt.Errorf("--server: must be a URL such as %s", defaultServer)}
 	}
-	file := a.tokenFile
-	if file == "" {
-		file = a.environment("KEYWARD_TOKEN_FILE")
+	file := cmp.Or(a.tokenFile, a.environment("KEYWARD_TOKEN_FILE"), in.TokenFile)
+	if a.contextName != "" {
+		file = cmp.Or(a.tokenFile, in.TokenFile, a.environment("KEYWARD_TOKEN_FILE"))
 	}
 	if file == "" {
-		return nil, nil, usageError{errors.New("no management token: name its file by --token-file or KEYWARD_TOKEN_FILE; the first one is in admin.token beside the server's store")}
+		return nil, nil, usageError{errors.New("no management token: name its file by --token-file, KEYWARD_TOKEN_FILE or a context; the first one is in admin.token beside the server's store")}
 	}
 	token, err := readPrivate(file)
 	if err != nil {
@@ -128,10 +136,7 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	name := "keyward --offline"
-	if u, err := user.Current(); err == nil {
-		name += " as " + u.Username
-	}
+	name := localActor("keyward --offline")
 	if err := admin.OpenPeppers(ctx, store, peppers, name); err != nil {
 		return err
 	}

@@ -44,6 +44,7 @@ type Config struct {
 type Listen struct {
 	Check   Listener `yaml:"check"`   // gRPC, for Envoy
 	Manage  Listener `yaml:"manage"`  // Management API
+	Holders Listener `yaml:"holders"` // what holders of keys may ask; off unless it has an address
 	Metrics Listener `yaml:"metrics"` // Prometheus, health
 }
 
@@ -69,6 +70,8 @@ type Credentials struct {
 	Realm   string   `yaml:"realm"`  // of the WWW-Authenticate header
 	// Foreign are the shapes of secrets that keyward did not make, for keys that were imported.
 	Foreign []ForeignShape `yaml:"foreign"`
+	// Deprecation tells clients with an older secret than their key's newest so, in the answers they get.
+	Deprecation bool `yaml:"deprecation"`
 }
 
 // A ForeignShape says how secrets of somebody else look: a prefix and lengths, or a parser that knows them.
@@ -239,6 +242,7 @@ func defaultConfig() Config {
 			// Each thread of an Envoy keeps one connection, and its health checks one more.
 			Check:   Listener{Address: "127.0.0.1:9191", MaxConnections: 4096},
 			Manage:  Listener{Address: "127.0.0.1:9192", MaxConnections: 512},
+			Holders: Listener{MaxConnections: 512},
 			Metrics: Listener{Address: "127.0.0.1:9193", MaxConnections: 512},
 		},
 		Credentials:   Credentials{Headers: authz.DefaultCredentialHeaders, Bearer: &yes, Prefix: apikey.DefaultFirst, Realm: "keyward"},
@@ -267,6 +271,7 @@ func (c *Config) validate() error {
 	faults := []error{
 		c.Listen.Check.validate("listen.check"),
 		c.Listen.Manage.validate("listen.manage"),
+		c.Listen.Holders.validate("listen.holders"),
 		c.Listen.Metrics.validate("listen.metrics"),
 		c.Concurrency.validate(),
 		c.Runtime.validate(),
@@ -454,6 +459,7 @@ func (c *Config) checkConfig() check.Config {
 		Realm:         c.Credentials.Realm,
 		Format:        c.format(),
 		ErrorResponse: c.Errors == "error_response",
+		Deprecation:   c.Credentials.Deprecation,
 		LogPerSecond:  *c.Log.DecisionsPerSecond,
 		Timeout:       c.Concurrency.wait() + time.Second, // a wait that was asked for is not cut short
 	}

@@ -204,6 +204,7 @@ func TestEveryFieldHasAnEnvironmentVariable(t *testing.T) {
 listen:
   check: {tls: {clientNames: [envoy.example, "spiffe://example/envoy"]}}
   manage: {tls: {clientNames: [admin.example]}}
+  holders: {tls: {clientNames: [holder.example]}}
   metrics: {tls: {clientNames: [prometheus.example]}}
 credentials: {headers: [x-token]}
 routes:
@@ -335,6 +336,7 @@ func TestValidation(t *testing.T) {
 		{"listen.manage.address", func(c *Config) { c.Listen.Manage.Address = canary }},
 		{"listen.manage.tls", func(c *Config) { c.Listen.Manage.TLS.CertFile = canary }},
 		{"listen.manage.tls", func(c *Config) { c.Listen.Manage.TLS.KeyFile = canary }},
+		{"listen.holders.address", func(c *Config) { c.Listen.Holders.Address = canary }},
 		{"listen.metrics.address", func(c *Config) { c.Listen.Metrics.Address = canary }},
 		{"listen.metrics.tls", func(c *Config) { c.Listen.Metrics.TLS.ClientCAFile = canary }},
 		{"listen.metrics.tls.clientNames", func(c *Config) { c.Listen.Metrics.TLS.ClientNames = []string{canary} }},

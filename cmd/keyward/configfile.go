@@ -22,7 +22,7 @@ import (
 const envPrefix = "KEYWARD_"
 
 // clientEnv are the variables of the commands that call a server; they are no configuration of one.
-var clientEnv = []string{"KEYWARD_SERVER", "KEYWARD_TOKEN_FILE"}
+var clientEnv = []string{"KEYWARD_SERVER", "KEYWARD_TOKEN_FILE", "KEYWARD_HOLDERS", "KEYWARD_CONTEXT", "KEYWARD_CONTEXTS"}
 
 // serviceLink are the variables that Kubernetes sets for services whose names begin with keyward.
 var serviceLink = regexp.MustCompile(`^KEYWARD(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)

@@ -26,7 +26,9 @@ import (
 const (
 	devActor    = "keyward dev"
 	devInstance = "demo"
-	devKeyName  = "demo"
+	// usualHolders is where keyward dev listens for holders of keys, and where keyward self asks unless told otherwise.
+	usualHolders = "127.0.0.1:9194"
+	devKeyName   = "demo"
 
 	devPepperFile = "pepper"
 	devSecretFile = "demo.secret"
@@ -71,6 +73,7 @@ func (a *app) devCommand() *cobra.Command {
 type devState struct {
 	Envoy      string `json:"envoy"`   // base URL
 	Manage     string `json:"manage"`  // base URL
+	Holders    string `json:"holders"` // base URL
 	Metrics    string `json:"metrics"` // base URL
 	GRPC       string `json:"grpc"`    // address
 	Instance   string `json:"instance"`
@@ -101,7 +104,8 @@ func (a *app) dev(ctx context.Context, dir string, tour bool) (err error) {
 	cfg.Store.SQLite.Path = filepath.Join(dir, "keyward.db")
 	cfg.Pepper.File = filepath.Join(dir, devPepperFile)
 	cfg.Routes = devRoutes
-	for _, l := range []*Listener{&cfg.Listen.Check, &cfg.Listen.Manage, &cfg.Listen.Metrics} {
+	cfg.Listen.Holders.Address = usualHolders
+	for _, l := range []*Listener{&cfg.Listen.Check, &cfg.Listen.Manage, &cfg.Listen.Holders, &cfg.Listen.Metrics} {
 		l.Address = usualOrFree(l.Address)
 	}
 	if err := cfg.validate(); err != nil {
@@ -156,7 +160,7 @@ func (a *app) devSession(ctx context.Context, s *service, binary, dir, upstream 
 		return ctx.Err()
 	}
 	state := devState{
-		Manage: "http://" + s.manage.Addr().String(), Metrics: "http://" + s.metrics.Addr().String(),
+		Manage: "http://" + s.manage.Addr().String(), Holders: "http://" + s.holders.Addr().String(), Metrics: "http://" + s.metrics.Addr().String(),
 		GRPC: s.check.Addr().String(), Instance: devInstance,
 		TokenFile: s.adminTokenPath(), SecretFile: filepath.Join(dir, devSecretFile), PID: os.Getpid(),
 	}
@@ -228,6 +232,8 @@ func welcome(s devState, dir string) string {
 		2*devBurst, key, s.Envoy, key, s.Envoy)
 	say("# 429 again: slow requests count while they run, and this key may have %d at once (give the burst 10 s to refill)", devConcurrent)
 	say("for i in $(seq %d); do curl -s -o /dev/null -w '%%{http_code} ' %s '%s/orders?delay=3s' & done; wait", devConcurrent+1, key, s.Envoy)
+	say("# what the key may, and what is left of its limits")
+	say("curl %s %s/self", key, s.Holders)
 	say("# the keys of the instance %q, and another key", s.Instance)
 	say("curl %s %s/instances/%s/apiKeys", token, s.Manage, s.Instance)
 	say(`curl -X POST %s -H 'Content-Type: application/json' -d '{"name": "my-api-key"}' %s/instances/%s/apiKeys`, token, s.Manage, s.Instance)

@@ -28,7 +28,7 @@ func TestDev(t *testing.T) {
 	dir := filepath.Join(work, "it's here") // which a shell has to be told
 	// Somebody has the usual ports: this test, or whoever it was that came first.
 	usual := defaultConfig()
-	for _, address := range []string{usual.Listen.Check.Address, usual.Listen.Manage.Address, usual.Listen.Metrics.Address} {
+	for _, address := range []string{usual.Listen.Check.Address, usual.Listen.Manage.Address, usualHolders, usual.Listen.Metrics.Address} {
 		if l, err := net.Listen("tcp", address); err == nil {
 			t.Cleanup(func() { _ = l.Close() })
 		}
@@ -64,7 +64,7 @@ func TestDev(t *testing.T) {
 		if err := errors.Join(json.Unmarshal(text, &state), json.Unmarshal(text, &members)); err != nil {
 			t.Fatal(err)
 		}
-		for _, name := range []string{"envoy", "manage", "metrics", "grpc", "instance", "tokenFile", "secretFile", "pid", "envoyPid"} {
+		for _, name := range []string{"envoy", "manage", "holders", "metrics", "grpc", "instance", "tokenFile", "secretFile", "pid", "envoyPid"} {
 			if members[name] == nil || members[name] == "" || members[name] == 0.0 {
 				t.Errorf("%s: got %v", name, members[name])
 			}
@@ -76,7 +76,7 @@ func TestDev(t *testing.T) {
 		if state.PID != dev.cmd.Process.Pid || state.Instance != devInstance {
 			t.Errorf("got %+v", state)
 		}
-		for got, taken := range map[string]string{state.GRPC: usual.Listen.Check.Address, state.Manage: "http://" + usual.Listen.Manage.Address, state.Metrics: "http://" + usual.Listen.Metrics.Address} {
+		for got, taken := range map[string]string{state.GRPC: usual.Listen.Check.Address, state.Manage: "http://" + usual.Listen.Manage.Address, state.Holders: "http://" + usualHolders, state.Metrics: "http://" + usual.Listen.Metrics.Address} {
 			if got == taken {
 				t.Errorf("%s was taken", got)
 			}
@@ -243,6 +243,7 @@ func pasteLines(t *testing.T, printed string, state devState) {
 				t.Errorf("got %s, want %d of 200 and one 429", out, devConcurrent)
 			}
 		},
+		"what the key may": contains(`"remaining":{"burst":`),
 		"the keys of the instance": func(t *testing.T, out string) {
 			contains(`"name":"demo"`)(t, out)
 			contains(`"name":"my-api-key"`)(t, out)

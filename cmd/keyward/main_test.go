@@ -62,9 +62,9 @@ func programEnv(more ...string) []string {
 }
 
 // ports are addresses on loopback for one server.
-type ports struct{ check, manage, metrics string }
+type ports struct{ check, manage, metrics, holders string }
 
-// env makes a server listen there.
+// env makes a server listen there; for holders it has to be asked to.
 func (p ports) env() []string {
 	return []string{
 		"KEYWARD_LISTEN_CHECK_ADDRESS=" + p.check,
@@ -73,7 +73,7 @@ func (p ports) env() []string {
 	}
 }
 
-func newPorts() ports { return ports{freeAddress(), freeAddress(), freeAddress()} }
+func newPorts() ports { return ports{freeAddress(), freeAddress(), freeAddress(), freeAddress()} }
 
 var given sync.Map // ports that freeAddress returned
 

@@ -45,16 +45,17 @@ type app struct {
 	stdout, stderr io.Writer
 	environ        []string
 
-	output     string
-	quiet      bool
-	server     string
-	tokenFile  string
-	offline    bool
-	configFile string
-	piped      []byte // the configuration that came by standard input, which can be read once
-	settings   []string
-	yes        bool
-	long       bool // the command takes as long as there is data
+	output      string
+	quiet       bool
+	server      string
+	contextName string
+	tokenFile   string
+	offline     bool
+	configFile  string
+	piped       []byte // the configuration that came by standard input, which can be read once
+	settings    []string
+	yes         bool
+	long        bool // the command takes as long as there is data
 }
 
 // run is the program. It returns the exit code.
@@ -126,9 +127,12 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(
 		a.serveCommand(), a.devCommand(),
 		a.instancesCommand(), a.keysCommand(), a.policyCommand(), a.tokensCommand(), a.auditCommand(), a.inFlightCommand(), a.pepperCommand(),
+		a.selfCommand(), a.revokeLeakedCommand(), a.contextCommand(),
+		a.backupCommand(), a.restoreCommand(), a.migrateCommand(),
 		a.envoyCommand(), a.benchCommand(), a.configCommand(), a.versionCommand(),
 	)
 	root.InitDefaultCompletionCmd()
+	a.addCompletion(root)
 	markUsage(root)
 	return root
 }

@@ -53,7 +53,8 @@ func TestScript(t *testing.T) {
 			e.Vars = append(e.Vars, server.at.env()...)
 			e.Vars = append(e.Vars,
 				"GORACE=atexit_sleep_ms=0", "GOCOVERDIR="+os.Getenv("GOCOVERDIR"),
-				"CHECK="+server.at.check, "MANAGE="+server.at.manage, "METRICS="+server.at.metrics,
+				"CHECK="+server.at.check, "MANAGE="+server.at.manage, "METRICS="+server.at.metrics, "HOLDERS="+server.at.holders,
+				"KEYWARD_HOLDERS=http://"+server.at.holders,
 				"KEYWARD_SERVER=http://"+server.at.manage, "KEYWARD_TOKEN_FILE="+filepath.Join(e.WorkDir, "admin.token"),
 			)
 			return nil
@@ -103,7 +104,7 @@ func TestScript(t *testing.T) {
 				ts.Check(eventually(func() error {
 					cmd := exec.Command(args[1], args[2:]...)
 					cmd.Dir = ts.MkAbs(".")
-					cmd.Env = programEnv("KEYWARD_SERVER="+ts.Getenv("KEYWARD_SERVER"), "KEYWARD_TOKEN_FILE="+ts.Getenv("KEYWARD_TOKEN_FILE"))
+					cmd.Env = programEnv("KEYWARD_HOLDERS="+ts.Getenv("KEYWARD_HOLDERS"), "KEYWARD_SERVER="+ts.Getenv("KEYWARD_SERVER"), "KEYWARD_TOKEN_FILE="+ts.Getenv("KEYWARD_TOKEN_FILE"))
 					out, err := cmd.CombinedOutput()
 					if err == nil && !want.Match(out) {
 						err = fmt.Errorf("got %s, want %s", out, want)

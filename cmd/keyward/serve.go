@@ -31,6 +31,7 @@ import (
 	"keyward/authz"
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/authz/holders"
 	"keyward/authz/manage"
 	"keyward/authz/store/sqlite"
 	"keyward/authz/usage"
@@ -94,9 +95,9 @@ type service struct {
 	serving    chan struct{} // closed when everything is
 	pepper     *apikey.Pepper
 
-	check, manage, metrics net.Listener // nil where not configured
-	reloaders              map[string]*reloader
-	bootstrapMade          bool // this start made the first token
+	check, manage, holders, metrics net.Listener // nil where not configured
+	reloaders                       map[string]*reloader
+	bootstrapMade                   bool // this start made the first token
 }
 
 // serviceOptions are what a command knows better than the configuration.
@@ -169,6 +170,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	}{
 		{"check", cfg.Listen.Check, &s.check},
 		{"manage", cfg.Listen.Manage, &s.manage},
+		{"holders", cfg.Listen.Holders, &s.holders},
 		{"metrics", cfg.Listen.Metrics, &s.metrics},
 	} {
 		if l.config.Address == "" {
@@ -331,6 +333,7 @@ func (s *service) run(ctx context.Context) error {
 	manageServer := s.httpServer(manage.New(s.admin, manage.Config{
 		Format: s.cfg.format(), Pepper: s.pepper, Log: s.log, Version: readVersion().Version,
 	}))
+	holdersServer := s.httpServer(holders.New(s.authorizer, s.admin, s.log))
 	metricsServer := s.httpServer(s.metricsHandler())
 	group.Go(func() error { return grpcServer.Serve(s.check) })
 	serveHTTP := func(name string, server *http.Server, l net.Listener) {
@@ -351,6 +354,7 @@ func (s *service) run(ctx context.Context) error {
 		})
 	}
 	serveHTTP("manage", manageServer, s.manage)
+	serveHTTP("holders", holdersServer, s.holders)
 	serveHTTP("metrics", metricsServer, s.metrics)
 
 	group.Go(func() error {
@@ -377,6 +381,7 @@ func (s *service) run(ctx context.Context) error {
 	var stopping sync.WaitGroup
 	stopping.Go(func() { stopGRPC(deadline, grpcServer) })
 	stopping.Go(func() { stopHTTP(deadline, manageServer) })
+	stopping.Go(func() { stopHTTP(deadline, holdersServer) })
 	stopping.Go(func() { stopHTTP(deadline, metricsServer) })
 	stopping.Wait()
 	s.accessLogs.Stop()
@@ -421,7 +426,7 @@ func (s *service) watchHealth(ctx, failed context.Context) {
 		s.setHealth(ready)
 		if ready && !announced {
 			announced = true
-			s.log.Info("serving", "check", s.cfg.Listen.Check.Address, "manage", s.cfg.Listen.Manage.Address, "metrics", s.cfg.Listen.Metrics.Address)
+			s.log.Info("serving", "check", s.cfg.Listen.Check.Address, "manage", s.cfg.Listen.Manage.Address, "holders", s.cfg.Listen.Holders.Address, "metrics", s.cfg.Listen.Metrics.Address)
 			close(s.serving)
 		}
 		select {
@@ -456,7 +461,7 @@ func (s *service) setHealth(serving bool) {
 // close frees what openService opened.
 func (s *service) close() error {
 	var faults []error
-	for _, l := range []net.Listener{s.check, s.manage, s.metrics} {
+	for _, l := range []net.Listener{s.check, s.manage, s.holders, s.metrics} {
 		if l != nil {
 			if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 				faults = append(faults, err)

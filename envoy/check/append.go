@@ -19,6 +19,7 @@ const (
 
 	okHeaders     = 2<<3 | bytesOf // HeaderValueOption
 	okRemove      = 5<<3 | bytesOf
+	okToClient    = 6<<3 | bytesOf // HeaderValueOption
 	okRemoveQuery = 8<<3 | bytesOf
 
 	deniedStatus  = 1<<3 | bytesOf // type.v3.HttpStatus

@@ -44,13 +44,13 @@ type stack struct {
 	cache   *cache.Cache
 	peppers apikey.Peppers
 	// secrets are of keys that are cached: in classes, for each sort of Check one.
-	free, leased, spent []string
-	unknown, broken     []string
-	ids                 map[string]apikey.ID     // of secrets
-	large               map[string]apikey.Scopes // of secrets: of more than 2 KiB, and of more than 64 KiB
-	single              string                   // of a key that may be used by one request at a time
-	leases              *authz.LeaseIDs
-	counted             *prometheus.Registry // of the limiter
+	free, leased, spent, old []string
+	unknown, broken          []string
+	ids                      map[string]apikey.ID     // of secrets
+	large                    map[string]apikey.Scopes // of secrets: of more than 2 KiB, and of more than 64 KiB
+	single                   string                   // of a key that may be used by one request at a time
+	leases                   *authz.LeaseIDs
+	counted                  *prometheus.Registry // of the limiter
 }
 
 // waits is how often a Check waited for a running request to end.
@@ -92,11 +92,14 @@ func newStack(t testing.TB, n int) *stack {
 	var digests []apikey.Digest
 	number := 0
 	scopes := apikey.Scopes{"completions:write", "files:read"}
-	issue := func(in apikey.Limits) string {
+	issue := func(in apikey.Limits, generations ...apikey.Generation) string {
 		number++
+		if len(generations) == 0 {
+			generations = []apikey.Generation{{Number: 1}}
+		}
 		k := &apikey.Key{
 			InstanceID: "demo", Type: apikey.TypeAgent, AgentName: "sales", Limits: in,
-			Scopes: scopes, Generation: 1, Generations: []apikey.Generation{{Number: 1}},
+			Scopes: scopes, Generation: 1, Generations: generations,
 		}
 		for i := range 8 {
 			k.ID[i], k.ID[15-i] = byte(number>>(8*i)), byte(number>>(8*i))
@@ -108,15 +111,18 @@ func newStack(t testing.TB, n int) *stack {
 		digests = append(digests, digest)
 		return secret
 	}
+	first := apikey.Generation{Number: 1}
+	until := apikey.Generation{Number: 1, ValidUntil: time.Now().Add(24 * time.Hour)}
 	wide := apikey.Rate{Requests: 1_000_000, Per: apikey.Duration(time.Second)}
 	for range n {
-		s.free = append(s.free, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: -1}))
-		s.leased = append(s.leased, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: 1_000_000}))
+		s.free = append(s.free, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: -1}, first))
+		s.leased = append(s.leased, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: 1_000_000}, first))
 		s.unknown = append(s.unknown, format.New(apikey.KindAgent).Reveal())
 		good := format.New(apikey.KindAgent).Reveal()
 		s.broken = append(s.broken, good[:len(good)-1]+string(good[len(good)-1]^1))
 		if len(s.spent) < 1000 {
-			s.spent = append(s.spent, issue(apikey.Limits{Rate: apikey.Rate{Requests: 1, Per: apikey.Duration(24 * time.Hour)}, Burst: 1, MaxConcurrent: 10}))
+			s.spent = append(s.spent, issue(apikey.Limits{Rate: apikey.Rate{Requests: 1, Per: apikey.Duration(24 * time.Hour)}, Burst: 1, MaxConcurrent: 10}, first))
+			s.old = append(s.old, issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: -1}, until, apikey.Generation{Number: 2, CreatedAt: time.Now()}))
 		}
 	}
 	s.single = issue(apikey.Limits{Rate: wide, Burst: 1_000_000, MaxConcurrent: 1})
@@ -159,7 +165,7 @@ func newStack(t testing.TB, n int) *stack {
 		t.Fatal(err)
 	}
 	s.leases = authz.NewLeaseIDs(peppers)
-	config := check.Config{Leases: s.leases}
+	config := check.Config{Leases: s.leases, Deprecation: true}
 	if s.plain, err = checktest.New(a, config); err != nil {
 		t.Fatal(err)
 	}
@@ -230,6 +236,7 @@ var sorts = []struct {
 }{
 	{"allowed", 0, func(s *stack) []string { return s.free }},
 	{"allowed_lease", 0, func(s *stack) []string { return s.leased }},
+	{"allowed_old", 0, func(s *stack) []string { return s.old }}, // answered with Deprecation and Sunset
 	{"denied_burst", 8, func(s *stack) []string { return s.spent }},
 	{"unknown_cached", 16, func(s *stack) []string { return s.unknown }},
 	{"bad_checksum", 16, func(s *stack) []string { return s.broken }},

@@ -222,6 +222,39 @@ func TestAllowedRequestsCarryIdentityAndNoSecret(t *testing.T) {
 	}
 }
 
+func TestClientsWithAnOlderSecretAreToldByASwitch(t *testing.T) {
+	rotated := time.Date(2030, 3, 4, 5, 6, 7, 0, time.UTC)
+	ends := time.Date(2030, 3, 5, 5, 6, 7, 0, time.FixedZone("", 3600))
+	for _, test := range []struct {
+		name       string
+		switchedOn bool
+		generation int // that the caller has
+		until      time.Time
+		want       map[string]string
+	}{
+		{"old", true, 1, ends, map[string]string{"deprecation": "@1898831167", "sunset": "Tue, 05 Mar 2030 04:06:07 GMT"}},
+		{"old_as_long_as_the_key", true, 1, time.Time{}, map[string]string{"deprecation": "@1898831167"}},
+		{"newest", true, 2, ends, map[string]string{}},
+		{"switched_off", false, 1, ends, map[string]string{}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			k := *record
+			k.Generation = test.generation
+			k.Generations = []apikey.Generation{{Number: 1, ValidUntil: test.until}, {Number: 2, CreatedAt: rotated}}
+			f := newFacts()
+			f.find = func() (*apikey.Key, error) { return &k, nil }
+			client, _ := dial(t, f, authz.Config{}, check.Config{Deprecation: test.switchedOn})
+			out, err := client.Check(t.Context(), request("/", map[string]string{"x-api-key": secret}))
+			if err != nil || out.GetOkResponse() == nil {
+				t.Fatalf("got %v, %v, want an allow", out, err)
+			}
+			if diff := cmp.Diff(test.want, headersOf(out.GetOkResponse().GetResponseHeadersToAdd())); diff != "" {
+				t.Errorf("headers to the client (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
 func TestEveryAllowedModeRemovesWhatClientsMustNotSend(t *testing.T) {
 	client, _ := dial(t, newFacts(), authz.Config{Rules: []authz.Rule{
 		{Path: "/public", Mode: authz.Public}, {Path: "/maybe", Mode: authz.Optional},

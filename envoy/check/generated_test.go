@@ -403,7 +403,7 @@ func TestWritesAsGeneratedCodeDoes(t *testing.T) {
 	ids := authz.NewLeaseIDs(apikey.Peppers{Current: apikey.NewPepper(1, false)})
 	for _, cfg := range []check.Config{
 		{Leases: ids},
-		{Leases: ids, ErrorResponse: true, Realm: "a realm", Identity: check.Identity{Agent: "x-a", User: check.Off, Scopes: "x-keyward-user"}},
+		{Leases: ids, ErrorResponse: true, Deprecation: true, Realm: "a realm", Identity: check.Identity{Agent: "x-a", User: check.Off, Scopes: "x-keyward-user"}},
 	} {
 		s, err := check.New(nil, cfg, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
 		if err != nil {
@@ -555,6 +555,13 @@ func randomDecision(random *rand.Rand) *authz.Decision {
 	}
 	if random.IntN(4) != 0 {
 		d.Key = &apikey.Key{ID: apikey.ID(d.ID), InstanceID: text(), Type: apikey.TypeUser, AgentName: text(), UserPrincipalName: text()}
+		for n := range random.IntN(3) {
+			d.Key.Generations = append(d.Key.Generations, apikey.Generation{Number: n + 1, CreatedAt: time.Unix(random.Int64N(1e10), 0)})
+			if random.IntN(2) == 0 {
+				d.Key.Generations[n].ValidUntil = time.Unix(random.Int64N(1e10), random.Int64N(1e9))
+			}
+			d.Key.Generation = 1 + random.IntN(2)
+		}
 		for range random.IntN(5) {
 			d.Key.Scopes = append(d.Key.Scopes, apikey.Scope(text()))
 		}

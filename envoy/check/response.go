@@ -26,6 +26,7 @@ type answers struct {
 	remove        [][]byte // of every allowed request: names in wire format
 	realm         string
 	errorResponse bool
+	deprecation   bool
 	leases        *authz.LeaseIDs
 }
 
@@ -46,7 +47,7 @@ func newAnswers(cfg Config) (answers, error) {
 	if err != nil {
 		return answers{}, err
 	}
-	a := answers{realm: cfg.Realm, errorResponse: cfg.ErrorResponse, leases: cfg.Leases}
+	a := answers{realm: cfg.Realm, errorResponse: cfg.ErrorResponse, deprecation: cfg.Deprecation, leases: cfg.Leases}
 	remove := identity.Names()
 	for _, name := range remove {
 		a.remove = append(a.remove, appendText(nil, okRemove, name))
@@ -102,6 +103,9 @@ func (a *answers) allow(dst []byte, d *authz.Decision) []byte {
 	if d.InQuery {
 		dst = appendText(dst, okRemoveQuery, d.CredentialQuery)
 	}
+	if a.deprecation && d.Key != nil {
+		dst = deprecate(dst, d.Key)
+	}
 	dst = shut(dst, ok)
 
 	dst, metadata := open(dst, responseMetadata)
@@ -122,6 +126,22 @@ func identify[S ~string | []byte](dst []byte, h *identityHeader, set *uint64, va
 	}
 	*set |= h.remove
 	return appendHeader(dst, okHeaders, h.name, value)
+}
+
+// deprecate tells a client whose secret is not its key's newest when that came, and when its own ends.
+//
+// Source: RFC 9745, a date as structured fields write it, and RFC 8594, an HTTP date.
+func deprecate(dst []byte, k *apikey.Key) []byte {
+	since, until, ok := k.Deprecated()
+	if !ok {
+		return dst
+	}
+	var room [32]byte
+	dst = appendHeader(dst, okToClient, "deprecation", strconv.AppendInt(append(room[:0], '@'), since.Unix(), 10))
+	if until.IsZero() {
+		return dst
+	}
+	return appendHeader(dst, okToClient, "sunset", until.UTC().AppendFormat(room[:0], http.TimeFormat))
 }
 
 // refusal is how an outcome is said over HTTP and gRPC.

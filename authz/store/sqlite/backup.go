@@ -26,16 +26,26 @@ const (
 // leftOut are the tables whose rows do not go into backups: sealed secrets that are to be gone soon.
 var leftOut = []string{"idempotency"}
 
-// Backup writes all that is committed to a new file at path, of mode 0600, while the store is in use. It
-// holds up nobody; what is committed meanwhile is not in it. The file is whole or not there: it gets its
-// name last. It holds digests, no secret and no pepper: keep the pepper's file beside it, elsewhere.
-func (s *Store) Backup(ctx context.Context, path string) error {
-	leave, err := s.calls.enter()
+// Backup writes all that is committed in the store at path to a new file, of mode 0600. It takes no lock: a
+// process that has the store open, this one or another on this machine, goes on and is not held up, and what
+// it commits meanwhile is not in the backup. The new file is whole or not there: it gets its name last. It
+// holds digests, no secret and no pepper: keep the pepper's file beside it, elsewhere.
+//
+// The file itself is read, not a server asked for it: all digests and the audit never go over a network,
+// and a backup can also be taken of a server that does not answer any more.
+func Backup(ctx context.Context, path, to string) error {
+	path, err := resolve(path)
 	if err != nil {
-		return s.fault("backup", err)
+		return err
 	}
-	defer leave()
-	if err := copyTo(ctx, s.path, path); err != nil {
+	fresh, err := inspect(ctx, path)
+	if err != nil {
+		return err
+	}
+	if fresh {
+		return fmt.Errorf("store: %s holds nothing", path)
+	}
+	if err := copyTo(ctx, path, to); err != nil {
 		return fmt.Errorf("backup: %w", err)
 	}
 	return nil
@@ -43,6 +53,11 @@ func (s *Store) Backup(ctx context.Context, path string) error {
 
 // copyTo copies a database, which may be in use, to a new file.
 func copyTo(ctx context.Context, from, to string) (err error) {
+	for _, path := range []*string{&from, &to} { // SQLite takes no other in what names a database to it
+		if *path, err = filepath.Abs(*path); err != nil {
+			return err
+		}
+	}
 	if _, err := os.Lstat(to); err == nil {
 		return fmt.Errorf("%s is there already: name a new file, or remove it", to)
 	}

@@ -41,7 +41,7 @@ func TestBackupWhileWriting(t *testing.T) {
 		}
 	})
 	to := filepath.Join(t.TempDir(), "backup.db")
-	if err := s.Backup(ctx, to); err != nil {
+	if err := Backup(ctx, s.path, to); err != nil {
 		t.Fatal(err)
 	}
 	cancel()
@@ -61,7 +61,7 @@ func TestBackupWhileWriting(t *testing.T) {
 	if err != nil || strings.Contains(string(content), "sealed canary") {
 		t.Errorf("a sealed secret is in the backup (error %v)", err)
 	}
-	wantError(t, s.Backup(ctx, to), to, "is there already")
+	wantError(t, Backup(ctx, s.path, to), to, "is there already")
 
 	restored := file(t)
 	done, err := Restore(ctx, to, Config{Path: restored, Audit: storetest.AuditKeys}, "test", false)
@@ -98,7 +98,7 @@ func TestRestoreGoesOnFromTheBackup(t *testing.T) {
 		t.Fatal(err)
 	}
 	backup := filepath.Join(t.TempDir(), "backup.db")
-	if err := s.Backup(ctx, backup); err != nil {
+	if err := Backup(ctx, s.path, backup); err != nil {
 		t.Fatal(err)
 	}
 	// Used after the backup, which does not know of it.
@@ -185,7 +185,7 @@ func TestRestoredAuditProvesItself(t *testing.T) {
 		return report
 	}
 	backup := filepath.Join(t.TempDir(), "backup.db")
-	if err := s.Backup(ctx, backup); err != nil {
+	if err := Backup(ctx, s.path, backup); err != nil {
 		t.Fatal(err)
 	}
 	before := verify(s, peppers)
@@ -245,7 +245,7 @@ func TestDamagedBackupChangesNothing(t *testing.T) {
 		mustCreate(t, s, n+1)
 	}
 	backup := filepath.Join(t.TempDir(), "backup.db")
-	if err := s.Backup(ctx, backup); err != nil {
+	if err := Backup(ctx, s.path, backup); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Close(); err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/http"
 	"strconv"
 	"strings"
 	"time"
@@ -30,6 +31,7 @@ type answers struct {
 	remove        []string // of every allowed request
 	realm         string
 	errorResponse bool
+	deprecation   bool
 	leases        *authz.LeaseIDs
 }
 
@@ -41,7 +43,7 @@ func newAnswers(cfg check.Config) (answers, error) {
 	if cfg.Realm == "" {
 		cfg.Realm = check.DefaultRealm
 	}
-	return answers{identity: identity, remove: identity.Names(), realm: cfg.Realm, errorResponse: cfg.ErrorResponse, leases: cfg.Leases}, nil
+	return answers{identity: identity, remove: identity.Names(), realm: cfg.Realm, errorResponse: cfg.ErrorResponse, deprecation: cfg.Deprecation, leases: cfg.Leases}, nil
 }
 
 // allow lets a request through: who is calling is set, everything that could be mistaken for it and
@@ -79,6 +81,14 @@ func (a *answers) allow(d *authz.Decision) *authv3.CheckResponse {
 	// Only when it is there: Envoy re-orders the query whenever this is sent.
 	if d.InQuery {
 		ok.QueryParametersToRemove = []string{d.CredentialQuery}
+	}
+	if a.deprecation && d.Key != nil {
+		if since, until, old := d.Key.Deprecated(); old {
+			ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, header("deprecation", fmt.Sprintf("@%d", since.Unix())))
+			if !until.IsZero() {
+				ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, header("sunset", until.UTC().Format(http.TimeFormat)))
+			}
+		}
 	}
 	return &authv3.CheckResponse{
 		Status:          &status.Status{Code: int32(codes.OK)},
