@@ -24,6 +24,7 @@ import (
 	"keyward/authz/apikey"
 	"keyward/authz/apikey/canarytest"
 	"keyward/authz/manage"
+	"keyward/authz/store/sqlite"
 )
 
 // A leakSearch sends secrets along every path and keeps what comes back, to look for them in it.
@@ -277,7 +278,7 @@ routes:
 		l.call(manageAt, "GET", target, "", as(token)...)
 	}
 	backup := filepath.Join(l.dir, "backup.db")
-	if err := l.store.Backup(t.Context(), backup); err != nil {
+	if err := sqlite.Backup(t.Context(), store, backup); err != nil {
 		t.Fatal(err)
 	}
 	l.keep("log", []byte(l.log.String()))
