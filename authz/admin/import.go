@@ -222,7 +222,7 @@ func (b *importing) all(ctx context.Context, rows []ImportRow, proofs []proof) (
 
 // refusesRow reports whether an error is about a row, and not about the store.
 func refusesRow(err error) bool {
-	if many, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // of faults, all of one sort
+	if many, ok := err.(interface{ Unwrap() []error }); ok { // of faults: all of one sort
 		return refusesRow(many.Unwrap()[0])
 	}
 	_, invalid := errors.AsType[*apikey.InvalidError](err)

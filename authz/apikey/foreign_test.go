@@ -2,6 +2,7 @@ package apikey_test
 
 import (
 	"crypto/sha256"
+	"errors"
 	"strings"
 	"testing"
 
@@ -54,7 +55,7 @@ func TestForeignShapes(t *testing.T) {
 		"keya.ayek":                                      apikey.ErrShape,
 	} {
 		kind, err := foreignFormat.Check(s)
-		if err != want || (err == nil) != (kind == apikey.KindForeign) {
+		if !errors.Is(err, want) || (err == nil) != (kind == apikey.KindForeign) {
 			t.Errorf("%q: got %c, %v, want %v", s, kind, err, want)
 		}
 		if _, err := (apikey.Format{}).Check(s); err == nil {

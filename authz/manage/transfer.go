@@ -134,7 +134,7 @@ func importRows(data []byte, first int) ([]admin.ImportRow, error) {
 
 // detailsOf says all that is wrong with a row, and what the status would be if it were all.
 func detailsOf(err error) (details []Detail, status int) {
-	if many, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // to say all, not the first
+	if many, ok := err.(interface{ Unwrap() []error }); ok { // all of it, not the first
 		for _, one := range many.Unwrap() {
 			more, s := detailsOf(one)
 			details = append(details, more...)
