@@ -176,6 +176,8 @@ func TestKeyInputRefused(t *testing.T) {
 		{"metadata long value", KeyInput{Name: "n", Metadata: map[string]string{"k": strings.Repeat("v", 257)}}, "metadata"},
 		{"metadata line break", KeyInput{Name: "n", Metadata: map[string]string{"k": "a\r\nb"}}, "metadata"},
 		{"metadata holds a secret", KeyInput{Name: "n", Metadata: map[string]string{"k": pasted}}, "metadata"},
+		{"scope is a secret", KeyInput{Name: "n", Scopes: []string{pasted}}, "scopes"},
+		{"name holds a mistyped secret", KeyInput{Name: "mine: " + pasted[:20] + pasted[21:] + "x"}, "name"},
 		{"metadata name is a secret", KeyInput{Name: "n", Metadata: map[string]string{pasted: ""}}, "metadata"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

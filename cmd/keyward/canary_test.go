@@ -266,7 +266,7 @@ routes:
 	}
 	// What holds secrets, printed by mistake.
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
-		l.keep("printed", fmt.Appendf(nil, verb, []any{apikey.NewSecret(good), l.pepper, l.cfg, l.service.admin}))
+		l.keep("printed", fmt.Appendf(nil, verb, []any{apikey.NewSecret(good), l.pepper, l.cfg, l.admin}))
 	}
 	l.service.log.Warn("by mistake", slog.Any("secret", apikey.NewSecret(good)), slog.Any("pepper", l.pepper))
 

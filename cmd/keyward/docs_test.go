@@ -102,7 +102,7 @@ func TestPagesSayWhatTheCodeDoes(t *testing.T) {
 			return found[1] + part + found[4]
 		})
 		if *updateDocs && text != old {
-			if err := os.WriteFile(path, []byte(text), 0o644); err != nil { //nolint:gosec // a page for everybody
+			if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 				t.Fatal(err)
 			}
 			old = text
