@@ -59,6 +59,6 @@ func (s *server) rotateOffline(t *testing.T, k key) string {
 	if err = errors.Join(err, store.Close()); err != nil {
 		t.Fatal(err)
 	}
-	s.canary.add(made.Secret.Reveal())
+	s.canary.Add(made.Secret.Reveal())
 	return made.Secret.Reveal()
 }
