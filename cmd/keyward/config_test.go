@@ -411,7 +411,7 @@ func TestValidation(t *testing.T) {
 			}
 		}
 		switch f.field {
-		case "listen.check.tls", "listen.manage.tls", "listen.metrics.tls", "listen.metrics.tls.clientNames", "errors", "credentials.headers", "identityHeaders", "routes[0]", "routes[1]", "client.trustedHops":
+		case "listen.check.tls", "listen.manage.tls", "listen.metrics.tls", "listen.metrics.tls.clientNames", "errors", "credentials.headers", "identityHeaders", "routes[0]", "routes[1]", "client.trustedHops", "credentials.foreign":
 			// One undoes another's fault.
 		default:
 			f.spoil(all)

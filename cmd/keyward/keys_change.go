@@ -333,11 +333,11 @@ func (a *app) keysLimits() *cobra.Command {
 					return err
 				}
 				fields := [][2]string{{"KEYS", roomText(&l.Instance)}, {"KEYS OF THE OWNER", roomText(l.Owner)}}
-				for _, cap := range []struct {
+				for _, most := range []struct {
 					name string
 					n    int
 				}{{"CAP PER USER", l.PerUser}, {"CAP PER AGENT", l.PerAgent}} {
-					fields = append(fields, [2]string{cap.name, capText(cap.n)})
+					fields = append(fields, [2]string{most.name, capText(most.n)})
 				}
 				fields = append(fields, [2]string{"MADE WITHIN AN HOUR", roomText(&l.Creation)}, [2]string{"OF THOSE BY YOU", roomText(l.Creator)})
 				return printOne(a, l, fields)
