@@ -82,20 +82,24 @@ func put(policy apikey.Policy) func(context.Context, *admin.Service, *apikey.Key
 	}
 }
 
-// insist repeats a change until it is acknowledged. A store that is too busy to answer in time, and an
-// answer that says "not yet", acknowledge nothing.
-func insist(t *testing.T, what string, change func() (admin.Propagation, error)) {
+// insist repeats a change until it is acknowledged, and reports whether it was. A store that is too busy to
+// answer in time, and an answer that says "not yet", acknowledge nothing; nor is anything acknowledged by
+// what an earlier try has deleted.
+func insist(t *testing.T, what string, change func() (admin.Propagation, error)) bool {
 	for range 100 {
 		done, err := change()
 		switch {
-		case err == nil && done.Everywhere, errors.Is(err, apikey.ErrNotFound): // an earlier try deleted it
-			return
+		case err == nil && done.Everywhere:
+			return true
+		case errors.Is(err, apikey.ErrNotFound):
+			return false
 		case err != nil && !errors.Is(err, apikey.ErrUndecided):
 			t.Errorf("%s: %v", what, err)
-			return
+			return false
 		}
 	}
 	t.Errorf("%s: never acknowledged", what)
+	return false
 }
 
 // takeAway makes so many keys, and takes their rights away while readers use them.
@@ -170,8 +174,7 @@ func takeAway(t *testing.T, store admin.Store, workers, trials int) {
 				if stuck != nil {
 					<-stuck.begun
 				}
-				insist(t, how.name, func() (admin.Propagation, error) { return how.take(ctx, r.service, made.Key) })
-				gone.Store(true)
+				gone.Store(insist(t, how.name, func() (admin.Propagation, error) { return how.take(ctx, r.service, made.Key) }))
 				if stuck != nil {
 					overtaken.Add(1)
 					asking.Go(ask) // which must not wait for the read that is stuck

@@ -17,9 +17,9 @@ type about struct {
 	grpc bool // the caller speaks gRPC
 }
 
-// Errors of fill. Envoy makes none of them; whoever does learns what to change.
+// Errors of reader.read. Envoy makes none of them; whoever does learns what to change.
 var (
-	errMalformed    = status.Error(codes.InvalidArgument, "not a CheckRequest: its bytes are no protobuf message, or hold text that is not UTF-8")
+	errMalformed    = status.Error(codes.InvalidArgument, "not a CheckRequest: its bytes are no protobuf message, or hold text that is not UTF-8 or one header in more than 64 spellings")
 	errNoAttributes = status.Error(codes.InvalidArgument, "a Check without attributes")
 	errNotHTTP      = status.Error(codes.Unimplemented, "keyward decides HTTP requests only: use the HTTP filter envoy.filters.http.ext_authz")
 )
@@ -29,7 +29,8 @@ var (
 //
 // It gives the same as generated code would: fields in any order, unknown and wrongly typed ones skipped,
 // of a repeated scalar the last, repeated messages merged, of a choice the last, of a map's key the last.
-// Only what is taken has to be UTF-8; and groups, which generated code skips, are refused.
+// Only what is taken has to be UTF-8. Groups, which generated code skips, and more than maxSpellings of
+// wanted headers in the map are refused.
 //
 // Source: envoy.service.auth.v3.AttributeContext. Envoy sends headers as a map, repeats joined by commas
 // and foreign bytes replaced, or with encode_raw_headers as a list that keeps both.
@@ -60,12 +61,8 @@ type taken struct{ name, sent, value string }
 
 const contentType = "content-type"
 
-// Tags that skippable compares as bytes.
-const (
-	mapTag   = 3<<3 | bytesOf
-	keyTag   = 1<<3 | bytesOf
-	valueTag = 2<<3 | bytesOf
-)
+// mapTag is that of HttpRequest.headers, whose entries begin with entryKey and entryValue.
+const mapTag = 3<<3 | bytesOf
 
 // read fills the request from a message.
 // Errors: InvalidArgument, Unimplemented for connections that are not HTTP.
@@ -268,11 +265,11 @@ func (c *reader) readHTTP(b []byte) bool {
 // the map that is a short key and a short value and nothing else. It returns the field's length; 0 for
 // everything that has to be looked at.
 func (c *reader) skippable(b []byte) int {
-	if len(b) < 6 || b[0] != mapTag || b[1] >= 0x80 || b[2] != keyTag || b[3] >= 0x80 || c.sizes&sizeBit(int(b[3])) != 0 {
+	if len(b) < 6 || b[0] != mapTag || b[1] >= 0x80 || b[2] != entryKey || b[3] >= 0x80 || c.sizes&sizeBit(int(b[3])) != 0 {
 		return 0
 	}
 	end, value := 2+int(b[1]), 4+int(b[3])
-	if end > len(b) || value+2 > end || b[value] != valueTag || b[value+1] >= 0x80 || value+2+int(b[value+1]) != end {
+	if end > len(b) || value+2 > end || b[value] != entryValue || b[value+1] >= 0x80 || value+2+int(b[value+1]) != end {
 		return 0
 	}
 	return end
