@@ -91,6 +91,7 @@ const (
 	expireKey = "key.expire"
 	removeKey = "key.remove"
 	leakKey   = "key.leak"
+	settleKey = "key.settle"
 
 	readTokens   = "token.read"
 	createToken  = "token.create"

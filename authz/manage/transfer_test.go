@@ -37,7 +37,7 @@ func TestReportsNameTheRow(t *testing.T) {
 		{Row: 103, Status: admin.RowRefused, Errors: []Detail{{"InvalidRequest", "secret: must be a string", "secret"}}},
 		{Row: 104, Status: admin.RowRefused, Errors: []Detail{{"InvalidRequest", "the body is not one JSON document", ""}}},
 		{Row: 105, Status: admin.RowRefused, Errors: []Detail{
-			{"InvalidRequest", "secret: is missing: give it, or sha256", "secret"},
+			{"InvalidRequest", "secret: is missing: give it, or sha256 or argon2id", "secret"},
 			{"InvalidRequest", "name: is missing", "name"},
 			{"InvalidRequest", "expiresIn: is not a duration such as 90s, 24h or 30d", "expiresIn"},
 			{"InvalidRequest", "id: must be a UUID such as 0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f", "id"},

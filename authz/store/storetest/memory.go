@@ -44,7 +44,7 @@ func NewMemory(audit admin.AuditKeys) *Memory {
 		instances: newTable[string, *apikey.Instance](), keys: newTable[apikey.ID, *memoryKey](), digests: newTable[apikey.Digest, apikey.ID](),
 		tokens: newTable[apikey.ID, *memoryToken](), tokenDigests: newTable[apikey.Digest, apikey.ID](),
 		peppers: newTable[uint32, [16]byte](), marks: newTable[string, struct{}](),
-		replays: newTable[admin.ReplayID, memoryReplay](),
+		replays: newTable[admin.ReplayID, memoryReplay](), hashes: newTable[apikey.ID, apikey.AgentHash](),
 	}
 	s.look = func(ctx context.Context) (*memoryView, func(), error) {
 		leave, err := s.enter(ctx)
@@ -305,6 +305,7 @@ type memoryView struct {
 	peppers      table[uint32, [16]byte]
 	marks        table[string, struct{}]
 	replays      table[admin.ReplayID, memoryReplay]
+	hashes       table[apikey.ID, apikey.AgentHash]
 
 	revision, forgotten apikey.Revision
 	// A transaction appends to these beyond what readers see of them.
@@ -318,6 +319,7 @@ func (v *memoryView) begin() memoryView {
 	next.instances, next.keys, next.digests = v.instances.begin(), v.keys.begin(), v.digests.begin()
 	next.tokens, next.tokenDigests = v.tokens.begin(), v.tokenDigests.begin()
 	next.peppers, next.marks, next.replays = v.peppers.begin(), v.marks.begin(), v.replays.begin()
+	next.hashes = v.hashes.begin()
 	return next
 }
 
@@ -326,6 +328,7 @@ func (v *memoryView) commit() memoryView {
 	next.instances, next.keys, next.digests = v.instances.commit(), v.keys.commit(), v.digests.commit()
 	next.tokens, next.tokenDigests = v.tokens.commit(), v.tokenDigests.commit()
 	next.peppers, next.marks, next.replays = v.peppers.commit(), v.marks.commit(), v.replays.commit()
+	next.hashes = v.hashes.commit()
 	return next
 }
 
@@ -741,6 +744,7 @@ func (t *memoryTx) DeleteInstance(ctx context.Context, id string) error {
 func (t *memoryTx) dropKey(k *memoryKey) {
 	t.changed(k.InstanceID, k.ID, k.found)
 	t.keys.drop(k.ID)
+	t.hashes.drop(k.ID)
 	for _, m := range k.found {
 		t.digests.drop(m.digest)
 	}
