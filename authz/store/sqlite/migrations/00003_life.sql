@@ -17,7 +17,7 @@ ALTER TABLE keys ADD COLUMN status TEXT NOT NULL GENERATED ALWAYS AS (CASE
     WHEN disabled THEN 'disabled'
     WHEN ended_at <> -62135596800000000 THEN 'expired'
     ELSE 'active' END) VIRTUAL; -- expired only once that was marked
-ALTER TABLE keys ADD COLUMN quiet_since INTEGER NOT NULL GENERATED ALWAYS AS (max(last_used_at, created_at)) VIRTUAL;
+ALTER TABLE keys ADD COLUMN quiet_since INTEGER NOT NULL GENERATED ALWAYS AS (max(last_used_at, created_at, idle_from)) VIRTUAL;
 ALTER TABLE keys ADD COLUMN expiry INTEGER NOT NULL GENERATED ALWAYS AS
     (CASE expires_at WHEN -62135596800000000 THEN 9223372036854775807 ELSE expires_at END) VIRTUAL;
 ALTER TABLE keys ADD COLUMN idle_after INTEGER NOT NULL GENERATED ALWAYS AS (CASE inactivity_days
