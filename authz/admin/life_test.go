@@ -331,6 +331,7 @@ func TestUpdateKey(t *testing.T) {
 			{`{"disabled":true}`, func(k *apikey.Key) { k.Disabled = true }, ""},
 			{`{"expiresIn":"1d"}`, func(k *apikey.Key) { k.ExpirationDate = k.CreatedAt.Add(oneDay) }, ""},
 			{`{"expirationDate":null}`, func(k *apikey.Key) { k.ExpirationDate = time.Time{} }, ""},
+			{`{"expiresIn":null}`, func(*apikey.Key) {}, ""}, // it takes away what is not there
 			{`{"inactivityDays":null}`, func(k *apikey.Key) { k.InactivityDays = 0 }, ""},
 			{`{"inactivityDays":7}`, func(k *apikey.Key) { k.InactivityDays = 7 }, ""},
 			{`{"expirationPolicy":"none"}`, func(k *apikey.Key) { k.ExpirationDate, k.InactivityDays = time.Time{}, 0 }, ""},
@@ -358,6 +359,9 @@ func TestUpdateKey(t *testing.T) {
 			{`{"expiresIn":"1d","expirationDate":"2030-01-01"}`, nil, "expiresIn"},
 			{`{"expirationPolicy":null}`, nil, "expirationPolicy"},
 			{`{"expirationPolicy":"never"}`, nil, "expirationPolicy"},
+			{`{"expirationPolicy":""}`, nil, "expirationPolicy"},
+			{`{"expirationDate":""}`, nil, "expirationDate"},
+			{`{"expiresIn":""}`, nil, "expiresIn"},
 			{`{"expirationPolicy":"none","inactivityDays":3}`, nil, "expirationPolicy"},
 			{`{"expirationPolicy":"time","inactivityDays":3}`, nil, "inactivityDays"},
 			{`{"inactivityDays":0}`, nil, "inactivityDays"},
@@ -397,6 +401,22 @@ func TestUpdateKey(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestDisableWhateverTheWords: a word that would not be accepted any more, because a foreign shape was registered
+// since, keeps nobody from disabling its key.
+func TestDisableWhateverTheWords(t *testing.T) {
+	d := open(t)
+	d.instance(t, "a")
+	k := d.make(t, admin.KeyInput{Description: "was " + foreign("")}).Key
+	d.knows(apikey.Peppers{Current: d.pepper})
+	if k = d.patch(t, k.ID, admin.KeyPatch{Disabled: admin.To(true)}); !k.Disabled {
+		t.Error("it goes on")
+	}
+	_, err := d.UpdateKey(t.Context(), root, "a", k.ID, admin.KeyPatch{Name: admin.To("new")}, 0)
+	if field := invalidField(err); field != "description" {
+		t.Errorf("got error %v", err)
+	}
 }
 
 // Of twenty that change what all of them saw, one wins, and the others are told.
