@@ -216,8 +216,21 @@ func TestReportLeaked(t *testing.T) {
 				t.Errorf("an agent's secret leaked: %+v", k)
 			}
 		}
+		// Its next secret has not been reported yet.
+		next, err := d.RotateKey(ctx, root, "a", agent.Key.ID, admin.RotateInput{}, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before = append(before, "key.leak", "key.leak", "key.leak", "key.rotate")
+		for range 2 {
+			report(next.Secret)
+			report(agent.Secret)
+		}
+		if k := get(agent.Key.ID); !k.RevokedAt.IsZero() || k.Generations[1].Revoked || k.LeakReportedAt.Before(k.Generations[1].CreatedAt) {
+			t.Errorf("the next secret of an agent leaked: %+v", k)
+		}
 		report(apikey.Format{}.New(apikey.KindInstance)) // nobody's
-		if got := d.actions(t)[len(before):]; !slices.Equal(got, []string{"key.leak", "key.leak", "key.leak"}) {
+		if got := d.actions(t)[len(before):]; !slices.Equal(got, []string{"key.leak"}) {
 			t.Errorf("audit: %v", got)
 		}
 		events, err := d.store.Events(ctx, 0, 100)
@@ -234,6 +247,7 @@ func TestReportLeaked(t *testing.T) {
 		}
 		d.policy(t, "a", apikey.Policy{OnLeak: apikey.OnLeak{Agent: apikey.LeakRevokes}})
 		report(agent.Secret)
+		report(next.Secret)
 		if k := get(agent.Key.ID); k.RevokedReason != apikey.RevokedKeyCompromise {
 			t.Errorf("by another policy: %+v", k)
 		}

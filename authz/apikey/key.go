@@ -54,7 +54,7 @@ type Key struct {
 	Disabled          bool
 	RevokedAt         time.Time // zero: not revoked
 	RevokedReason     RevocationReason
-	LeakReportedAt    time.Time // zero: nobody has reported a secret of it as leaked
+	LeakReportedAt    time.Time // of the newest secret that was: the first time; zero: nobody has reported a leak
 	CreatedAt         time.Time
 	CreatedBy         string
 	LastUsedAt        time.Time // zero: never; up to a minute behind
