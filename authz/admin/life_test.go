@@ -463,7 +463,7 @@ func TestNarrowingWaitsForReplicas(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t)
 		d.instance(t, "a")
-		made := d.make(t, admin.KeyInput{ExpiresIn: "10d"})
+		made, other := d.make(t, admin.KeyInput{ExpiresIn: "10d"}), d.make(t, admin.KeyInput{})
 		if err := d.store.Register(t.Context(), "behind", 2, time.Hour); err != nil {
 			t.Fatal(err)
 		}
@@ -484,9 +484,13 @@ func TestNarrowingWaitsForReplicas(t *testing.T) {
 				return c.Propagation, err
 			}, time.Second},
 			"rotation": {func() (admin.Propagation, error) {
-				c, err := d.RotateKey(t.Context(), root, "a", made.Key.ID, admin.RotateInput{EndOldest: true, ExpiresIn: "1d"}, 0)
+				c, err := d.RotateKey(t.Context(), root, "a", made.Key.ID, admin.RotateInput{ExpiresIn: "1d"}, 0)
 				return c.Propagation, err
 			}, time.Second},
+			"a short grace": {func() (admin.Propagation, error) {
+				c, err := d.RotateKey(t.Context(), root, "a", other.Key.ID, admin.RotateInput{GracePeriod: "10s"}, 0)
+				return c.Propagation, err
+			}, 5 * time.Second},
 			"kill switch": {func() (admin.Propagation, error) {
 				c, err := d.SwitchInstance(t.Context(), root, "a", true)
 				return c.Propagation, err
