@@ -517,6 +517,17 @@ func testDueKeys(t *testing.T, s admin.Store) {
 	if counts, err = s.CountKeys(ctx, "tenant", admin.KeyOwner{}, noon); err != nil || counts.Expired != 3 {
 		t.Errorf("got %+v and error %v, want 3 expired", counts, err)
 	}
+	// And so does a use of any other key that was marked by mistake, by a clock that was ahead for a while.
+	update(t, s, func(tx admin.Tx) error { return tx.MarkEnded(ctx, id(1), noon) })
+	if counts, err = s.CountKeys(ctx, "tenant", admin.KeyOwner{}, noon); err != nil || counts.Expired != 4 {
+		t.Errorf("got %+v and error %v, want 4 expired", counts, err)
+	}
+	if err := s.Touch(ctx, []apikey.Use{{KeyID: id(1), Generation: 1, At: now}}); err != nil {
+		t.Fatal(err)
+	}
+	if counts, err = s.CountKeys(ctx, "tenant", admin.KeyOwner{}, noon); err != nil || counts.Expired != 3 {
+		t.Errorf("got %+v and error %v, want 3 expired", counts, err)
+	}
 }
 
 func testRevokedKeys(t *testing.T, s admin.Store) {
