@@ -92,9 +92,20 @@ func quietSince(k *apikey.Key) time.Time {
 }
 
 // A KeyOwner is an agent or a user whose keys are counted. The zero KeyOwner is everybody.
+//
+// A user counts without regard to case, since one person is spelled in several ways: Ann@example.com has no ten
+// keys more than ann@example.com. Who may see a key is another question, which goes by the exact spelling.
 type KeyOwner struct {
 	Type apikey.Type // agent or user
-	Name string
+	Name string      // of a user in lower case
+}
+
+// canonical returns o as stores count it.
+func (o KeyOwner) canonical() KeyOwner {
+	if o.Type == apikey.TypeUser {
+		o.Name = strings.ToLower(o.Name)
+	}
+	return o
 }
 
 // OwnerOf returns whose key k is; the zero KeyOwner for an instance key.
@@ -103,7 +114,7 @@ func OwnerOf(k *apikey.Key) KeyOwner {
 	case apikey.TypeAgent:
 		return KeyOwner{k.Type, k.AgentName}
 	case apikey.TypeUser:
-		return KeyOwner{k.Type, k.UserPrincipalName}
+		return KeyOwner{k.Type, k.UserPrincipalName}.canonical()
 	}
 	return KeyOwner{}
 }

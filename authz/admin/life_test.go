@@ -264,6 +264,29 @@ func TestPolicyRightsOnCreation(t *testing.T) {
 	}
 }
 
+// TestUserCountsInAnyCase: nobody has more keys by being spelled in another way. What may be seen goes by the
+// exact spelling: two spellings may be two people elsewhere.
+func TestUserCountsInAnyCase(t *testing.T) {
+	d := open(t)
+	d.policy(t, "a", apikey.Policy{Caps: apikey.Caps{User: 2}})
+	d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "ann@example.com"})
+	other := d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "Ann@Example.com"})
+	_, err := d.CreateKey(t.Context(), root, "a", admin.KeyInput{Name: "n", Type: "user", UserPrincipalName: "ANN@example.com"})
+	if full, ok := errors.AsType[*admin.QuotaExceededError](err); !ok || full.Cap != "user" || full.Used != 2 {
+		t.Errorf("a third: error %v", err)
+	}
+	ann := admin.Caller{Name: "oidc:ann", Role: admin.RoleUser, UserPrincipalName: "ann@example.com"}
+	for _, owner := range []string{"ann@example.com", "aNN@example.com"} {
+		got, err := d.KeyLimits(t.Context(), ann, "a", admin.KeyOwner{Type: apikey.TypeUser, Name: owner})
+		if err != nil || got.Owner == nil || got.Owner.Used != 2 {
+			t.Errorf("%s: got %+v and error %v", owner, got, err)
+		}
+	}
+	if _, err := d.Key(t.Context(), ann, "a", other.Key.ID); !errors.Is(err, apikey.ErrNotFound) {
+		t.Errorf("the key of another spelling: error %v", err)
+	}
+}
+
 func TestKeyLimits(t *testing.T) {
 	d := open(t)
 	d.policy(t, "a", apikey.Policy{Caps: apikey.Caps{Instance: 3, Agent: apikey.Unlimited}, Creation: apikey.Creation{PerHour: 5}})

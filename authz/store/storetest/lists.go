@@ -38,7 +38,7 @@ func crowd(t *testing.T, s admin.Store, n int) []*apikey.Key {
 			case 0:
 				k.Type, k.AgentName = apikey.TypeAgent, []string{"x", "y"}[dice.IntN(2)]
 			case 1:
-				k.Type, k.UserPrincipalName = apikey.TypeUser, []string{"x", "ann@example.com"}[dice.IntN(2)]
+				k.Type, k.UserPrincipalName = apikey.TypeUser, []string{"x", "ann@example.com", "Ann@Example.com"}[dice.IntN(3)]
 			}
 			if dice.IntN(2) == 0 {
 				k.LastUsedAt = k.CreatedAt.Add(pick(-oneDay, time.Hour, 40*oneDay))
@@ -249,7 +249,7 @@ func testCounts(t *testing.T, s admin.Store) {
 			case apikey.TypeAgent:
 				k.AgentName = owner.Name
 			case apikey.TypeUser:
-				k.UserPrincipalName = owner.Name
+				k.UserPrincipalName = []string{owner.Name, strings.ToUpper(owner.Name)}[n%2] // one owner
 			}
 			update(t, s, func(tx admin.Tx) error {
 				err := tx.InsertKey(ctx, k)
