@@ -103,13 +103,13 @@ func (s *Service) AuditHead(ctx context.Context, caller Caller) (AuditHead, erro
 }
 
 // AuditVerify follows the whole chain, and compares it with heads from earlier. One call at a time.
-// Errors: apikey.ErrConflict while another runs.
+// Errors: apikey.ErrConflict while another runs, or old events are removed.
 func (s *Service) AuditVerify(ctx context.Context, caller Caller, heads ...AuditHead) (AuditReport, error) {
 	if err := caller.mayAll(readAudit); err != nil {
 		return AuditReport{}, err
 	}
 	if !s.verifies.TryLock() {
-		return AuditReport{}, fmt.Errorf("the audit is being verified already: %w", apikey.ErrConflict)
+		return AuditReport{}, fmt.Errorf("the audit is being verified already, or old events are being removed: try again: %w", apikey.ErrConflict)
 	}
 	defer s.verifies.Unlock()
 	report, err := VerifyAudit(ctx, s.store, s.audit, heads...)
@@ -131,6 +131,10 @@ func (s *Service) pruneAudit(ctx context.Context, caller Caller) error {
 	if err != nil {
 		return err
 	}
+	if !s.verifies.TryLock() { // it would miss what is removed behind its back, and call that tampering
+		return nil // the next hour comes
+	}
+	defer s.verifies.Unlock()
 	limit := now().Add(-s.cfg.AuditKeep)
 	for i, segment := range segments {
 		if segment.SealedAt.IsZero() || segment.SealedAt.After(limit) {

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"log/slog"
+	"math"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -83,6 +84,44 @@ func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 			t.Errorf("got %+v, %v", report, err)
 		}
 	})
+}
+
+// A slow verification does not take the removal of old events meanwhile for tampering.
+func TestVerifyWhileOldEventsAreDue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := sealed(t, filepath.Join(t.TempDir(), "audit.db"), 3*24*time.Hour)
+		d.instance(t, "a")
+		for range 10 {
+			d.key(t, "a")
+			time.Sleep(25 * time.Hour)
+		}
+		slow := admin.New(pausing{d.store}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}, AuditKeep: 3 * 24 * time.Hour}, nil, logOf(d))
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- slow.Run(ctx, "keyward serve") }()
+		report, err := slow.AuditVerify(t.Context(), root)
+		if err != nil || !report.Whole || report.Removed != 0 {
+			t.Errorf("got %+v, %v", report, err)
+		}
+		time.Sleep(90 * time.Minute) // the next time they are removed
+		stop()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if report, err = d.AuditVerify(t.Context(), root); err != nil || !report.Whole || report.Removed == 0 {
+			t.Errorf("afterwards: %+v, %v", report, err)
+		}
+	})
+}
+
+// pausing is a store whose audit takes hours to be read from the beginning.
+type pausing struct{ admin.Store }
+
+func (p pausing) Events(ctx context.Context, after int64, limit int) ([]admin.Event, error) {
+	if after == math.MinInt64 {
+		time.Sleep(2*time.Hour + time.Minute)
+	}
+	return p.Store.Events(ctx, after, limit)
 }
 
 // What is not as it was written is evidence: it is not removed for its age, nor is what comes after it.

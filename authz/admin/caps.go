@@ -113,8 +113,9 @@ func (s *Service) KeyLimits(ctx context.Context, caller Caller, instanceID strin
 	if err != nil {
 		return KeyLimits{}, err
 	}
+	owner = owner.canonical()
 	if caller.Role == RoleUser {
-		own := KeyOwner{apikey.TypeUser, caller.UserPrincipalName}
+		own := KeyOwner{apikey.TypeUser, caller.UserPrincipalName}.canonical()
 		if owner != (KeyOwner{}) && owner != own || own.Name == "" {
 			return KeyLimits{}, apikey.ErrNotFound
 		}
@@ -171,7 +172,7 @@ func (s *Service) CountKeys(ctx context.Context, caller Caller, instanceID strin
 	}
 	owner := KeyOwner{}
 	if caller.Role == RoleUser {
-		if owner = (KeyOwner{apikey.TypeUser, caller.UserPrincipalName}); owner.Name == "" {
+		if owner = (KeyOwner{apikey.TypeUser, caller.UserPrincipalName}).canonical(); owner.Name == "" {
 			return KeyCounts{}, nil
 		}
 	}

@@ -216,8 +216,21 @@ func TestReportLeaked(t *testing.T) {
 				t.Errorf("an agent's secret leaked: %+v", k)
 			}
 		}
+		// Its next secret has not been reported yet.
+		next, err := d.RotateKey(ctx, root, "a", agent.Key.ID, admin.RotateInput{}, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before = append(before, "key.leak", "key.leak", "key.leak", "key.rotate")
+		for range 2 {
+			report(next.Secret)
+			report(agent.Secret)
+		}
+		if k := get(agent.Key.ID); !k.RevokedAt.IsZero() || k.Generations[1].Revoked || k.LeakReportedAt.Before(k.Generations[1].CreatedAt) {
+			t.Errorf("the next secret of an agent leaked: %+v", k)
+		}
 		report(apikey.Format{}.New(apikey.KindInstance)) // nobody's
-		if got := d.actions(t)[len(before):]; !slices.Equal(got, []string{"key.leak", "key.leak", "key.leak"}) {
+		if got := d.actions(t)[len(before):]; !slices.Equal(got, []string{"key.leak"}) {
 			t.Errorf("audit: %v", got)
 		}
 		events, err := d.store.Events(ctx, 0, 100)
@@ -234,6 +247,7 @@ func TestReportLeaked(t *testing.T) {
 		}
 		d.policy(t, "a", apikey.Policy{OnLeak: apikey.OnLeak{Agent: apikey.LeakRevokes}})
 		report(agent.Secret)
+		report(next.Secret)
 		if k := get(agent.Key.ID); k.RevokedReason != apikey.RevokedKeyCompromise {
 			t.Errorf("by another policy: %+v", k)
 		}
@@ -577,6 +591,27 @@ func (u unsteady) DueKeys(ctx context.Context, expired, idle time.Time, limit in
 	return u.Store.DueKeys(ctx, expired, idle, limit)
 }
 
+// TestUsesBeforeAnImportAreUnknown: what was imported today with the date on which it was made elsewhere is not
+// taken for a key that nobody has used since then.
+func TestUsesBeforeAnImportAreUnknown(t *testing.T) {
+	d := open(t)
+	d.instance(t, "a")
+	rows := []admin.ImportRow{{Number: 1, Input: admin.ImportInput{
+		KeyInput: admin.KeyInput{Name: "n"}, Secret: (apikey.Format{}).New(apikey.KindInstance).Reveal(), CreatedAt: "2020-01-31",
+	}}}
+	if done, err := d.ImportKeys(t.Context(), root, "a", rows, false); err != nil || !done.Done {
+		t.Fatalf("got %+v and error %v", done, err)
+	}
+	unused := admin.BulkRevocation{Filter: admin.KeyListInput{UnusedFor: "90d"}}
+	if done, err := d.RevokeKeys(t.Context(), root, "a", unused); err != nil || done.Count != 0 || done.Revoked != 0 {
+		t.Errorf("unused for 90 days: got %+v and error %v", done, err)
+	}
+	_, err := d.RevokeKeys(t.Context(), root, "a", admin.BulkRevocation{All: true})
+	if confirm, ok := errors.AsType[*admin.ConfirmError](err); !ok || confirm.RecentlyUsed != 1 {
+		t.Errorf("all: got error %v", err)
+	}
+}
+
 func TestAdvice(t *testing.T) {
 	made := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	for _, c := range []struct {
@@ -593,6 +628,10 @@ func TestAdvice(t *testing.T) {
 		{"used last week", apikey.Key{LastUsedAt: made.Add(33 * oneDay)}, 40 * oneDay, false, 7, "Used 7 days ago"},
 		{"monthly", apikey.Key{LastUsedAt: made}, 31 * oneDay, false, 31, "ask its owner"},
 		{"unused", apikey.Key{LastUsedAt: made}, 90 * oneDay, true, 90, "Unused for 90 days: safe"},
+		{"imported", apikey.Key{IdleFrom: made.Add(90 * oneDay)}, 92 * oneDay, false, 2, "nothing is known from before"},
+		{"restored", apikey.Key{LastUsedAt: made.Add(40 * oneDay), IdleFrom: made.Add(90 * oneDay)}, 92 * oneDay, false, 2, "nothing is known from before"},
+		{"imported long ago", apikey.Key{IdleFrom: made.Add(50 * oneDay)}, 90 * oneDay, true, 40, "Unused for 40 days: safe"},
+		{"used since the import", apikey.Key{LastUsedAt: made.Add(80 * oneDay), IdleFrom: made.Add(50 * oneDay)}, 90 * oneDay, false, 10, "Used 10 days ago"},
 		{"revoked", apikey.Key{RevokedAt: made, LastUsedAt: made}, oneDay, true, 1, "revoked"},
 		{"expired", apikey.Key{ExpirationDate: made, LastUsedAt: made}, oneDay, true, 1, "expired"},
 	} {

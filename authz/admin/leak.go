@@ -141,10 +141,12 @@ func (s *Service) endLeaked(ctx context.Context, l leak) error {
 		k.Generations = slices.Clone(old.Generations)
 		i := slices.IndexFunc(k.Generations, func(g apikey.Generation) bool { return g.Number == number })
 		flags := in.Policy.InForce().OnLeak.Of(k.Type) == apikey.LeakFlags
-		if !k.RevokedAt.IsZero() || flags && !k.LeakReportedAt.IsZero() || k.Generations[i].Revoked {
+		// A report from before a secret was made is about another one.
+		known := !k.LeakReportedAt.Before(k.Generations[i].CreatedAt)
+		if !k.RevokedAt.IsZero() || flags && known || k.Generations[i].Revoked {
 			return errNothing
 		}
-		if k.LeakReportedAt.IsZero() {
+		if !known {
 			k.LeakReportedAt = at
 		}
 		if !flags {

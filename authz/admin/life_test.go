@@ -264,6 +264,29 @@ func TestPolicyRightsOnCreation(t *testing.T) {
 	}
 }
 
+// TestUserCountsInAnyCase: nobody has more keys by being spelled in another way. What may be seen goes by the
+// exact spelling: two spellings may be two people elsewhere.
+func TestUserCountsInAnyCase(t *testing.T) {
+	d := open(t)
+	d.policy(t, "a", apikey.Policy{Caps: apikey.Caps{User: 2}})
+	d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "ann@example.com"})
+	other := d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "Ann@Example.com"})
+	_, err := d.CreateKey(t.Context(), root, "a", admin.KeyInput{Name: "n", Type: "user", UserPrincipalName: "ANN@example.com"})
+	if full, ok := errors.AsType[*admin.QuotaExceededError](err); !ok || full.Cap != "user" || full.Used != 2 {
+		t.Errorf("a third: error %v", err)
+	}
+	ann := admin.Caller{Name: "oidc:ann", Role: admin.RoleUser, UserPrincipalName: "ann@example.com"}
+	for _, owner := range []string{"ann@example.com", "aNN@example.com"} {
+		got, err := d.KeyLimits(t.Context(), ann, "a", admin.KeyOwner{Type: apikey.TypeUser, Name: owner})
+		if err != nil || got.Owner == nil || got.Owner.Used != 2 {
+			t.Errorf("%s: got %+v and error %v", owner, got, err)
+		}
+	}
+	if _, err := d.Key(t.Context(), ann, "a", other.Key.ID); !errors.Is(err, apikey.ErrNotFound) {
+		t.Errorf("the key of another spelling: error %v", err)
+	}
+}
+
 func TestKeyLimits(t *testing.T) {
 	d := open(t)
 	d.policy(t, "a", apikey.Policy{Caps: apikey.Caps{Instance: 3, Agent: apikey.Unlimited}, Creation: apikey.Creation{PerHour: 5}})
@@ -331,6 +354,7 @@ func TestUpdateKey(t *testing.T) {
 			{`{"disabled":true}`, func(k *apikey.Key) { k.Disabled = true }, ""},
 			{`{"expiresIn":"1d"}`, func(k *apikey.Key) { k.ExpirationDate = k.CreatedAt.Add(oneDay) }, ""},
 			{`{"expirationDate":null}`, func(k *apikey.Key) { k.ExpirationDate = time.Time{} }, ""},
+			{`{"expiresIn":null}`, func(*apikey.Key) {}, ""}, // it takes away what is not there
 			{`{"inactivityDays":null}`, func(k *apikey.Key) { k.InactivityDays = 0 }, ""},
 			{`{"inactivityDays":7}`, func(k *apikey.Key) { k.InactivityDays = 7 }, ""},
 			{`{"expirationPolicy":"none"}`, func(k *apikey.Key) { k.ExpirationDate, k.InactivityDays = time.Time{}, 0 }, ""},
@@ -358,6 +382,9 @@ func TestUpdateKey(t *testing.T) {
 			{`{"expiresIn":"1d","expirationDate":"2030-01-01"}`, nil, "expiresIn"},
 			{`{"expirationPolicy":null}`, nil, "expirationPolicy"},
 			{`{"expirationPolicy":"never"}`, nil, "expirationPolicy"},
+			{`{"expirationPolicy":""}`, nil, "expirationPolicy"},
+			{`{"expirationDate":""}`, nil, "expirationDate"},
+			{`{"expiresIn":""}`, nil, "expiresIn"},
 			{`{"expirationPolicy":"none","inactivityDays":3}`, nil, "expirationPolicy"},
 			{`{"expirationPolicy":"time","inactivityDays":3}`, nil, "inactivityDays"},
 			{`{"inactivityDays":0}`, nil, "inactivityDays"},
@@ -397,6 +424,22 @@ func TestUpdateKey(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestDisableWhateverTheWords: a word that would not be accepted any more, because a foreign shape was registered
+// since, keeps nobody from disabling its key.
+func TestDisableWhateverTheWords(t *testing.T) {
+	d := open(t)
+	d.instance(t, "a")
+	k := d.make(t, admin.KeyInput{Description: "was " + foreign("")}).Key
+	d.knows(apikey.Peppers{Current: d.pepper})
+	if k = d.patch(t, k.ID, admin.KeyPatch{Disabled: admin.To(true)}); !k.Disabled {
+		t.Error("it goes on")
+	}
+	_, err := d.UpdateKey(t.Context(), root, "a", k.ID, admin.KeyPatch{Name: admin.To("new")}, 0)
+	if field := invalidField(err); field != "description" {
+		t.Errorf("got error %v", err)
+	}
 }
 
 // Of twenty that change what all of them saw, one wins, and the others are told.
@@ -443,7 +486,7 @@ func TestNarrowingWaitsForReplicas(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t)
 		d.instance(t, "a")
-		made := d.make(t, admin.KeyInput{ExpiresIn: "10d"})
+		made, other := d.make(t, admin.KeyInput{ExpiresIn: "10d"}), d.make(t, admin.KeyInput{})
 		if err := d.store.Register(t.Context(), "behind", 2, time.Hour); err != nil {
 			t.Fatal(err)
 		}
@@ -464,9 +507,13 @@ func TestNarrowingWaitsForReplicas(t *testing.T) {
 				return c.Propagation, err
 			}, time.Second},
 			"rotation": {func() (admin.Propagation, error) {
-				c, err := d.RotateKey(t.Context(), root, "a", made.Key.ID, admin.RotateInput{EndOldest: true, ExpiresIn: "1d"}, 0)
+				c, err := d.RotateKey(t.Context(), root, "a", made.Key.ID, admin.RotateInput{ExpiresIn: "1d"}, 0)
 				return c.Propagation, err
 			}, time.Second},
+			"a short grace": {func() (admin.Propagation, error) {
+				c, err := d.RotateKey(t.Context(), root, "a", other.Key.ID, admin.RotateInput{GracePeriod: "10s"}, 0)
+				return c.Propagation, err
+			}, 5 * time.Second},
 			"kill switch": {func() (admin.Propagation, error) {
 				c, err := d.SwitchInstance(t.Context(), root, "a", true)
 				return c.Propagation, err

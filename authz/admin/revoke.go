@@ -75,13 +75,13 @@ type BulkRevocation struct {
 	All    bool                    `json:"all,omitempty" doc:"Every key of the instance: only with an empty filter, which is refused without."`
 	Reason apikey.RevocationReason `json:"reason,omitempty" enum:"keyCompromise,superseded,ownerLeft,unused,other"`
 	DryRun bool                    `json:"dryRun,omitempty" doc:"Tell what would go, and revoke nothing."`
-	Count  *int                    `json:"count,omitempty" doc:"How many keys the caller expects. Needed where they are more than 10, or where one of them was used within the last 7 days."`
+	Count  *int                    `json:"count,omitempty" doc:"How many keys the caller expects. Needed where they are more than 10, or where one of them was used, or was imported or restored, within the last 7 days."`
 }
 
 // BulkRevoked is what a bulk revocation did, or with DryRun would do.
 type BulkRevoked struct {
 	Count        int           // of the keys that the filter means and that were not revoked before
-	RecentlyUsed int           // of those: used within the last 7 days
+	RecentlyUsed int           // of those: used within the last 7 days, or nobody knows
 	Keys         []*apikey.Key // the first 1000 of them, as they were before
 	Revoked      int           // 0 with DryRun. Fewer than Count where a key no longer passed the filter when it came to it.
 	Propagation  Propagation   // zero with DryRun
@@ -136,7 +136,7 @@ func (s *Service) RevokeKeys(ctx context.Context, caller Caller, instanceID stri
 		some.Status = status
 		err := allKeys(ctx, s.store, instance, some, func(k *apikey.Key) bool {
 			ids = append(ids, k.ID)
-			if q.Now.Sub(k.LastUsedAt) < recentUse {
+			if recentlyUsed(k, q.Now) {
 				done.RecentlyUsed++
 			}
 			if len(done.Keys) < listedKeys {
@@ -196,6 +196,11 @@ func (s *Service) RevokeKeys(ctx context.Context, caller Caller, instanceID stri
 	return done, nil
 }
 
+// recentlyUsed reports whether a key was used lately, or may have been: where IdleFrom says so, nobody knows.
+func recentlyUsed(k *apikey.Key, at time.Time) bool {
+	return at.Sub(k.LastUsedAt) < recentUse || at.Sub(k.IdleFrom) < recentUse
+}
+
 // query checks in and returns the query for the keys that it means.
 func (in *BulkRevocation) query(at time.Time) (KeyQuery, error) {
 	filter := in.Filter
@@ -219,7 +224,7 @@ func (in *BulkRevocation) query(at time.Time) (KeyQuery, error) {
 // An Advice says whether a key seems to be needed.
 type Advice struct {
 	LastUsedAt time.Time `json:"lastUsedAt,omitzero" doc:"Absent: never."`
-	UnusedDays int       `json:"unusedDays" doc:"Whole days since the last use, or since it was made."`
+	UnusedDays int       `json:"unusedDays" doc:"Whole days since the last use, or since it was made, imported or restored."`
 	Safe       bool      `json:"safe" doc:"Nobody seems to use it: it can be revoked."`
 	Text       string    `json:"text"`
 }
@@ -230,12 +235,15 @@ const safeAfter = 35 * 24 * time.Hour
 
 // AdviceOn says whether a key seems to be needed at a time, by when it was last used.
 func AdviceOn(k *apikey.Key, at time.Time) Advice {
-	quiet := at.Sub(OrderLastUsed.PlaceOf(k).At)
+	since := quietSince(k)
+	quiet := at.Sub(since)
 	a := Advice{LastUsedAt: k.LastUsedAt.UTC(), UnusedDays: max(int(quiet/(24*time.Hour)), 0), Safe: quiet >= safeAfter}
 	switch status := statusOf(k, at); {
 	case status == statusRevoked || status == statusExpired:
 		a.Safe, a.Text = true, "It is "+status+" and opens nothing."
-	case a.Safe && k.LastUsedAt.IsZero():
+	case !a.Safe && since.After(k.LastUsedAt) && since.After(k.CreatedAt):
+		a.Text = fmt.Sprintf("Not used in the %d days since it was imported or restored, and nothing is known from before: too soon to tell.", a.UnusedDays)
+	case a.Safe && k.LastUsedAt.IsZero() && since.Equal(k.CreatedAt):
 		a.Text = fmt.Sprintf("Never used in the %d days since it was made: safe to revoke.", a.UnusedDays)
 	case a.Safe:
 		a.Text = fmt.Sprintf("Unused for %d days: safe to revoke.", a.UnusedDays)

@@ -24,6 +24,9 @@ const (
 	LongestGrace = 30 * 24 * time.Hour
 	// MaxValid is how many secrets of a key are valid at once.
 	MaxValid = 2
+	// soonOver is longer than a replica goes on without news: a secret that ends sooner may be accepted there
+	// after its end.
+	soonOver = time.Minute
 )
 
 // RotateKey gives an active key another secret, a new generation under the same id: counters, limits and
@@ -50,7 +53,7 @@ func (s *Service) rotateKey(ctx context.Context, caller Caller, instance string,
 	secret := s.cfg.Format.New(k.Type.Kind())
 	pepper := s.cfg.Peppers.Current
 	digest := pepper.Digest(secret.Reveal())
-	ended := false // at once
+	ended := false // at once, or nearly
 	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
 		ended = false
 		instance, err := tx.Instance(ctx, instance)
@@ -94,7 +97,7 @@ func (s *Service) rotateKey(ctx context.Context, caller Caller, instance string,
 			case len(valid)-i >= MaxValid || grace == 0: // all but the newest
 				g.ValidUntil, g.Revoked, ended = at, true, true
 			case g.ValidUntil.IsZero() || until.Before(g.ValidUntil):
-				g.ValidUntil = until
+				g.ValidUntil, ended = until, ended || until.Before(at.Add(soonOver))
 			default:
 				continue // it ends earlier already
 			}

@@ -28,7 +28,7 @@ type Service struct {
 	audit    AuditKeys
 	refusals refusals
 	uses     tokenUses
-	verifies sync.Mutex // held while the audit is verified
+	verifies sync.Mutex // held while the audit is verified, and while old events are removed
 }
 
 // Config says how the service makes secrets and finds them.

@@ -165,8 +165,8 @@ type Tx interface {
 	// DeleteKey removes a key with its digests. Errors: as UpdateKey.
 	DeleteKey(ctx context.Context, instanceID string, id apikey.ID) error
 	// MarkEnded notes that a key was found to be over. It then counts as expired in KeyCounts, and is not
-	// listed by DueKeys any more. Marking twice is no error; the first time stays. A use that shows that
-	// the key is not idle takes the mark back. Errors: apikey.ErrNotFound.
+	// listed by DueKeys any more. Marking twice is no error; the first time stays. A later use of a key that
+	// is then neither over by its date nor idle takes the mark back. Errors: apikey.ErrNotFound.
 	MarkEnded(ctx context.Context, id apikey.ID, at time.Time) error
 	// InsertGeneration adds a generation with its digest under a pepper version. Errors:
 	// apikey.ErrConflict if the digest or the number is taken, apikey.ErrNotFound if there is no such key.

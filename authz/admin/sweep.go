@@ -15,10 +15,11 @@ const (
 	sweepEvery = time.Minute
 	sweepTTL   = 3 * time.Minute // of the lead: whoever takes it over comes that late at most
 	sweepBatch = 200             // of one transaction
-	// idleLag is how late a last use may be written down, with room: until then a key that looks idle may
-	// have been in use.
-	idleLag = 2 * time.Minute
 )
+
+// IdleLag is how late a last use may be written down, with room: until then a key that looks idle may have
+// been in use.
+const IdleLag = 2 * time.Minute
 
 // sweeper is who the audit says did it.
 var sweeper = Caller{Name: "keyward serve"}
@@ -78,7 +79,7 @@ func (s *Service) sweep(ctx context.Context, holder string) error {
 // markEnded marks one batch; more says that there may be another.
 func (s *Service) markEnded(ctx context.Context) (more bool, err error) {
 	at := now()
-	idle := at.Add(-idleLag)
+	idle := at.Add(-IdleLag)
 	due, err := s.store.DueKeys(ctx, at, idle, 1) // without a turn of the one writer
 	if err != nil || len(due) == 0 {
 		return false, err

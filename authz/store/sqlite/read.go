@@ -55,7 +55,7 @@ const (
 	countKeys = `SELECT total(c.total), total(c.usable) - o.due, total(c.disabled) - o.disabled, total(c.revoked)
 	FROM (SELECT count(*) AS due, total(disabled) AS disabled FROM keys INDEXED BY keys_due_by_time
 		WHERE ` + dueByTime + ` AND expires_at < ?4 AND instance_id = ?1
-			AND (?2 = '' OR type = ?2 AND ?3 = CASE type WHEN 'agent' THEN agent_name ELSE user_principal_name END)) o
+			AND (?2 = '' OR type = ?2 AND ?3 = CASE type WHEN 'agent' THEN agent_name ELSE lower(user_principal_name) END)) o
 	LEFT JOIN key_counts c ON c.instance_id = ?1 AND c.type = ?2 AND c.name = ?3`
 
 	creations = `SELECT created_at FROM keys WHERE instance_id = ? AND created_at > ?

@@ -160,8 +160,8 @@ func (s *Memory) Touch(ctx context.Context, uses []apikey.Use) error {
 				continue
 			}
 			at, used, now := micros(use.At), *k, micros(time.Now())
-			if at.After(k.LastUsedAt) && k.InactivityDays > 0 && !k.IdleAt(now, at) && !k.overByTime(now) {
-				used.endedAt = time.Time{} // it was held for idle
+			if at.After(k.LastUsedAt) && !k.IdleAt(now, at) && !k.overByTime(now) {
+				used.endedAt = time.Time{} // it was held for over
 			}
 			used.LastUsedAt = later(k.LastUsedAt, at)
 			used.Generations = slices.Clone(k.Generations)
