@@ -879,6 +879,8 @@ func TestRequestIDs(t *testing.T) {
 		"a\tb":                   false,
 		"é":                      false,
 		d.owner.Reveal():         false,
+		"x-" + d.owner.Reveal():  false, // somebody's log of the request, pasted
+		"Bearer=" + apikey.Format{}.New(apikey.KindUser).Reveal() + ";": false,
 	} {
 		for _, target := range []string{"/instances", "/nothing", "/openapi.json"} {
 			got := d.send(d.owner, "GET", target, "", "X-Request-Id", sent).Header().Get("X-Request-Id")
