@@ -45,7 +45,8 @@ func (r *EventRecord) Event() Event {
 }
 
 // AuditEvents lists the audit events that a filter lets through, newest first, at most limit, from the
-// place after which to begin. Without an instance in the filter it is about all of them.
+// place after which to begin. Without an instance in the filter it is about all of them. A caller of one
+// instance sees those since that instance was made.
 func (s *Service) AuditEvents(ctx context.Context, caller Caller, filter EventFilter, after EventPlace, limit int) ([]Event, error) {
 	var err error
 	if filter.InstanceID == "" {
@@ -55,6 +56,15 @@ func (s *Service) AuditEvents(ctx context.Context, caller Caller, filter EventFi
 	}
 	if err != nil {
 		return nil, err
+	}
+	if caller.InstanceID != "" {
+		// Another tenant may have had the id before: what was its is not the caller's to see.
+		switch in, err := s.store.Instance(ctx, filter.InstanceID); {
+		case err == nil && filter.From.Before(in.CreatedAt):
+			filter.From = in.CreatedAt
+		case err != nil && !isNotFound(err):
+			return nil, err
+		}
 	}
 	events, err := s.store.FindEvents(ctx, filter, after, limit)
 	if err != nil || len(events) > 0 || filter.InstanceID == "" {

@@ -21,6 +21,7 @@ import (
 	"mime"
 	"net/http"
 	"net/netip"
+	"path"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -59,9 +60,7 @@ func New(keys Keys, reports Reports, log *slog.Logger) http.Handler {
 	h.mux.HandleFunc("POST /revoke", h.revoke)
 	h.mux.HandleFunc("/self", notAllowed("GET, HEAD"))
 	h.mux.HandleFunc("/revoke", notAllowed("POST"))
-	h.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		refuse(w, http.StatusNotFound, "NotFound", "there is GET /self and POST /revoke here, and nothing else")
-	})
+	h.mux.HandleFunc("/", nothing)
 	return h
 }
 
@@ -88,7 +87,16 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler)
 		}
 	}()
+	// ServeMux would redirect a path that is not clean, and a secret with it; there is nothing at such a path.
+	if r.URL.Path == "" || path.Clean(r.URL.Path) != r.URL.Path {
+		nothing(w, r)
+		return
+	}
 	h.mux.ServeHTTP(w, r)
+}
+
+func nothing(w http.ResponseWriter, _ *http.Request) {
+	refuse(w, http.StatusNotFound, "NotFound", "there is GET /self and POST /revoke here, and nothing else")
 }
 
 // An Answer says what a key may, as JSON.
@@ -197,13 +205,8 @@ func (h *handler) revoke(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusRequestEntityTooLarge, "PayloadTooLarge", "the body is larger than 4 KiB")
 		return
 	}
-	var report Report
-	decoder := json.NewDecoder(bytes.NewReader(body))
-	decoder.DisallowUnknownFields()
-	if err == nil {
-		err = decoder.Decode(&report)
-	}
-	if _, more := decoder.Token(); err != nil || !errors.Is(more, io.EOF) {
+	report, good := readReport(body)
+	if err != nil || !good {
 		refuse(w, http.StatusBadRequest, "InvalidRequest", `the body must be {"secret": "…"} and nothing else`)
 		return
 	}
@@ -226,6 +229,28 @@ func (h *handler) revoke(w http.ResponseWriter, r *http.Request) {
 	default:
 		reply(w, http.StatusAccepted, Accepted{"if the secret is a key's, it is ended now or its owner is told, as the instance's policy says", id})
 	}
+}
+
+// readReport reads a report that is one object with one member, a text. encoding/json alone would take the
+// last of two secrets, and whoever sent both would believe that both are ended.
+func readReport(body []byte) (report Report, good bool) {
+	d := json.NewDecoder(bytes.NewReader(body))
+	var tokens []json.Token
+	for len(tokens) <= 4 {
+		token, err := d.Token()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return report, false
+		}
+		tokens = append(tokens, token)
+	}
+	if len(tokens) != 4 || tokens[0] != json.Delim('{') || tokens[1] != "secret" || tokens[3] != json.Delim('}') {
+		return report, false
+	}
+	report.Secret, good = tokens[2].(string)
+	return report, good
 }
 
 // peerOf returns the address of the connection's other end, which is who counts: a header that names

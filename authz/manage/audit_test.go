@@ -392,3 +392,22 @@ func TestUserSeesAndMakesItsOwnKeysOnly(t *testing.T) {
 		t.Errorf("bob's key is %s", k.Status)
 	}
 }
+
+// Whoever gets the id of an instance that was deleted does not get its history.
+func TestAuditOfAnInstanceBeforeItsTime(t *testing.T) {
+	d := open(t)
+	d.instance(t, "a")
+	d.key(t, "a")
+	read[any](t, d.send(d.owner, "DELETE", "/instances/a?revokeKeys=true", ""), 200)
+	d.instance(t, "a")
+	mine := d.key(t, "a").Key
+	auditor := d.token(t, admin.TokenInput{Name: "n", Role: admin.RoleAuditor, InstanceID: "a"}).Secret
+	for query, want := range map[string]int{"": 3, "?from=2020-01-01T00:00:00Z": 3, "?action=key.create": 1, "?target=" + mine.ID.String(): 1} {
+		if got := read[list[admin.EventRecord]](t, d.send(auditor, "GET", "/instances/a/auditEvents"+query, ""), 200).Value; len(got) != want {
+			t.Errorf("%q: the new tenant sees %d events, want %d: %+v", query, len(got), want, got)
+		}
+		if got := read[list[admin.EventRecord]](t, d.send(d.owner, "GET", "/instances/a/auditEvents"+query, ""), 200).Value; query == "" && len(got) != 6 {
+			t.Errorf("the owner of all sees %d events", len(got))
+		}
+	}
+}

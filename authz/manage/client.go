@@ -191,7 +191,11 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 	if err != nil {
 		return nil, fmt.Errorf("read the answer: %w", err)
 	}
-	return nil, errorOf(resp, got)
+	failed := errorOf(resp, got)
+	if failed.Code == "" {
+		failed.Message = fmt.Sprintf("%s answers with HTTP status %d, and not as a Management API does: is there something else, or something in between?", c.base, failed.Status)
+	}
+	return nil, failed
 }
 
 func errorOf(resp *http.Response, got []byte) *Error {

@@ -80,20 +80,19 @@ func decode(data []byte, into any) error {
 	}
 	d := decoder{json.NewDecoder(bytes.NewReader(data))}
 	d.UseNumber()
-	return d.value("", reflect.ValueOf(into).Elem())
-}
-
-type decoder struct{ *json.Decoder }
-
-// value reads the next value into v; path names it.
-func (d decoder) value(path string, v reflect.Value) error {
 	token, err := d.Token()
 	if err != nil {
 		return err // cannot be: the document is valid
 	}
-	return d.from(token, path, v)
+	if token == nil { // absent is what its members may be, not the object
+		return apikey.Invalid("", "the body must be a JSON object")
+	}
+	return d.from(token, "", reflect.ValueOf(into).Elem())
 }
 
+type decoder struct{ *json.Decoder }
+
+// from reads the value that begins with token into v; path names it.
 func (d decoder) from(token json.Token, path string, v reflect.Value) error {
 	if isMember(v.Type()) {
 		v.FieldByName("Present").SetBool(true)

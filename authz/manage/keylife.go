@@ -210,6 +210,7 @@ func (h *handler) revokeKeys(ctx context.Context, c *call, in *atInstance) (*out
 	if err := readBody(c.w, c.r, &body); err != nil {
 		return nil, err
 	}
+	defer c.unhurried()()
 	done, err := h.svc.RevokeKeys(ctx, c.Caller, in.InstanceID, body)
 	if err != nil {
 		return nil, err

@@ -163,10 +163,18 @@ func (h *handler) exportKeys(ctx context.Context, c *call, in *atInstance) (*out
 	return ok(func(answer huma.Context) {
 		defer stop()
 		answer.SetHeader("Content-Type", ndjson)
-		// It takes as long as there are keys, longer than other answers may.
-		_ = http.NewResponseController(c.w).SetWriteDeadline(time.Time{})
 		w := bufio.NewWriterSize(answer.BodyWriter(), 64<<10)
+		var looked time.Time
 		for at := time.Now(); more && err == nil; k, err, more = next() {
+			if time.Since(looked) >= exportLook {
+				// It takes as long as there are keys, longer than other answers may and perhaps than the
+				// caller may ask for them: a token that is revoked meanwhile gets no more of them.
+				if _, err = h.authenticate(c.r); err != nil {
+					break
+				}
+				looked = time.Now()
+				_ = http.NewResponseController(c.w).SetWriteDeadline(looked.Add(answerStall))
+			}
 			if err = writeJSON(w, admin.RecordOf(k, at)); err != nil {
 				break
 			}
@@ -181,6 +189,22 @@ func (h *handler) exportKeys(ctx context.Context, c *call, in *atInstance) (*out
 			panic(http.ErrAbortHandler) // an end that looks like one would hide what is missing
 		}
 	}), nil
+}
+
+const (
+	// exportLook is how often an export asks whether its caller still may.
+	exportLook = time.Second
+	// answerStall is how long a caller may take none of an answer before that ends: a connection is not
+	// held for who has stopped reading.
+	answerStall = time.Minute
+)
+
+// unhurried lets a request take as long as there is data, longer than others may. What it returns is
+// called when the answer is made, which then has to be taken.
+func (c *call) unhurried() (made func()) {
+	control := http.NewResponseController(c.w)
+	_ = control.SetWriteDeadline(time.Time{})
+	return func() { _ = control.SetWriteDeadline(time.Now().Add(answerStall)) }
 }
 
 // ImportOptions say how a client imports.

@@ -30,6 +30,12 @@ type holdersClient struct {
 	address string
 }
 
+// A holdersError is an error that the holders' listener answered, where no management token is the cure.
+type holdersError struct{ answer *manage.Error }
+
+func (e holdersError) Error() string { return e.answer.Error() }
+func (e holdersError) Unwrap() error { return e.answer }
+
 func (h *holdersClient) flags(c *cobra.Command) {
 	c.Flags().StringVar(&h.address, "holders", "", "holders' listener to call (KEYWARD_HOLDERS; default http://"+usualHolders+")")
 	c.Flags().StringVar(&h.contextName, "context", "", "context to work in, see keyward context (KEYWARD_CONTEXT)")
@@ -204,7 +210,10 @@ func (h *holdersClient) call(ctx context.Context, method, path string, secret ap
 		if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil {
 			failed.RetryAfter = time.Duration(seconds) * time.Second
 		}
-		return failed
+		if failed.Code == "" {
+			failed.Message = fmt.Sprintf("%s answers with HTTP status %d, and not as keyward does to holders: is there something else?", base, failed.Status)
+		}
+		return holdersError{failed}
 	}
 	if err := json.Unmarshal(answer, into); err != nil {
 		return fmt.Errorf("the answer is not what keyward sends to holders: is there something else at %s?", base)

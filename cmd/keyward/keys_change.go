@@ -254,11 +254,23 @@ func (a *app) keysRotate() *cobra.Command {
 	return c
 }
 
-// printMade shows a key with a secret that is nowhere else.
+// printMade shows a key with a secret that is nowhere else. Where it cannot be shown, it says what to end.
 func (a *app) printMade(made manage.CreatedKey) error {
-	if a.quiet {
-		fmt.Fprintln(a.stdout, made.Secret.Reveal())
+	err := a.showMade(made)
+	if err == nil {
 		return nil
+	}
+	end := fmt.Sprintf("keyward keys revoke %s %s", made.Key.InstanceID, made.Key.ID)
+	if n := len(made.Key.Generations); n > 1 {
+		end += fmt.Sprintf(" --generation %d", made.Key.Generations[n-1].Number)
+	}
+	return fmt.Errorf("%w; the secret was made and is lost: end it with %s", err, end)
+}
+
+func (a *app) showMade(made manage.CreatedKey) error {
+	if a.quiet {
+		_, err := fmt.Fprintln(a.stdout, made.Secret.Reveal())
+		return err
 	}
 	fmt.Fprintln(a.stderr, "Keep the secret now: it is not shown again.")
 	answer := struct {

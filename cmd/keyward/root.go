@@ -60,17 +60,21 @@ type app struct {
 
 // run is the program. It returns the exit code.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: os.Environ()}
+	out := &output{to: stdout}
+	a := &app{stdin: stdin, stdout: out, stderr: stderr, environ: os.Environ()}
 	root := a.root()
 	root.SetArgs(args)
 	root.SetIn(stdin)
-	root.SetOut(stdout)
+	root.SetOut(out)
 	root.SetErr(stderr)
 
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 
 	err := root.ExecuteContext(ctx)
+	if err == nil {
+		err = out.failed()
+	}
 	if err == nil {
 		return exitOK
 	}
@@ -81,6 +85,32 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		}
 	}
 	return exitCode(err)
+}
+
+// An output remembers the first write that failed: a script that got half of an answer, or none on a full
+// disk, must not be told that all is well. Safe for concurrent use.
+type output struct {
+	to io.Writer
+
+	mu  sync.Mutex
+	err error
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n, err := o.to.Write(b)
+	if o.err == nil {
+		o.err = err
+	}
+	return n, err
+}
+
+// failed returns what the first failed write said.
+func (o *output) failed() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.err
 }
 
 // untilSignal ends a context at the first signal to stop; the second ends the process at once, as if
@@ -170,6 +200,9 @@ func exitCode(err error) int {
 		case http.StatusUnauthorized, http.StatusForbidden:
 			return exitAuth
 		case http.StatusNotFound:
+			if answer.Code == "" { // nothing there said so that would know
+				return exitError
+			}
 			return exitNotFound
 		case http.StatusConflict, http.StatusPreconditionFailed:
 			return exitConflict
@@ -190,6 +223,9 @@ func exitCode(err error) int {
 var errUnreachable = errors.New("no keyward answers")
 
 func hintFor(err error) string {
+	if _, ok := errors.AsType[holdersError](err); ok {
+		return "" // what it says says what to do
+	}
 	if answer, ok := errors.AsType[*manage.Error](err); ok {
 		var hints []string
 		if answer.Status == http.StatusUnauthorized {
