@@ -294,3 +294,30 @@ func TestExportHasEveryKeyOnce(t *testing.T) {
 		t.Errorf("exports in the audit: %v, %v", events, err)
 	}
 }
+
+// TestImportKeepsSecretsOutOfOtherFields: a column that slipped puts secrets where everybody reads them.
+func TestImportKeepsSecretsOutOfOtherFields(t *testing.T) {
+	d := importer(t)
+	ours := acme.New(apikey.KindInstance).Reveal()
+	for _, secret := range []string{ours, ours[:20] + "x" + ours[21:], foreign("secret")} {
+		for field, set := range map[string]func(in *admin.ImportInput){
+			"name":              func(in *admin.ImportInput) { in.Name = "of " + secret },
+			"description":       func(in *admin.ImportInput) { in.Description = secret },
+			"metadata":          func(in *admin.ImportInput) { in.Metadata = map[string]string{"was": secret} },
+			"scopes":            func(in *admin.ImportInput) { in.Scopes = []string{"a:b", secret} },
+			"environment":       func(in *admin.ImportInput) { in.Environment = secret },
+			"agentName":         func(in *admin.ImportInput) { in.Type, in.AgentName = apikey.TypeAgent, secret },
+			"userPrincipalName": func(in *admin.ImportInput) { in.Type, in.UserPrincipalName = apikey.TypeUser, secret },
+		} {
+			in := row(1, "n", foreign("own"))
+			set(&in.Input)
+			done := d.bring(t, false, in)
+			if bad, ok := errors.AsType[*apikey.InvalidError](done.Rows[0].Err); !ok || bad.Field != field || !strings.Contains(bad.Reason, "contains a secret") {
+				t.Errorf("%s: got %v", field, done.Rows[0].Err)
+			}
+		}
+	}
+	if got := d.names(t); got != nil {
+		t.Errorf("imported: %v", got)
+	}
+}

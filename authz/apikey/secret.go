@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"regexp"
+	"strings"
 	"unsafe"
 )
 
@@ -151,6 +152,28 @@ func (f Format) Owns(s string) (Kind, bool) {
 		return KindForeign, true
 	}
 	return 0, false
+}
+
+// Within reports whether there is a secret anywhere in a text, also one with a wrong checksum: somebody may
+// have typed it where it does not belong.
+func (f Format) Within(text string) bool {
+	for i := range len(text) {
+		kind, ours := f.Owns(text[i:])
+		if !ours {
+			continue
+		}
+		end := min(i+f.Len(), len(text))
+		if kind == KindForeign { // whose length is not fixed: up to what no secret has
+			end = len(text)
+			if n := strings.IndexAny(text[i:], " \t\n,;\"'\\"); n >= 0 {
+				end = i + n
+			}
+		}
+		if _, err := f.Check(text[i:end]); !errors.Is(err, ErrShape) {
+			return true
+		}
+	}
+	return false
 }
 
 // made is Owns of what keyward makes itself.

@@ -23,7 +23,7 @@ import (
 
 // Config says what differs from one server to another. The zero Config works.
 type Config struct {
-	// Format is that of our secrets; a request id that has one in it is not repeated.
+	// Format is that of our secrets; a request id with one in it is not repeated.
 	Format apikey.Format
 	// Pepper is what the key of list cursors is derived from, so that every replica reads every
 	// replica's. nil: a key of this handler's own.
@@ -217,10 +217,8 @@ func (h *handler) requestID(r *http.Request) string {
 	if len(sent) != 1 || !printable(sent[0], 128) {
 		return uuid.NewString()
 	}
-	for i := range len(sent[0]) { // a secret may also stand behind something else
-		if _, ours := h.cfg.Format.Owns(sent[0][i:]); ours {
-			return uuid.NewString()
-		}
+	if _, ours := h.cfg.Format.Owns(sent[0]); ours || h.cfg.Format.Within(sent[0]) {
+		return uuid.NewString() // it goes to the log and the audit
 	}
 	return sent[0]
 }

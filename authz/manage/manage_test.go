@@ -871,16 +871,17 @@ func TestForbiddenScopeNamesTheField(t *testing.T) {
 func TestRequestIDs(t *testing.T) {
 	d := open(t)
 	for sent, echoed := range map[string]bool{
-		"abc-123":                true,
-		strings.Repeat("x", 128): true,
-		"":                       false,
-		strings.Repeat("x", 129): false,
-		"a b":                    false,
-		"a\tb":                   false,
-		"é":                      false,
-		d.owner.Reveal():         false,
-		"x-" + d.owner.Reveal():  false, // somebody's log of the request, pasted
+		"abc-123":                           true,
+		strings.Repeat("x", 128):            true,
+		"":                                  false,
+		strings.Repeat("x", 129):            false,
+		"a b":                               false,
+		"a\tb":                              false,
+		"é":                                 false,
+		d.owner.Reveal():                    false,
+		"deploy:" + d.owner.Reveal() + ":1": false,
 		"Bearer=" + apikey.Format{}.New(apikey.KindUser).Reveal() + ";": false,
+		"deploy:" + d.owner.Reveal()[:20]:                               true, // too short for one
 	} {
 		for _, target := range []string{"/instances", "/nothing", "/openapi.json"} {
 			got := d.send(d.owner, "GET", target, "", "X-Request-Id", sent).Header().Get("X-Request-Id")

@@ -296,6 +296,7 @@ func TestOIDCTokensThatAreRefused(t *testing.T) {
 		"empty subject":                  token("sub", ""),
 		"long subject":                   token("sub", strings.Repeat("x", 256)),
 		"subject of two lines":           token("sub", "a\nb"),
+		"subject that is a secret":       token("sub", "x"+apikey.Format{}.New(apikey.KindUser).Reveal()),
 		"a nonce":                        token("nonce", "n"),
 		"another key of the same id":     stranger.sign(t, i.claims("roles", "owners")),
 		"HS256 under the public key":     sign(t, jose.SigningKey{Algorithm: jose.HS256, Key: public}, i.claims("roles", "owners")),

@@ -19,6 +19,8 @@ import (
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/authz/holders"
+	"keyward/authz/manage"
 )
 
 var updateDocs = flag.Bool("update", false, "rewrite the generated parts of docs/")
@@ -40,6 +42,13 @@ func generated() map[string]string {
 	}
 	for _, r := range apikey.RevocationReasons() {
 		reasons = append(reasons, fmt.Sprintf("`%s` | %s", r, about[r]))
+	}
+	var errorsOfManage, errorsOfHolders []string
+	for _, c := range manage.Codes {
+		errorsOfManage = append(errorsOfManage, fmt.Sprintf("%d | `%s` | %s", c.Status, c.Code, c.Meaning))
+	}
+	for _, c := range holders.Codes {
+		errorsOfHolders = append(errorsOfHolders, fmt.Sprintf("%d | `%s` | %s", c.Status, c.Code, c.Meaning))
 	}
 	leak := func(t apikey.Type) string {
 		says := map[apikey.LeakAction]string{
@@ -80,7 +89,8 @@ func generated() map[string]string {
 		),
 		"revocation": table("`reason` | Meaning", reasons...),
 		"leaks":      table("Type | What a report does | Policy", leak(apikey.TypeInstance), leak(apikey.TypeAgent), leak(apikey.TypeUser)),
-		"pattern":    "```\n" + apikey.Format{}.Pattern() + "\n```\n",
+		"errors":     table("Status | Code | Meaning", errorsOfManage...), "holdersErrors": table("Status | Code | Meaning", errorsOfHolders...),
+		"pattern": "```\n" + apikey.Format{}.Pattern() + "\n```\n",
 	}
 }
 

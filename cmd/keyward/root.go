@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -79,7 +80,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return exitOK
 	}
 	if !errors.Is(err, errInterrupted) {
-		fmt.Fprintln(stderr, "error:", err)
+		fmt.Fprintln(stderr, "error:", secretLike.ReplaceAllString(err.Error(), "[secret]"))
 		if hint := hintFor(err); hint != "" {
 			fmt.Fprintln(stderr, "hint:", hint)
 		}
@@ -112,6 +113,10 @@ func (o *output) failed() error {
 	defer o.mu.Unlock()
 	return o.err
 }
+
+// secretLike is how secrets look, whatever prefix a server gives them: an argument in a wrong place comes back
+// in an error, and errors go into the logs of whoever runs scripts.
+var secretLike = regexp.MustCompile(`[a-z][a-z0-9]{0,9}[iaum]_[0-9A-Za-z]{24,}|keya\.[0-9A-Za-z.]{24,}`)
 
 // untilSignal ends a context at the first signal to stop; the second ends the process at once, as if
 // nobody listened. Both are kept from the beginning: however soon the second comes, it is not lost.
