@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -56,15 +57,20 @@ type app struct {
 	settings    []string
 	yes         bool
 	long        bool // the command takes as long as there is data
+	drainDelay  time.Duration
 }
 
 // run is the program. It returns the exit code.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: os.Environ()}
-	root := a.root()
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: os.Environ(), drainDelay: drainDelay}
+	return a.run(ctx, args)
+}
+
+func (a *app) run(ctx context.Context, args []string) int {
+	root, stderr := a.root(), a.stderr
 	root.SetArgs(args)
-	root.SetIn(stdin)
-	root.SetOut(stdout)
+	root.SetIn(a.stdin)
+	root.SetOut(a.stdout)
 	root.SetErr(stderr)
 
 	ctx, stop := untilSignal(ctx)
