@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -57,15 +58,21 @@ type app struct {
 	settings    []string
 	yes         bool
 	long        bool // the command takes as long as there is data
+	drainDelay  time.Duration
 }
 
 // run is the program. It returns the exit code.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	out := &output{to: stdout}
-	a := &app{stdin: stdin, stdout: out, stderr: stderr, environ: os.Environ()}
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: os.Environ(), drainDelay: drainDelay}
+	return a.run(ctx, args)
+}
+
+func (a *app) run(ctx context.Context, args []string) int {
+	out, stderr := &output{to: a.stdout}, a.stderr
+	a.stdout = out
 	root := a.root()
 	root.SetArgs(args)
-	root.SetIn(stdin)
+	root.SetIn(a.stdin)
 	root.SetOut(out)
 	root.SetErr(stderr)
 
