@@ -46,8 +46,12 @@ type Redigests interface {
 // A Settler is Keys that know some keys by a slow hash only: imported Agent Access Tokens whose holder has
 // not come yet, which are found by apikey.ID.PendingDigest. [New] looks whether its Keys are one.
 type Settler interface {
-	// Settle finds out whether a token is the secret of a key that was found so, on behalf of a client at
-	// source. nil: something has changed, and who looks again finds it; then digest may find the key.
+	// Lacks reports whether nothing had a digest at the moment for which Cached says that secrets are unknown.
+	Lacks(d *apikey.Digest) bool
+	// Settle finds out whether a token, with that digest, is the secret of a key that was found so, on behalf
+	// of a client at source. pending is nil if there was such a key, and is not now.
+	//
+	// nil means that something has changed: whoever looks again finds it.
 	// Errors: apikey.ErrNotFound if it is not; *apikey.BusyError; apikey.ErrUndecided.
 	Settle(ctx context.Context, pending *apikey.Key, token *apikey.AgentToken, digest apikey.Digest, source netip.Addr) error
 }
@@ -87,6 +91,7 @@ type rules struct {
 // New returns an Authorizer. All of it is needed.
 func New(cfg Config, keys Keys, limiter limits.Leaser, peppers apikey.Peppers, uses Uses, redigests Redigests) (*Authorizer, error) {
 	a := &Authorizer{keys: keys, limiter: limiter, uses: uses, peppers: peppers, redigests: redigests}
+	a.settler, _ = keys.(Settler)
 	if err := peppers.Validate(); err != nil {
 		return nil, err
 	}

@@ -2,6 +2,7 @@ package authz
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -24,6 +25,13 @@ func (a *Authorizer) settle(ctx context.Context, r *Request, q *question) error 
 		k, err = a.keys.FindKey(ctx, *pending, q.client)
 	}
 	switch {
+	case errors.Is(err, apikey.ErrNotFound) && !a.settler.Lacks(pending):
+		// It may have been settled since the token's own digest was looked for, or since this replica last
+		// heard of changes.
+		if !q.mayBlock {
+			return errBlock
+		}
+		return a.settler.Settle(ctx, nil, &token, digest, q.client)
 	case err != nil:
 		return err
 	case k == nil:

@@ -300,6 +300,10 @@ func (c *Cache) Guess(source netip.Addr) error {
 	return c.budget.take(source, c.lease.clock().mono, c.metrics)
 }
 
+// Lacks reports whether nothing had a digest at the last poll. What [Cache.FindKey] does not find may have had
+// it then, and be gone since.
+func (c *Cache) Lacks(d *apikey.Digest) bool { return c.known.lacks(d) }
+
 // loadTries is how often a key is read because the answer was too old when it came.
 const loadTries = 4
 

@@ -181,19 +181,20 @@ func (s *Service) proofOfSHA256(in *ImportInput) proof {
 func (s *Service) proofOfHash(in *ImportInput) proof {
 	hash, err := apikey.ParseAgentHash(in.Argon2ID.Salt, in.Argon2ID.Hash)
 	bad, isBad := errors.AsType[*apikey.InvalidError](err)
+	p := proof{typ: apikey.TypeAgent, hash: &hash}
 	switch {
 	case in.Secret != "" || in.SHA256 != "":
-		return proof{err: apikey.Invalid("argon2id", "does not go with secret or sha256: give one of them")}
+		p.err = apikey.Invalid("argon2id", "does not go with secret or sha256: give one of them")
 	case isBad:
-		return proof{err: apikey.Invalid("argon2id."+bad.Field, bad.Reason)}
+		p.err = apikey.Invalid("argon2id."+bad.Field, bad.Reason)
 	case in.Argon2ID.Parameters != "" && in.Argon2ID.Parameters != AgentHashParameters:
-		return proof{err: apikey.Invalid("argon2id.parameters", "must be "+AgentHashParameters+": a hash with others is not one of FoundationaLLM's")}
+		p.err = apikey.Invalid("argon2id.parameters", "must be "+AgentHashParameters+": a hash with others is not one of FoundationaLLM's")
 	case !slices.Contains(s.cfg.Format.Foreign, apikey.Shape{AgentToken: true}):
-		return proof{err: apikey.Invalid("argon2id", "is of no use: the server's configuration does not register Agent Access Tokens (credentials.foreign), so it would know none")}
+		p.err = apikey.Invalid("argon2id", "is of no use: the server's configuration does not register Agent Access Tokens (credentials.foreign), so it would know none")
 	case in.ID == "":
-		return proof{err: apikey.Invalid("id", "is missing: it is part of the token")}
+		p.err = apikey.Invalid("id", "is missing: it is part of the token")
 	}
-	return proof{typ: apikey.TypeAgent, hash: &hash}
+	return p
 }
 
 // digests are those under the current pepper and, during a rotation, the previous one.
@@ -353,7 +354,7 @@ func (b *importing) key(in *ImportInput, p *proof) (*apikey.Key, error) {
 	case input.Type == "":
 		input.Type = p.typ
 	case p.typ != "" && input.Type != p.typ:
-		bad.add(apikey.Invalid("type", "is not the one that the secret's prefix says"))
+		bad.add(apikey.Invalid("type", "is not the one that the secret says"))
 	}
 	id := in.ID
 	if t := p.token; t != nil {

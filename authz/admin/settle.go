@@ -82,17 +82,24 @@ func (s *Settler) Run(ctx context.Context) error {
 	return nil
 }
 
-// Settle judges a token for a key that its apikey.ID.PendingDigest found, and whose life has been judged.
-// digest is the token's, under the current pepper. It is authz.Settler's.
+// Settle is authz.Settler's: it judges a token for a key that its apikey.ID.PendingDigest found, and whose
+// life has been judged. digest is the token's, under the current pepper.
 //
 // A request that cannot wait for the end of it is told to come again; what was begun goes on, so that it
 // finds the key then.
 func (s *Settler) Settle(ctx context.Context, k *apikey.Key, token *apikey.AgentToken, digest apikey.Digest, source netip.Addr) error {
-	if s.isWrong(guess{digest, k.Revision}) {
+	if k != nil && s.isWrong(guess{digest, k.Revision}) {
 		return apikey.ErrNotFound
 	}
 	if err := s.guesses.Guess(source); err != nil {
 		return err
+	}
+	if k == nil {
+		_, rev, err := s.svc.store.FindKey(ctx, digest)
+		if err != nil {
+			return err
+		}
+		return s.catchUp(ctx, rev)
 	}
 	wait := settleMost
 	if deadline, ok := ctx.Deadline(); ok {

@@ -295,10 +295,12 @@ func (s *service) adminTokenPath() string {
 // settler about imported tokens.
 type keyFacts struct {
 	*cache.Cache
-	authz.Settler
+	*admin.Settler
 	store    *sqlite.Store
 	lastUsed *usage.LastUsed
 }
+
+var _ authz.Settler = keyFacts{} // which the authorizer only looks for
 
 // LastUsed returns the later of what is written and what waits to be.
 func (f keyFacts) LastUsed(ctx context.Context, id apikey.ID) (time.Time, error) {
