@@ -662,6 +662,43 @@ func TestRotateRefused(t *testing.T) {
 	})
 }
 
+// TestRotationsAreNotEndless: each leaves a secret in the store for as long as the key is there, so they are as
+// many in an hour as new keys may be.
+func TestRotationsAreNotEndless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t)
+		d.policy(t, "a", apikey.Policy{Creation: apikey.Creation{PerHour: 6, PerHourAndUser: 3}})
+		ann := admin.Caller{Name: "oidc:ann", Role: admin.RoleUser, UserPrincipalName: "ann"}
+		k := d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "ann"}).Key
+		rotate := func(caller admin.Caller) error {
+			time.Sleep(10 * time.Minute)
+			_, err := d.RotateKey(t.Context(), caller, "a", k.ID, admin.RotateInput{GracePeriod: "0s"}, 0)
+			return err
+		}
+		for range 2 {
+			if err := rotate(ann); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := len(d.actions(t))
+		err := rotate(ann)
+		often, ok := errors.AsType[*admin.RateError](err)
+		if !ok || often.Limit != 3 || often.RetryAfter != 30*time.Minute { // the first came half an hour ago
+			t.Fatalf("a fourth secret within the hour: %v", err)
+		}
+		if n := len(d.actions(t)); n != before {
+			t.Errorf("%d events for what was refused", n-before)
+		}
+		if err := rotate(root); err != nil {
+			t.Errorf("an operator has another rate: %v", err)
+		}
+		time.Sleep(often.RetryAfter)
+		if err := rotate(ann); err != nil {
+			t.Errorf("after the wait that was named: %v", err)
+		}
+	})
+}
+
 // TestAtMostTwoSecrets: whatever is rotated and ended, no more than two secrets of a key are valid.
 func TestAtMostTwoSecrets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
