@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"keyward/authz/apikey"
@@ -41,6 +42,31 @@ func mayCreate(ctx context.Context, tx Tx, caller Caller, instanceID string, c a
 		return refusal
 	}
 	return nil
+}
+
+// mayRotate judges how many secrets a key was given within the last hour, by the rates for new keys: each stays
+// in the store and in every record of the key, so that they must not be as many as a caller likes.
+// Errors: *RateError.
+func mayRotate(caller Caller, k *apikey.Key, c apikey.Creation, at time.Time) error {
+	limit := c.PerHour
+	if caller.Role == RoleUser {
+		limit = c.PerHourAndUser
+	}
+	if limit == apikey.Unlimited {
+		return nil
+	}
+	var made []time.Time
+	for _, g := range k.Generations {
+		if g.CreatedAt.After(at.Add(-creationWindow)) {
+			made = append(made, g.CreatedAt)
+		}
+	}
+	if len(made) < limit {
+		return nil
+	}
+	slices.SortFunc(made, func(a, b time.Time) int { return b.Compare(a) })
+	wait := max(made[limit-1].Add(creationWindow).Sub(at), time.Second)
+	return &RateError{What: "secrets were made for this key", Limit: limit, Per: creationWindow, RetryAfter: wait}
 }
 
 // withinCaps judges the caps that k counts against, in the transaction that changes it. more is how many

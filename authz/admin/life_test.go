@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -662,6 +663,43 @@ func TestRotateRefused(t *testing.T) {
 	})
 }
 
+// TestRotationsAreNotEndless: each leaves a secret in the store for as long as the key is there, so they are as
+// many in an hour as new keys may be.
+func TestRotationsAreNotEndless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t)
+		d.policy(t, "a", apikey.Policy{Creation: apikey.Creation{PerHour: 6, PerHourAndUser: 3}})
+		ann := admin.Caller{Name: "oidc:ann", Role: admin.RoleUser, UserPrincipalName: "ann"}
+		k := d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "ann"}).Key
+		rotate := func(caller admin.Caller) error {
+			time.Sleep(10 * time.Minute)
+			_, err := d.RotateKey(t.Context(), caller, "a", k.ID, admin.RotateInput{GracePeriod: "0s"}, 0)
+			return err
+		}
+		for range 2 {
+			if err := rotate(ann); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := len(d.actions(t))
+		err := rotate(ann)
+		often, ok := errors.AsType[*admin.RateError](err)
+		if !ok || often.Limit != 3 || often.RetryAfter != 30*time.Minute { // the first came half an hour ago
+			t.Fatalf("a fourth secret within the hour: %v", err)
+		}
+		if n := len(d.actions(t)); n != before {
+			t.Errorf("%d events for what was refused", n-before)
+		}
+		if err := rotate(root); err != nil {
+			t.Errorf("an operator has another rate: %v", err)
+		}
+		time.Sleep(often.RetryAfter)
+		if err := rotate(ann); err != nil {
+			t.Errorf("after the wait that was named: %v", err)
+		}
+	})
+}
+
 // TestAtMostTwoSecrets: whatever is rotated and ended, no more than two secrets of a key are valid.
 func TestAtMostTwoSecrets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -913,5 +951,90 @@ func TestSwitchInstance(t *testing.T) {
 	}
 	if _, err := d.SwitchInstance(t.Context(), root, "nobody", true); !errors.Is(err, apikey.ErrNotFound) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestLastPlaceWhoeverComes: new keys, imported ones, and expired ones that are given a new life go for the last
+// places of the instance at once, and of one user in another spelling; rotations and enabling, which take none,
+// go on beside them.
+func TestLastPlaceWhoeverComes(t *testing.T) {
+	d := sealed(t, filepath.Join(t.TempDir(), "keys.db"), 0)
+	free := apikey.Policy{
+		Caps:     apikey.Caps{Instance: apikey.Unlimited, User: apikey.Unlimited},
+		Creation: apikey.Creation{PerHour: apikey.Unlimited},
+	}
+	d.policy(t, "a", free)
+	const places = 12
+	var over []apikey.ID
+	for n := range 20 {
+		k := d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: []string{"ann", "Ann"}[n%2]}).Key
+		past := *k
+		past.ExpirationDate = time.Now().Add(-time.Minute)
+		_, err := d.store.Update(t.Context(), func(tx admin.Tx) error {
+			return errors.Join(tx.UpdateKey(t.Context(), &past), tx.Audit(t.Context(), admin.Event{}))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		over = append(over, k.ID)
+	}
+	var living []apikey.ID
+	for range places - 3 {
+		living = append(living, d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "ann"}).Key.ID)
+	}
+	free.Caps = apikey.Caps{Instance: places, User: places}
+	d.policy(t, "a", free)
+
+	var all sync.WaitGroup
+	var won atomic.Int64
+	try := func(takes bool, do func() error) {
+		all.Go(func() {
+			err := do()
+			for errors.Is(err, apikey.ErrUndecided) { // a machine that is too busy
+				err = do()
+			}
+			_, full := errors.AsType[*admin.QuotaExceededError](err)
+			_, state := errors.AsType[*admin.StateError](err) // of a rotation: two secrets are valid already
+			switch {
+			case err == nil && takes:
+				won.Add(1)
+			case err != nil && takes != full && !state:
+				t.Errorf("got error %v", err)
+			}
+		})
+	}
+	for n, id := range over {
+		try(true, func() error {
+			_, err := d.UpdateKey(t.Context(), root, "a", id, admin.KeyPatch{ExpiresIn: admin.To("1d")}, 0)
+			return err
+		})
+		try(true, func() error {
+			_, err := d.CreateKey(t.Context(), root, "a", admin.KeyInput{Name: "n", Type: "user", UserPrincipalName: "ANN"})
+			return err
+		})
+		try(true, func() error {
+			secret := apikey.Format{}.New(apikey.KindUser).Reveal()
+			in := admin.ImportInput{KeyInput: admin.KeyInput{Name: "n", UserPrincipalName: "ann"}, Secret: secret}
+			done, err := d.ImportKeys(t.Context(), root, "a", []admin.ImportRow{{Number: 1, Input: in}}, false)
+			if err == nil && !done.Done {
+				err = done.Rows[0].Err
+			}
+			return err
+		})
+		try(false, func() error {
+			_, err := d.RotateKey(t.Context(), root, "a", living[n%len(living)], admin.RotateInput{}, 0)
+			return err
+		})
+		try(false, func() error {
+			_, err := d.UpdateKey(t.Context(), root, "a", living[n%len(living)], admin.KeyPatch{Disabled: admin.To(n%2 == 0)}, 0)
+			return err
+		})
+	}
+	all.Wait()
+	for _, owner := range []admin.KeyOwner{{}, {Type: apikey.TypeUser, Name: "ann"}} {
+		counts, err := d.store.CountKeys(t.Context(), "a", owner, time.Now())
+		if err != nil || counts.Usable != places || won.Load() != 3 {
+			t.Errorf("%+v: got %+v and error %v; %d got a place, want 3", owner, counts, err, won.Load())
+		}
 	}
 }

@@ -32,7 +32,7 @@ const (
 // RotateKey gives an active key another secret, a new generation under the same id: counters, limits and
 // history go on. The secret before stays valid for the grace period. ifMatch is the Revision that the
 // caller saw, 0 for whatever it is now.
-// Errors: [ErrPrecondition], *StateError.
+// Errors: [ErrPrecondition], *StateError, *RateError.
 func (s *Service) RotateKey(ctx context.Context, caller Caller, instanceID string, id apikey.ID, in RotateInput, ifMatch apikey.Revision) (CreatedKey, error) {
 	instance, err := caller.mayIn(instanceID, rotateKey)
 	if err != nil {
@@ -70,6 +70,9 @@ func (s *Service) rotateKey(ctx context.Context, caller Caller, instance string,
 		at, policy := now(), instance.Policy.InForce()
 		if status := statusOf(old, at); status != statusActive {
 			return &StateError{"the key is " + status + ": only an active key can be rotated"}
+		}
+		if err := mayRotate(caller, old, policy.Creation, at); err != nil {
+			return err
 		}
 		rotated := *old
 		rotated.Generations = slices.Clone(old.Generations)

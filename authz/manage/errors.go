@@ -60,7 +60,7 @@ var Codes = []CodeMeaning{
 	{CodePayloadTooLarge, http.StatusRequestEntityTooLarge, "The body has more than 1 MiB."},
 	{CodeUnsupportedMediaType, http.StatusUnsupportedMediaType, "The body is not `application/json` in UTF-8, or is compressed."},
 	{CodeIdempotencyKeyReused, http.StatusUnprocessableEntity, "The `Idempotency-Key` was used with another body within the last ten minutes."},
-	{CodeTooManyRequests, http.StatusTooManyRequests, "As many keys as the instance's policy allows were made within the last hour. `Retry-After` says when the next one may be."},
+	{CodeTooManyRequests, http.StatusTooManyRequests, "As many keys, or secrets of one key, as the instance's policy allows were made within the last hour. `Retry-After` says when the next one may be."},
 	{CodeInternalError, http.StatusInternalServerError, "A bug. The server's log knows the request by the id in `X-Request-Id`."},
 	{CodeServiceUnavailable, http.StatusServiceUnavailable, "It cannot be decided or done now, because the store or an OIDC issuer does not answer. `Retry-After` says when to come again."},
 }
