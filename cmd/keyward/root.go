@@ -19,6 +19,7 @@ import (
 
 	"keyward/authz/apikey"
 	"keyward/authz/manage"
+	"keyward/authz/store/sqlite"
 )
 
 // The exit codes, for scripts.
@@ -223,6 +224,9 @@ func exitCode(err error) int {
 		case http.StatusBadRequest:
 			return exitUsage
 		}
+		return exitError
+	}
+	if errors.Is(err, sqlite.ErrDamaged) { // an outage, but to try again is of no use
 		return exitError
 	}
 	if errors.Is(err, errUnreachable) || errors.Is(err, apikey.ErrUndecided) {

@@ -9,6 +9,7 @@ import (
 
 	"keyward/authz/apikey"
 	"keyward/authz/manage"
+	"keyward/authz/store/sqlite"
 )
 
 func TestExitCodes(t *testing.T) {
@@ -30,6 +31,7 @@ func TestExitCodes(t *testing.T) {
 		{&manage.Error{Status: 415}, 1},
 		{errUnreachable, 6},
 		{apikey.ErrUndecided, 6},
+		{errors.Join(sqlite.ErrDamaged, apikey.ErrUndecided), 1},
 		{errInterrupted, 130},
 	} {
 		if got := exitCode(test.err); got != test.want {

@@ -162,7 +162,7 @@ func Restore(ctx context.Context, backup string, cfg Config, actor string, repla
 	}
 	defer func() { err = errors.Join(err, held.Close()) }()
 	if err := Check(ctx, backup); err != nil {
-		return Restored{}, err
+		return Restored{}, fmt.Errorf("restore: %w", err)
 	}
 	_, statErr := os.Lstat(path)
 	occupied := statErr == nil
@@ -273,9 +273,9 @@ func Check(ctx context.Context, path string) (err error) {
 	case err != nil:
 		return fault(path, "check", err)
 	case sound != "ok":
-		return fmt.Errorf("store: %s is damaged: %s", path, sound)
+		return &damagedError{"check", path + " is damaged", errors.New(sound)}
 	case dangling > 0:
-		return fmt.Errorf("store: %s is damaged: %d rows point to nothing", path, dangling)
+		return &damagedError{"check", path + " is damaged", fmt.Errorf("%d rows point to nothing", dangling)}
 	case empty || tables == 0:
 		return fmt.Errorf("store: %s holds nothing", path)
 	}

@@ -322,6 +322,8 @@ func TestDamagedBackupChangesNothing(t *testing.T) {
 		}
 		if _, err := Restore(ctx, bad, Config{Path: path, Audit: storetest.AuditKeys}, "test", true); err == nil {
 			t.Errorf("%s: restored", name)
+		} else if damaged := name == "cut" || name == "flipped" || name == "text"; errors.Is(err, ErrDamaged) != damaged {
+			t.Errorf("%s: got %v, which is called damage: %t", name, err, !damaged)
 		}
 	}
 	if _, err := Restore(ctx, filepath.Join(t.TempDir(), "none"), Config{Path: path, Audit: storetest.AuditKeys}, "test", true); err == nil {
