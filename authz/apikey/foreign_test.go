@@ -220,8 +220,8 @@ func TestParseAgentHash(t *testing.T) {
 // What finds a pending key is under no pepper, and no digest of a secret.
 func TestPendingDigests(t *testing.T) {
 	id, other := apikey.ID{1}, apikey.ID{2}
-	if id.PendingDigest() == other.PendingDigest() || id.PendingDigest() != id.PendingDigest() {
-		t.Error("not one digest for each id")
+	if id.PendingDigest() == other.PendingDigest() {
+		t.Error("two ids have one digest")
 	}
 	p := apikey.NewPepper(1, false)
 	for _, text := range []string{string(id[:]), id.String(), "keyward pending agent access token\x00" + string(id[:])} {
