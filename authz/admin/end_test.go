@@ -46,7 +46,10 @@ func TestRevokeKeys(t *testing.T) {
 			"all":              {All: true, Filter: unused},
 			"reason":           {All: true, Reason: "bored"},
 			"filter.unusedFor": {Filter: admin.KeyListInput{UnusedFor: "long"}},
-			"count":            {Filter: unused, Count: new(-1)},
+			// What .NET sends for a date that nobody set must not mean every key.
+			"filter.expiresBefore": {Filter: admin.KeyListInput{ExpiresBefore: "0001-01-01T00:00:00Z"}},
+			"filter.idleBefore":    {Filter: admin.KeyListInput{IdleBefore: "0001-01-01T00:00:00+00:00"}},
+			"count":                {Filter: unused, Count: new(-1)},
 		} {
 			if _, err := d.RevokeKeys(ctx, root, "a", in); invalidField(err) != field {
 				t.Errorf("got %v, want %s named", err, field)

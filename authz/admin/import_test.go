@@ -135,6 +135,8 @@ func TestWhatCannotBeImported(t *testing.T) {
 		"id":                 {admin.ImportInput{Secret: foreign(""), ID: "x"}, "id"},
 		"id of zeros":        {admin.ImportInput{Secret: foreign(""), ID: "00000000-0000-0000-0000-000000000000"}, "id"},
 		"from the future":    {admin.ImportInput{Secret: foreign(""), CreatedAt: "2999-01-01"}, "createdAt"},
+		"from the year -1":   {admin.ImportInput{Secret: foreign(""), CreatedAt: "0000-01-01T00:00:00+23:59"}, "createdAt"},
+		"somebody's zero":    {admin.ImportInput{Secret: foreign(""), CreatedAt: "0001-01-01"}, "createdAt"},
 		"over":               {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{ExpirationDate: "2020-01-01"}}, "expirationDate"},
 		"too long a life":    {admin.ImportInput{Secret: foreign(""), CreatedAt: "2020-01-01", KeyInput: admin.KeyInput{ExpiresIn: "366d"}}, "expiresIn"},
 		"a secret as a name": {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Description: "it is " + foreign("") + ", ok"}}, "description"},
