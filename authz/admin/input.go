@@ -561,14 +561,12 @@ func noSecret(format apikey.Format, field, s string) error {
 		if !ours {
 			continue
 		}
-		end := min(i+format.Len(), len(s))
-		if kind == apikey.KindForeign { // whose length is not fixed: up to what no secret has
-			end = len(s)
-			if n := strings.IndexAny(s[i:], " \t\n,;\"'\\"); n >= 0 {
-				end = i + n
-			}
+		found := kind == apikey.KindForeign && format.BeginsForeign(s[i:])
+		if kind != apikey.KindForeign {
+			_, err := format.Check(s[i:min(i+format.Len(), len(s))])
+			found = !errors.Is(err, apikey.ErrShape)
 		}
-		if _, err := format.Check(s[i:end]); !errors.Is(err, apikey.ErrShape) {
+		if found {
 			return apikey.Invalid(field, "contains a secret: revoke it if it is in use, and leave it out")
 		}
 	}
