@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -253,6 +254,11 @@ func TestReportLeaked(t *testing.T) {
 		report(next.Secret)
 		if k := get(agent.Key.ID); k.RevokedReason != apikey.RevokedKeyCompromise {
 			t.Errorf("by another policy: %+v", k)
+		}
+		for id, done := range map[apikey.ID]string{single.Key.ID: "it is revoked", rotated.Key.ID: "its secret is ended", agent.Key.ID: "it goes on"} {
+			if !regexp.MustCompile(`reported as leaked" instance=a key_id=` + id.String() + ` generation=1 done="` + done).MatchString(d.log.String()) {
+				t.Errorf("the log does not say what became of %v: %s", id, d.log)
+			}
 		}
 		all, err := json.Marshal(events)
 		if err != nil {

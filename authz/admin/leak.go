@@ -125,6 +125,7 @@ func (s *Service) endLeaked(ctx context.Context, l leak) error {
 			return err
 		}
 	}
+	var done slog.Attr // what the report did
 	caller := Caller{Name: "leak report", RemoteAddr: l.from, RequestID: l.requestID}
 	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
 		old, _, err := tx.FindKey(ctx, digest)
@@ -160,9 +161,18 @@ func (s *Service) endLeaked(ctx context.Context, l leak) error {
 		if err := tx.UpdateKey(ctx, &k); err != nil {
 			return err
 		}
+		action := "its secret is ended"
+		switch {
+		case flags:
+			action = "it goes on, as the policy says (onLeak): rotate it"
+		case !k.RevokedAt.IsZero():
+			action = "it is revoked"
+		}
+		done = slog.Group("", slog.String("instance", k.InstanceID), slog.String("key_id", k.ID.String()), slog.Int("generation", number), slog.String("done", action))
 		return caller.audit(ctx, tx, leakKey, k.InstanceID, k.ID.String(), auditOf(old), auditOf(&k))
 	})
 	if err == nil {
+		s.log.Warn("a key was reported as leaked", done, slog.String("from", l.from), slog.String("request_id", l.requestID))
 		s.propagate(ctx, rev, createWait)
 	}
 	return err
