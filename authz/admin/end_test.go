@@ -268,6 +268,40 @@ func TestReportLeaked(t *testing.T) {
 	})
 }
 
+// TestAReportThatFailsHoldsUpNoOther: the record of one key cannot be read; the others that were reported end.
+func TestAReportThatFailsHoldsUpNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t)
+		d.instance(t, "a")
+		sick, sound := d.make(t, admin.KeyInput{}), d.make(t, admin.KeyInput{})
+		svc := d.with(unreadable{d.store, d.pepper.Digest(sick.Secret.Reveal())}, apikey.Peppers{Current: d.pepper})
+		stop := reporting(t, svc)
+		defer stop()
+		for _, secret := range []apikey.Secret{sick.Secret, sound.Secret} {
+			if err := svc.ReportLeaked(secret, somewhere, ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(time.Minute)
+		if k, err := d.store.Key(t.Context(), "a", sound.Key.ID); err != nil || k.RevokedAt.IsZero() {
+			t.Errorf("after a minute: got %+v and error %v", k, err)
+		}
+	})
+}
+
+// unreadable is a store with a key that cannot be read.
+type unreadable struct {
+	admin.Store
+	digest apikey.Digest
+}
+
+func (u unreadable) FindKey(ctx context.Context, d apikey.Digest) (*apikey.Key, apikey.Revision, error) {
+	if d == u.digest {
+		return nil, 0, fmt.Errorf("read key: %w", apikey.ErrUndecided)
+	}
+	return u.Store.FindKey(ctx, d)
+}
+
 func TestReportOfWhatIsNoKey(t *testing.T) {
 	d := open(t)
 	mistyped := []byte(apikey.Format{}.New(apikey.KindUser).Reveal())
