@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -46,7 +47,10 @@ func TestRevokeKeys(t *testing.T) {
 			"all":              {All: true, Filter: unused},
 			"reason":           {All: true, Reason: "bored"},
 			"filter.unusedFor": {Filter: admin.KeyListInput{UnusedFor: "long"}},
-			"count":            {Filter: unused, Count: new(-1)},
+			// What .NET sends for a date that nobody set must not mean every key.
+			"filter.expiresBefore": {Filter: admin.KeyListInput{ExpiresBefore: "0001-01-01T00:00:00Z"}},
+			"filter.idleBefore":    {Filter: admin.KeyListInput{IdleBefore: "0001-01-01T00:00:00+00:00"}},
+			"count":                {Filter: unused, Count: new(-1)},
 		} {
 			if _, err := d.RevokeKeys(ctx, root, "a", in); invalidField(err) != field {
 				t.Errorf("got %v, want %s named", err, field)
@@ -251,12 +255,51 @@ func TestReportLeaked(t *testing.T) {
 		if k := get(agent.Key.ID); k.RevokedReason != apikey.RevokedKeyCompromise {
 			t.Errorf("by another policy: %+v", k)
 		}
+		for id, done := range map[apikey.ID]string{single.Key.ID: "it is revoked", rotated.Key.ID: "its secret is ended", agent.Key.ID: "it goes on"} {
+			if !regexp.MustCompile(`reported as leaked" instance=a key_id=` + id.String() + ` generation=1 done="` + done).MatchString(d.log.String()) {
+				t.Errorf("the log does not say what became of %v: %s", id, d.log)
+			}
+		}
 		all, err := json.Marshal(events)
 		if err != nil {
 			t.Fatal(err)
 		}
 		noCanary(t, string(all)+d.log.String(), single.Secret, rotated.Secret, agent.Secret)
 	})
+}
+
+// TestAReportThatFailsHoldsUpNoOther: the record of one key cannot be read; the others that were reported end.
+func TestAReportThatFailsHoldsUpNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t)
+		d.instance(t, "a")
+		sick, sound := d.make(t, admin.KeyInput{}), d.make(t, admin.KeyInput{})
+		svc := d.with(unreadable{d.store, d.pepper.Digest(sick.Secret.Reveal())}, apikey.Peppers{Current: d.pepper})
+		stop := reporting(t, svc)
+		defer stop()
+		for _, secret := range []apikey.Secret{sick.Secret, sound.Secret} {
+			if err := svc.ReportLeaked(secret, somewhere, ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(time.Minute)
+		if k, err := d.store.Key(t.Context(), "a", sound.Key.ID); err != nil || k.RevokedAt.IsZero() {
+			t.Errorf("after a minute: got %+v and error %v", k, err)
+		}
+	})
+}
+
+// unreadable is a store with a key that cannot be read.
+type unreadable struct {
+	admin.Store
+	digest apikey.Digest
+}
+
+func (u unreadable) FindKey(ctx context.Context, d apikey.Digest) (*apikey.Key, apikey.Revision, error) {
+	if d == u.digest {
+		return nil, 0, fmt.Errorf("read key: %w", apikey.ErrUndecided)
+	}
+	return u.Store.FindKey(ctx, d)
 }
 
 func TestReportOfWhatIsNoKey(t *testing.T) {

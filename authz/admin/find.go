@@ -208,7 +208,7 @@ func moment(field, s string, now time.Time) (time.Time, error) {
 		return now.Add(d.Std()), nil
 	}
 	t, day, err := parseTime(field, s)
-	if day {
+	if err == nil && day {
 		t = endOfDay(t)
 	}
 	return t, err

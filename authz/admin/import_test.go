@@ -18,7 +18,7 @@ import (
 	"keyward/authz/apikey"
 )
 
-var acme = apikey.Format{Foreign: []apikey.Shape{{Prefix: "acme_", MinLength: 21, MaxLength: 60}, {AgentToken: true}}}
+var acme = apikey.Format{Foreign: []apikey.Shape{{Prefix: "acme_", MinLength: 21, MaxLength: 60}, {Prefix: "exact_", MinLength: 22, MaxLength: 22}, {AgentToken: true}}}
 
 // importer opens a service that knows foreign secrets.
 func importer(t *testing.T) *desk {
@@ -120,6 +120,8 @@ func TestWhatCannotBeImported(t *testing.T) {
 	}
 	taken := d.key(t, "b")
 	ours := apikey.Format{}.New(apikey.KindAgent).Reveal()
+	const exact = "exact_0123456789abcdef" // of a shape of one length
+	agentToken := "keya.aa.bb.cc." + strings.Repeat("d", 130) + ".ayek"
 	for name, c := range map[string]struct {
 		in    admin.ImportInput
 		field string // "": the state is in the way
@@ -135,9 +137,14 @@ func TestWhatCannotBeImported(t *testing.T) {
 		"id":                 {admin.ImportInput{Secret: foreign(""), ID: "x"}, "id"},
 		"id of zeros":        {admin.ImportInput{Secret: foreign(""), ID: "00000000-0000-0000-0000-000000000000"}, "id"},
 		"from the future":    {admin.ImportInput{Secret: foreign(""), CreatedAt: "2999-01-01"}, "createdAt"},
+		"from the year -1":   {admin.ImportInput{Secret: foreign(""), CreatedAt: "0000-01-01T00:00:00+23:59"}, "createdAt"},
+		"somebody's zero":    {admin.ImportInput{Secret: foreign(""), CreatedAt: "0001-01-01"}, "createdAt"},
 		"over":               {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{ExpirationDate: "2020-01-01"}}, "expirationDate"},
 		"too long a life":    {admin.ImportInput{Secret: foreign(""), CreatedAt: "2020-01-01", KeyInput: admin.KeyInput{ExpiresIn: "366d"}}, "expiresIn"},
 		"a secret as a name": {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Description: "it is " + foreign("") + ", ok"}}, "description"},
+		"and a full stop":    {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Description: "it is " + exact + ". Ok?"}}, "description"},
+		"in an address":      {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Metadata: map[string]string{"at": "https://x?key=" + exact + "&n=" + strings.Repeat("1", 40)}}}, "metadata"},
+		"in brackets":        {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Description: "(" + agentToken + ")"}}, "description"},
 		"scope":              {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Scopes: []string{"y"}}}, "scopes"},
 		"id that is taken":   {admin.ImportInput{Secret: foreign(""), ID: taken.Key.ID.String()}, ""},
 		"another's secret":   {admin.ImportInput{Secret: taken.Secret.Reveal()}, ""},

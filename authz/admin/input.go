@@ -279,16 +279,19 @@ func expiresIn(s string, longest time.Duration, now time.Time) (time.Time, error
 	return now.Add(d.Std()), nil
 }
 
-// parseTime reads RFC 3339 strictly, or a bare date as its first instant in UTC.
+// parseTime reads RFC 3339 strictly, or a bare date as its first instant in UTC. Nothing of ours happens before
+// 1970: what says so is somebody's zero, which must not be taken for ours, which says nothing.
 func parseTime(field, s string) (t time.Time, day bool, err error) {
-	if t, err := time.Parse(time.DateOnly, s); err == nil {
-		return t, true, nil
-	}
-	t, err = time.Parse(time.RFC3339, s)
-	if err != nil || !rfc3339.MatchString(s) {
+	if t, err = time.Parse(time.DateOnly, s); err == nil {
+		day = true
+	} else if t, err = time.Parse(time.RFC3339, s); err != nil || !rfc3339.MatchString(s) {
 		return time.Time{}, false, apikey.Invalid(field, "must be RFC 3339 with a zone, such as 2027-01-31T12:00:00Z, or a date such as 2027-01-31")
 	}
-	return t.UTC().Truncate(time.Microsecond), false, nil
+	t = t.UTC().Truncate(time.Microsecond)
+	if t.Year() < 1970 || t.Year() > 9999 {
+		return time.Time{}, false, apikey.Invalid(field, "must be from the years 1970 to 9999")
+	}
+	return t, day, nil
 }
 
 // rfc3339 is the grammar: time.Parse also takes an hour of one digit, a decimal comma, a zone of 24 hours.

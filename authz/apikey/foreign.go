@@ -71,6 +71,20 @@ func (f Format) foreign(s string) *Shape {
 	return nil
 }
 
+// beginsForeign reports whether s begins with what could be a foreign secret, whatever follows: the full stop
+// after one may be part of a secret as well.
+func (f Format) beginsForeign(s string) bool {
+	shape := f.foreign(s)
+	switch {
+	case shape == nil:
+		return false
+	case shape.AgentToken:
+		end := strings.Index(s, agentTokenSuffix)
+		return end >= 0 && isAgentToken(s[:end+len(agentTokenSuffix)])
+	}
+	return len(s) >= shape.MinLength && isForeignText(s[:shape.MinLength])
+}
+
 // validateForeign reports shapes that are unsafe, or that overlap with others or with ours.
 func (f Format) validateForeign() error {
 	prefixes := []string{f.first() + "i_", f.first() + "a_", f.first() + "u_", f.first() + "m_", "eyJ"} // the last: JWTs, which are the applications'

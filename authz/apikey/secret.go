@@ -162,14 +162,13 @@ func (f Format) Within(text string) bool {
 		if !ours {
 			continue
 		}
-		end := min(i+f.Len(), len(text))
-		if kind == KindForeign { // whose length is not fixed: up to what no secret has
-			end = len(text)
-			if n := strings.IndexAny(text[i:], " \t\n,;\"'\\"); n >= 0 {
-				end = i + n
+		if kind == KindForeign {
+			if f.beginsForeign(text[i:]) {
+				return true
 			}
+			continue
 		}
-		if _, err := f.Check(text[i:end]); !errors.Is(err, ErrShape) {
+		if _, err := f.Check(text[i:min(i+f.Len(), len(text))]); !errors.Is(err, ErrShape) {
 			return true
 		}
 	}

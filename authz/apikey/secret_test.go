@@ -453,7 +453,7 @@ func TestWithin(t *testing.T) {
 	for text, want := range map[string]bool{
 		"": false, "kwi_": false, "a text with kwi_ and acme_ in it": false, key[:52]: false, key[1:]: false, "acme_short": false,
 		key: true, "x" + key + "y": true, "see\n" + key: true, mistyped: true, "kwi_ " + key: true, key[:20] + key: true,
-		"acme_0123456789abcdef": true, "token: acme_0123456789abcdef, please": true,
+		"acme_0123456789abcdef": true, "token: acme_0123456789abcdef, please": true, "acme_0123456789abcdef.(end)": true,
 	} {
 		if got := f.Within(text); got != want {
 			t.Errorf("%q: got %t", text, got)
