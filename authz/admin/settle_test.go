@@ -394,7 +394,8 @@ func TestOneHashAtATime(t *testing.T) {
 		}
 		all.Wait()
 		time.Sleep(time.Minute)
-		if n := g.hashes.Load(); g.mostAtOnce.Load() != 1 || n < 3 || n > 8 {
+		// After each that was wrong comes as long a rest: some of the machine is for the others.
+		if n := g.hashes.Load(); g.mostAtOnce.Load() != 1 || n < 3 || n > 5 {
 			t.Errorf("%d hashes in 2 s, %d at once", n, g.mostAtOnce.Load())
 		}
 	})
