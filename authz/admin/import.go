@@ -285,8 +285,11 @@ func (b *importing) one(ctx context.Context, row *ImportRow, p *proof) (ImportSt
 	}
 	b.rowOf[digest] = row.Number
 	if p.hash != nil {
-		if there, err := b.thereByHash(ctx, k, p.hash); there || err != nil {
-			return RowExisting, k.ID, err
+		switch there, err := b.thereByHash(ctx, k, p.hash); {
+		case err != nil:
+			return RowRefused, apikey.ID{}, err
+		case there:
+			return RowExisting, k.ID, nil
 		}
 	}
 	for _, d := range p.digests {

@@ -281,7 +281,7 @@ func TestExportHasEveryKeyOnce(t *testing.T) {
 		in.Input.CreatedAt = "2025-01-01" // all at one instant, so that pages end in the middle of it
 		rows = append(rows, in)
 	}
-	for batch := range slices.Chunk(rows, 200) {
+	for batch := range slices.Chunk(rows, 50) {
 		if done := d.bring(t, false, batch...); !done.Done {
 			t.Fatal(done.Rows[0].Err)
 		}

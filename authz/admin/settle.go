@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -137,7 +138,13 @@ func (s *Settler) Settle(ctx context.Context, k *apikey.Key, token *apikey.Agent
 var errSettling error = &apikey.BusyError{What: "an Agent Access Token is being looked at for the first time", RetryAfter: time.Second}
 
 // settle judges a token, its turn having come.
-func (s *Settler) settle(ctx context.Context, id apikey.ID, token *apikey.AgentToken, digest apikey.Digest, source netip.Addr) error {
+func (s *Settler) settle(ctx context.Context, id apikey.ID, token *apikey.AgentToken, digest apikey.Digest, source netip.Addr) (err error) {
+	defer func() { // nobody above would catch it
+		if p := recover(); p != nil {
+			s.svc.log.Error("panic", "doing", "settle key", "panic", p, "stack", string(debug.Stack()))
+			err = fmt.Errorf("%w: settle key: a panic, see the log", apikey.ErrUndecided)
+		}
+	}()
 	ctx, cancel := context.WithTimeout(ctx, updateTimeout)
 	defer cancel()
 	// Much may have happened while others had their turn, also on other replicas.

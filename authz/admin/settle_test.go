@@ -90,12 +90,16 @@ type tokenGate struct {
 type flaky struct {
 	admin.Store
 	awayHashes, awayUpdates atomic.Bool
+	panics                  atomic.Bool
 	beforeUpdate            atomic.Pointer[func()] // run once
 }
 
 var errAway = fmt.Errorf("away: %w", apikey.ErrUndecided)
 
 func (f *flaky) AgentHash(ctx context.Context, id apikey.ID) (apikey.AgentHash, error) {
+	if f.panics.Load() {
+		panic("on purpose")
+	}
 	if f.awayHashes.Load() {
 		return apikey.AgentHash{}, errAway
 	}
@@ -394,7 +398,8 @@ func TestOneHashAtATime(t *testing.T) {
 		}
 		all.Wait()
 		time.Sleep(time.Minute)
-		if n := g.hashes.Load(); g.mostAtOnce.Load() != 1 || n < 3 || n > 8 {
+		// After each that was wrong comes as long a rest: some of the machine is for the others.
+		if n := g.hashes.Load(); g.mostAtOnce.Load() != 1 || n < 3 || n > 5 {
 			t.Errorf("%d hashes in 2 s, %d at once", n, g.mostAtOnce.Load())
 		}
 	})
@@ -524,7 +529,9 @@ func TestAnotherHashMeanwhile(t *testing.T) {
 func TestAnOutageIsNoVerdict(t *testing.T) {
 	inTokenGate(t, 1, func(t *testing.T, g *tokenGate) {
 		g.importHashed(t)
-		for what, away := range map[string]*atomic.Bool{"the hash": &g.store.awayHashes, "the digest": &g.store.awayUpdates} {
+		for what, away := range map[string]*atomic.Bool{
+			"the hash": &g.store.awayHashes, "the digest": &g.store.awayUpdates, "a panic": &g.store.panics,
+		} {
 			away.Store(true)
 			for range 2 {
 				_, err := g.decide(t.Context(), 0, reference(), "192.0.2.1")
@@ -609,7 +616,7 @@ func TestImportByHash(t *testing.T) {
 	if got := bring(false); got.Status != admin.RowExisting || got.KeyID != keyOfToken {
 		t.Errorf("repeated: %+v", got)
 	}
-	if got := bring(false, func(in *admin.ImportInput) { in.Argon2ID.Salt = base58Of("another salt, 16") }); got.Status != admin.RowRefused {
+	if got := bring(false, func(in *admin.ImportInput) { in.Argon2ID.Salt = base58Of("another salt, 16") }); got.Status != admin.RowRefused || !got.KeyID.IsZero() {
 		t.Errorf("with another hash: %+v", got)
 	}
 	if got := bring(false, func(in *admin.ImportInput) { in.AgentName = "other" }); got.Status != admin.RowRefused {
