@@ -44,6 +44,10 @@ func mayCreate(ctx context.Context, tx Tx, caller Caller, instanceID string, c a
 	return nil
 }
 
+// freeRotations is how many secrets within an hour a key may have in any case: whoever lost one must not wait
+// because new keys are to be rare.
+const freeRotations = 10
+
 // mayRotate judges how many secrets a key was given within the last hour, by the rates for new keys: each stays
 // in the store and in every record of the key, so that they must not be as many as a caller likes.
 // Errors: *RateError.
@@ -55,6 +59,7 @@ func mayRotate(caller Caller, k *apikey.Key, c apikey.Creation, at time.Time) er
 	if limit == apikey.Unlimited {
 		return nil
 	}
+	limit = max(limit, freeRotations)
 	var made []time.Time
 	for _, g := range k.Generations {
 		if g.CreatedAt.After(at.Add(-creationWindow)) {

@@ -131,16 +131,16 @@ type KeyCounts struct {
 
 // A KeyListInput says which keys to list, as people write it. Empty fields say nothing.
 type KeyListInput struct {
-	Type              apikey.Type `json:"type,omitempty" enum:"instance,agent,user"`
-	Status            string      `json:"status,omitempty" enum:"active,disabled,revoked,expired"`
-	UserPrincipalName string      `json:"userPrincipalName,omitempty" doc:"Whose keys: a user."`
-	AgentName         string      `json:"agentName,omitempty" doc:"Whose keys: an agent."`
-	Environment       string      `json:"environment,omitempty"`
-	CreatedBy         string      `json:"createdBy,omitempty" doc:"As the keys show it."`
-	NamePrefix        string      `json:"namePrefix,omitempty" doc:"What the name begins with. Case matters."`
-	UnusedFor         string      `json:"unusedFor,omitempty" doc:"A duration such as 90d: not used for so long, nor made, imported or restored in that time."`
-	ExpiresBefore     string      `json:"expiresBefore,omitempty" doc:"RFC 3339, a date, which means its end in UTC, or a duration from now such as 30d."`
-	IdleBefore        string      `json:"idleBefore,omitempty" doc:"Will expire for idleness before, unless it is used. Written as expiresBefore."`
+	Type              apikey.Type `json:"type,omitempty" strict:"notempty" enum:"instance,agent,user"`
+	Status            string      `json:"status,omitempty" strict:"notempty" enum:"active,disabled,revoked,expired"`
+	UserPrincipalName string      `json:"userPrincipalName,omitempty" strict:"notempty" minLength:"1" doc:"Whose keys: a user."`
+	AgentName         string      `json:"agentName,omitempty" strict:"notempty" minLength:"1" doc:"Whose keys: an agent."`
+	Environment       string      `json:"environment,omitempty" strict:"notempty" minLength:"1"`
+	CreatedBy         string      `json:"createdBy,omitempty" strict:"notempty" minLength:"1" doc:"As the keys show it."`
+	NamePrefix        string      `json:"namePrefix,omitempty" strict:"notempty" minLength:"1" doc:"What the name begins with. Case matters."`
+	UnusedFor         string      `json:"unusedFor,omitempty" strict:"notempty" minLength:"1" doc:"A duration such as 90d: not used for so long, nor made, imported or restored in that time."`
+	ExpiresBefore     string      `json:"expiresBefore,omitempty" strict:"notempty" minLength:"1" doc:"RFC 3339, a date, which means its end in UTC, or a duration from now such as 30d."`
+	IdleBefore        string      `json:"idleBefore,omitempty" strict:"notempty" minLength:"1" doc:"Will expire for idleness before, unless it is used. Written as expiresBefore."`
 	NeverUsed         bool        `json:"neverUsed,omitempty"`
 	NoExpiration      bool        `json:"noExpiration,omitempty" doc:"Expires neither by time nor for idleness."`
 	OrderBy           KeyOrder    `json:"orderby,omitempty" enum:"createdAt,createdAt desc,name,name desc,lastUsedAt,lastUsedAt desc,expirationDate,expirationDate desc,idleAfter" doc:"By default what the filter is about, otherwise createdAt desc."`

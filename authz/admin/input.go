@@ -27,9 +27,9 @@ type KeyInput struct {
 	AllowedIPs        []string                `json:"allowedIps,omitzero" nullable:"false" minItems:"1" maxItems:"64" doc:"Addresses and CIDR ranges. Absent: from everywhere."`
 	Limits            LimitsInput             `json:"limits,omitzero" doc:"Absent fields are inherited."`
 	ExpirationPolicy  apikey.ExpirationPolicy `json:"expirationPolicy,omitempty" enum:"none,time,inactivity" doc:"Absent: what the other fields say, and if they say nothing, what the instance's policy does."`
-	ExpirationDate    string                  `json:"expirationDate,omitempty" doc:"RFC 3339 with a zone, or a date, which means its end in UTC. In the future, at most the policy's longest life ahead (365 days as shipped)."`
-	ExpiresIn         string                  `json:"expiresIn,omitempty" doc:"Instead of a date: a duration such as 24h or 30d."`
-	NotBefore         string                  `json:"notBefore,omitempty" doc:"RFC 3339 with a zone, or a date, which means its beginning in UTC."`
+	ExpirationDate    string                  `json:"expirationDate,omitempty" strict:"notempty" minLength:"1" doc:"RFC 3339 with a zone, or a date, which means its end in UTC. In the future, at most the policy's longest life ahead (365 days as shipped)."`
+	ExpiresIn         string                  `json:"expiresIn,omitempty" strict:"notempty" minLength:"1" doc:"Instead of a date: a duration such as 24h or 30d."`
+	NotBefore         string                  `json:"notBefore,omitempty" strict:"notempty" minLength:"1" doc:"RFC 3339 with a zone, or a date, which means its beginning in UTC."`
 	InactivityDays    *int                    `json:"inactivityDays,omitempty" minimum:"1" maximum:"365" doc:"The key expires after so many days without use."`
 	Metadata          map[string]string       `json:"metadata,omitempty" doc:"At most 32 entries; names to 64, values to 256 characters."`
 }

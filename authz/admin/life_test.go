@@ -668,15 +668,15 @@ func TestRotateRefused(t *testing.T) {
 func TestRotationsAreNotEndless(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t)
-		d.policy(t, "a", apikey.Policy{Creation: apikey.Creation{PerHour: 6, PerHourAndUser: 3}})
+		d.policy(t, "a", apikey.Policy{Creation: apikey.Creation{PerHour: 14, PerHourAndUser: 12}})
 		ann := admin.Caller{Name: "oidc:ann", Role: admin.RoleUser, UserPrincipalName: "ann"}
 		k := d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "ann"}).Key
 		rotate := func(caller admin.Caller) error {
-			time.Sleep(10 * time.Minute)
+			time.Sleep(time.Minute)
 			_, err := d.RotateKey(t.Context(), caller, "a", k.ID, admin.RotateInput{GracePeriod: "0s"}, 0)
 			return err
 		}
-		for range 2 {
+		for range 11 {
 			if err := rotate(ann); err != nil {
 				t.Fatal(err)
 			}
@@ -684,8 +684,8 @@ func TestRotationsAreNotEndless(t *testing.T) {
 		before := len(d.actions(t))
 		err := rotate(ann)
 		often, ok := errors.AsType[*admin.RateError](err)
-		if !ok || often.Limit != 3 || often.RetryAfter != 30*time.Minute { // the first came half an hour ago
-			t.Fatalf("a fourth secret within the hour: %v", err)
+		if !ok || often.Limit != 12 || often.RetryAfter != 48*time.Minute { // the first came 12 minutes ago
+			t.Fatalf("a thirteenth secret within the hour: %v", err)
 		}
 		if n := len(d.actions(t)); n != before {
 			t.Errorf("%d events for what was refused", n-before)
@@ -696,6 +696,14 @@ func TestRotationsAreNotEndless(t *testing.T) {
 		time.Sleep(often.RetryAfter)
 		if err := rotate(ann); err != nil {
 			t.Errorf("after the wait that was named: %v", err)
+		}
+		// Where new keys are to be rare, a secret can still be replaced.
+		time.Sleep(time.Hour)
+		d.policy(t, "a", apikey.Policy{Creation: apikey.Creation{PerHour: 1}})
+		for n := range 11 {
+			if err := rotate(root); (err == nil) != (n < 10) {
+				t.Errorf("rotation %d: %v", n+1, err)
+			}
 		}
 	})
 }

@@ -12,9 +12,9 @@ import (
 
 // A RotateInput says how a key gets another secret. Empty fields say nothing.
 type RotateInput struct {
-	GracePeriod    string `json:"gracePeriod,omitempty" doc:"How long the secret before this one goes on: a duration from 0s to 30d, by default 24h, and never beyond the end that the key had."`
-	ExpirationDate string `json:"expirationDate,omitempty" doc:"As on creation. By default, if the key has a date, it gets as long again as the secret before was given."`
-	ExpiresIn      string `json:"expiresIn,omitempty" doc:"Instead of a date: a duration such as 30d."`
+	GracePeriod    string `json:"gracePeriod,omitempty" strict:"notempty" minLength:"1" doc:"How long the secret before this one goes on: a duration from 0s to 30d, by default 24h, and never beyond the end that the key had."`
+	ExpirationDate string `json:"expirationDate,omitempty" strict:"notempty" minLength:"1" doc:"As on creation. By default, if the key has a date, it gets as long again as the secret before was given."`
+	ExpiresIn      string `json:"expiresIn,omitempty" strict:"notempty" minLength:"1" doc:"Instead of a date: a duration such as 30d."`
 	EndOldest      bool   `json:"endOldest,omitempty" doc:"Where two secrets are valid already: end the older one at once."`
 }
 

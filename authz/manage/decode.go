@@ -65,7 +65,8 @@ func readDataAs(w http.ResponseWriter, r *http.Request, types ...string) ([]byte
 // accepts the opposite of most of these, and two readers that disagree about a document are a hole.
 //
 // null stands for an absent member, except where the field's tag says strict:"notnull" because absent
-// and empty mean opposite things, and in a merge patch, whose admin.Member tells the two apart.
+// and empty mean opposite things, and in a merge patch, whose admin.Member tells the two apart. So does an empty
+// string, but where the tag says strict:"notempty": there it is somebody's mistake, and what it leaves out matters.
 //
 // Shape: into points to a struct of strings, ints, bools, structs, slices, maps of strings, pointers to
 // those, and members of merge patches of them. Depth is bounded by that type. Errors: *apikey.InvalidError, which never repeats a value.
@@ -232,8 +233,11 @@ func (d decoder) members(path string, v reflect.Value) error {
 		if err != nil {
 			return err
 		}
-		if value == nil && field.Tag.Get("strict") == "notnull" {
+		switch strict := field.Tag.Get("strict"); {
+		case strict == "notnull" && value == nil:
 			return apikey.Invalid(at, "must not be null: leave it out, or give []")
+		case strict == "notempty" && value == "":
+			return apikey.Invalid(at, "must not be empty: leave it out")
 		}
 		if err := d.from(value, at, v.FieldByIndex(field.Index)); err != nil {
 			return err
