@@ -101,10 +101,10 @@ func TestATokenThatEndsDuringItsRequestChangesNothing(t *testing.T) {
 				return s.sign(t, i.claims("roles", "owners", "exp", time.Now().Add(-50*time.Second).Unix()))
 			},
 		} {
-			for seconds, status := range map[time.Duration]int{8: 201, 12: 401} {
-				w := d.sendLate(token(), "POST", "/instances/a/apiKeys", `{"name":"n"}`, func() { time.Sleep(seconds * time.Second) })
+			for long, status := range map[time.Duration]int{8 * time.Second: 201, 12 * time.Second: 401} {
+				w := d.sendLate(token(), "POST", "/instances/a/apiKeys", `{"name":"n"}`, func() { time.Sleep(long) })
 				if w.Code != status {
-					t.Errorf("%s token of 10 s, a request of %d: got %d, want %d", name, seconds, w.Code, status)
+					t.Errorf("%s token of 10 s, a request of %s: got %d, want %d", name, long, w.Code, status)
 				}
 			}
 		}
