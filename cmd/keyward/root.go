@@ -56,6 +56,8 @@ type app struct {
 	settings    []string
 	yes         bool
 	long        bool // the command takes as long as there is data
+
+	stopped <-chan struct{} // closed when the user stops the command
 }
 
 // run is the program. It returns the exit code.
@@ -70,6 +72,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 
 	ctx, stop := untilSignal(ctx)
 	defer stop()
+	a.stopped = ctx.Done()
 
 	err := root.ExecuteContext(ctx)
 	if err == nil {
