@@ -281,7 +281,7 @@ func WithCredential(ctx context.Context, caller Caller) context.Context {
 }
 
 // stillGood returns ErrUnauthenticated if what the caller of [WithCredential] showed is good no more.
-func stillGood(ctx context.Context, tx Tx) error {
+func stillGood(ctx context.Context, from Reader) error {
 	shown, _ := ctx.Value(credentialKey{}).(*credential)
 	at := time.Now()
 	switch {
@@ -290,7 +290,7 @@ func stillGood(ctx context.Context, tx Tx) error {
 	case !shown.until.IsZero():
 		return ErrUnauthenticated
 	}
-	t, err := tx.Token(ctx, shown.token)
+	t, err := from.Token(ctx, shown.token)
 	if isNotFound(err) || err == nil && t.statusAt(at) != "active" {
 		return ErrUnauthenticated
 	}

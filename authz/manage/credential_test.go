@@ -30,10 +30,13 @@ func (b *lateBody) Read(p []byte) (int, error) {
 }
 
 // sendLate sends a request whose head comes now, and its body after something has happened.
-func (d *desk) sendLate(token apikey.Secret, method, target, body string, happen func()) *httptest.ResponseRecorder {
+func (d *desk) sendLate(token apikey.Secret, method, target, body string, happen func(), headers ...string) *httptest.ResponseRecorder {
 	r := httptest.NewRequest(method, target, &lateBody{happen, strings.NewReader(body)})
 	r.Header.Set("Content-Type", "application/json")
 	r.Header.Set("Authorization", "Bearer "+token.Reveal())
+	for i := 0; i < len(headers); i += 2 {
+		r.Header.Set(headers[i], headers[i+1])
+	}
 	w := httptest.NewRecorder()
 	d.ServeHTTP(w, r)
 	return w
@@ -80,6 +83,16 @@ func TestATokenRevokedDuringItsRequestChangesNothing(t *testing.T) {
 			t.Errorf("%v with a token that goes on: %d %s", request, w.Code, w.Body)
 		}
 	}
+	// Nor is it told again what it made.
+	maker := d.token(t, admin.TokenInput{Name: "maker", Role: admin.RoleOwner})
+	once := []string{"Idempotency-Key", "k"}
+	read[any](t, d.sendLate(maker.Secret, "POST", "/instances/a/apiKeys", `{"name":"n"}`, func() {}, once...), 201)
+	w := d.sendLate(maker.Secret, "POST", "/instances/a/apiKeys", `{"name":"n"}`, func() {
+		if _, err := d.svc.RevokeToken(t.Context(), root, maker.Token.ID); err != nil {
+			t.Error(err)
+		}
+	}, once...)
+	wantError(t, w, 401, CodeUnauthorized, "")
 	// Its last act may be its own end.
 	own := d.token(t, admin.TokenInput{Name: "own", Role: admin.RoleOwner})
 	read[any](t, d.send(own.Secret, "DELETE", "/tokens/"+own.Token.ID.String(), ""), 200)
