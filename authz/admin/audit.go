@@ -207,7 +207,7 @@ func (s *Service) Refused(ctx context.Context, caller Caller, target, code strin
 	}
 	e := one.event(now(), 0)
 	e.RequestID = caller.RequestID
-	_, err := s.update(ctx, func(ctx context.Context, tx Tx) error { return tx.Audit(ctx, e) })
+	_, err := s.write(ctx, func(ctx context.Context, tx Tx) error { return tx.Audit(ctx, e) })
 	if err != nil {
 		s.log.Error("a refused attempt is missing from the audit", slog.String("actor", e.Actor), slog.String("action", e.Action),
 			slog.String("request_id", e.RequestID), slog.Any("error", err))

@@ -227,7 +227,7 @@ func (o *OIDC) authenticate(ctx context.Context, token string) (Caller, error) {
 		return Caller{}, ErrUnauthenticated
 	}
 	// An issuer has no fragment, so no two identities have one name.
-	caller := Caller{Name: "oidc:" + one.Issuer + "#" + verified.Subject}
+	caller := Caller{Name: "oidc:" + one.Issuer + "#" + verified.Subject, shown: &credential{until: verified.Expiry.Add(oidcSkew)}}
 	for _, rule := range one.Rules {
 		instance, fits := rule.fits(claims)
 		if !fits {

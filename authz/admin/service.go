@@ -63,6 +63,14 @@ type Caller struct {
 	RequestID         string
 	Once              *Once    // nil: a request without an Idempotency-Key
 	Attempt           *Attempt // nil: nobody wants to know
+
+	shown *credential // nil: nothing that could be over
+}
+
+// A credential is what a caller showed: a management token, by its digest, or something that ends by itself.
+type credential struct {
+	token apikey.Digest
+	until time.Time // zero with a token
 }
 
 // An Attempt is what a caller tried, as far as that was found out before it was refused.
@@ -264,8 +272,44 @@ func now() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }
 
 const updateTimeout = 10 * time.Second
 
-// update runs fn in one transaction.
+type credentialKey struct{}
+
+// WithCredential makes every change with the context depend on what the caller showed to [Service.Authenticate]:
+// the transaction that makes the change looks at it once more. A request may be long on its way, and wait
+// long for its turn, and what the caller showed may be revoked or over meanwhile: then it changes nothing.
+func WithCredential(ctx context.Context, caller Caller) context.Context {
+	return context.WithValue(ctx, credentialKey{}, caller.shown)
+}
+
+// stillGood returns ErrUnauthenticated if what the caller of [WithCredential] showed is good no more.
+func stillGood(ctx context.Context, from Reader) error {
+	shown, _ := ctx.Value(credentialKey{}).(*credential)
+	at := time.Now()
+	switch {
+	case shown == nil, !shown.until.IsZero() && !at.After(shown.until):
+		return nil
+	case !shown.until.IsZero():
+		return ErrUnauthenticated
+	}
+	t, err := from.Token(ctx, shown.token)
+	if isNotFound(err) || err == nil && t.statusAt(at) != "active" {
+		return ErrUnauthenticated
+	}
+	return err
+}
+
+// update runs fn in one transaction, for whom [WithCredential] names if that still may.
 func (s *Service) update(ctx context.Context, fn func(ctx context.Context, tx Tx) error) (apikey.Revision, error) {
+	return s.write(ctx, func(ctx context.Context, tx Tx) error {
+		if err := stillGood(ctx, tx); err != nil {
+			return err
+		}
+		return fn(ctx, tx)
+	})
+}
+
+// write runs fn in one transaction, whoever asked.
+func (s *Service) write(ctx context.Context, fn func(ctx context.Context, tx Tx) error) (apikey.Revision, error) {
 	// A caller that goes away must not cut a commit short: nobody would know whether it happened.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), updateTimeout)
 	defer cancel()

@@ -174,7 +174,12 @@ func (s *Service) Authenticate(ctx context.Context, secret apikey.Secret) (Calle
 		}
 	}
 	s.uses.note(t.ID, time.Now())
-	return Caller{Name: "token:" + t.ID.String(), Role: t.Role, InstanceID: t.InstanceID, UserPrincipalName: t.UserPrincipalName}, nil
+	if byPrevious {
+		digest = old // which goes on finding it, whether it got the new one or not
+	}
+	return Caller{
+		Name: "token:" + t.ID.String(), Role: t.Role, InstanceID: t.InstanceID, UserPrincipalName: t.UserPrincipalName, shown: &credential{token: digest},
+	}, nil
 }
 
 // tokenUses remembers when tokens were last used until that is written. Safe for concurrent use; the zero

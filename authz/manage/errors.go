@@ -131,6 +131,8 @@ var (
 	errMediaType = errors.New("the body must be application/json in UTF-8, not compressed; for an import, application/x-ndjson")
 )
 
+const challenge = `Bearer realm="keyward management"`
+
 // statusOf translates an error into an answer. It is the one place that does.
 func statusOf(err error) *failure {
 	if bad := invalid(err); len(bad) > 0 {
@@ -174,7 +176,9 @@ func statusOf(err error) *failure {
 	case errors.Is(err, admin.ErrReplayGone):
 		return fail(http.StatusConflict, CodeIdempotencyResultGone, "what the first request with this Idempotency-Key made does not work any more: take a new one")
 	case errors.Is(err, admin.ErrUnauthenticated):
-		return fail(http.StatusUnauthorized, CodeUnauthorized, "a management token is needed: Authorization: Bearer <token>")
+		f := fail(http.StatusUnauthorized, CodeUnauthorized, "a management token is needed: Authorization: Bearer <token>")
+		f.header.Set("WWW-Authenticate", challenge+`, error="invalid_token"`)
+		return f
 	case errors.Is(err, apikey.ErrNotFound):
 		return fail(http.StatusNotFound, CodeNotFound, "there is no such thing here")
 	case errors.Is(err, admin.ErrInUse):

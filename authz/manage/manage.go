@@ -133,7 +133,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.refuse(answer, r, id, unrouted(route, r))
 	default:
 		c := &call{Caller: caller, w: w}
-		c.r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
+		c.r = r.WithContext(context.WithValue(admin.WithCredential(r.Context(), caller), callKey{}, c))
 		h.mux.ServeHTTP(answer, c.r)
 	}
 }
@@ -173,11 +173,7 @@ func (h *handler) refuse(w http.ResponseWriter, r *http.Request, id string, f *f
 	for name, values := range f.header {
 		header[name] = values
 	}
-	if f.status == http.StatusUnauthorized {
-		challenge := `Bearer realm="keyward management"`
-		if r.Header.Get("Authorization") != "" {
-			challenge += `, error="invalid_token"`
-		}
+	if f.status == http.StatusUnauthorized && r.Header.Get("Authorization") == "" {
 		header.Set("WWW-Authenticate", challenge)
 	}
 	header.Set("Content-Type", "application/json")

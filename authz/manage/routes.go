@@ -166,7 +166,10 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 		if err != nil {
 			f := statusOf(err)
 			h.logCause(c.r, c.RequestID, f)
-			if slices.Contains(refusals, f.status) {
+			switch {
+			case f.status == http.StatusUnauthorized: // it was good when the request began
+				h.svc.Unauthenticated(c.RemoteAddr)
+			case slices.Contains(refusals, f.status):
 				h.svc.Refused(ctx, c.Caller, c.target(), f.ErrorBody.Error.Code)
 			}
 			return nil, f

@@ -202,6 +202,39 @@ func (m *memoryResponse) Write(b []byte) (int, error) {
 	return m.body.Write(b)
 }
 
+// await waits for what a read brings, or for the user to stop the command: a signal ends no read that has
+// begun. What arrives afterwards is lost, which is no matter to a command that ends.
+func await[T any](a *app, read func() (T, error)) (T, error) {
+	type result struct {
+		got T
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		got, err := read()
+		done <- result{got, err}
+	}()
+	select {
+	case r := <-done:
+		return r.got, r.err
+	case <-a.stopped:
+		var none T
+		return none, errInterrupted
+	}
+}
+
+// An input is standard input that does not keep a command from ending.
+type input struct{ *app }
+
+func (in input) Read(p []byte) (int, error) {
+	got, err := await(in.app, func() ([]byte, error) {
+		own := make([]byte, len(p)) // p is the caller's again when the user stops
+		n, err := in.stdin.Read(own)
+		return own[:n], err
+	})
+	return copy(p, got), err
+}
+
 // confirm asks before something is ended. Without a terminal nobody can answer: then --yes is needed.
 func (a *app) confirm(question string) error {
 	if a.yes {
@@ -214,7 +247,11 @@ func (a *app) confirm(question string) error {
 	fmt.Fprintf(a.stderr, "%s [y/N] ", question)
 	line := make([]byte, 0, 8)
 	for b := make([]byte, 1); ; {
-		n, err := in.Read(b)
+		n, err := input{a}.Read(b)
+		if errors.Is(err, errInterrupted) {
+			fmt.Fprintln(a.stderr)
+			return err
+		}
 		if n == 0 || err != nil || b[0] == '\n' {
 			break
 		}

@@ -131,10 +131,15 @@ func (a *app) readSecret() (apikey.Secret, error) {
 	var err error
 	if in, ok := a.stdin.(*os.File); ok && term.IsTerminal(int(in.Fd())) {
 		fmt.Fprint(a.stderr, "Secret: ")
-		text, err = term.ReadPassword(int(in.Fd()))
+		fd := int(in.Fd())
+		shows, _ := term.GetState(fd)
+		text, err = await(a, func() ([]byte, error) { return term.ReadPassword(fd) })
+		if errors.Is(err, errInterrupted) && shows != nil {
+			err = errors.Join(err, term.Restore(fd, shows)) // it is still being read, unseen
+		}
 		fmt.Fprintln(a.stderr)
 	} else {
-		text, err = io.ReadAll(io.LimitReader(a.stdin, 4<<10))
+		text, err = io.ReadAll(io.LimitReader(input{a}, 4<<10))
 	}
 	if err != nil {
 		return apikey.Secret{}, err

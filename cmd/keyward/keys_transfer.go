@@ -35,7 +35,7 @@ func (a *app) keysImport() *cobra.Command {
 			if opts.FromRow < 1 {
 				return usageError{errors.New("--from-row: must be at least 1")}
 			}
-			from := a.stdin
+			var from io.Reader = input{a}
 			if args[1] != "-" {
 				f, err := os.Open(args[1])
 				if err != nil {

@@ -60,6 +60,8 @@ type app struct {
 	yes         bool
 	long        bool // the command takes as long as there is data
 	drainDelay  time.Duration
+
+	stopped <-chan struct{} // closed when the user stops the command
 }
 
 // run is the program. It returns the exit code.
@@ -79,6 +81,7 @@ func (a *app) run(ctx context.Context, args []string) int {
 
 	ctx, stop := untilSignal(ctx)
 	defer stop()
+	a.stopped = ctx.Done()
 
 	err := root.ExecuteContext(ctx)
 	if err == nil {
