@@ -124,6 +124,60 @@ func TestBulkRevocationInBatches(t *testing.T) {
 	}
 }
 
+// A failing store has no room any more after so many changes.
+type failing struct {
+	admin.Store
+	left int
+}
+
+func (f *failing) Update(ctx context.Context, fn func(admin.Tx) error) (apikey.Revision, error) {
+	if f.left--; f.left < 0 {
+		return 0, fmt.Errorf("full: %w", apikey.ErrUndecided)
+	}
+	return f.Store.Update(ctx, fn)
+}
+
+// TestBulkRevocationThatFailsSaysHowFarItCame: what was done before is told, and has reached this replica.
+func TestBulkRevocationThatFailsSaysHowFarItCame(t *testing.T) {
+	d := open(t)
+	d.policy(t, "a", apikey.Policy{Caps: apikey.Caps{Instance: -1}, Creation: apikey.Creation{PerHour: -1}})
+	const n = 450
+	_, err := d.store.Update(t.Context(), func(tx admin.Tx) error {
+		errs := []error{tx.Audit(t.Context(), admin.Event{Action: "fixture"})}
+		for i := range n {
+			errs = append(errs, tx.InsertKey(t.Context(), &apikey.Key{ID: apikey.ID{1, byte(i >> 8), byte(i)}, InstanceID: "a", Name: fmt.Sprint(i), CreatedAt: time.Now()}))
+		}
+		return errors.Join(errs...)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ batches, revoked, before int }{{2, 400, n}, {0, 0, n - 400}} {
+		caughtUp := apikey.Revision(0)
+		replica := catchUp(func(_ context.Context, rev apikey.Revision) error { caughtUp = rev; return nil })
+		svc := admin.New(&failing{d.store, test.batches}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, replica, slog.New(slog.DiscardHandler))
+		_, err = svc.RevokeKeys(t.Context(), root, "a", admin.BulkRevocation{All: true, Count: &test.before})
+		some, partly := errors.AsType[*admin.PartialError](err)
+		if !errors.Is(err, apikey.ErrUndecided) || partly != (test.revoked > 0) || (caughtUp > 0) != partly {
+			t.Fatalf("got %v, after which this replica is at %d", err, caughtUp)
+		}
+		if partly && (some.Revoked != test.revoked || some.Count != n || !strings.Contains(some.Progress(), "400 of 450 keys are revoked;")) {
+			t.Errorf("got %+v: %s", some, some.Progress())
+		}
+		if counts, err := d.CountKeys(t.Context(), root, "a"); err != nil || counts.Revoked != 400 {
+			t.Errorf("%d are revoked, error %v", counts.Revoked, err)
+		}
+	}
+	if done, err := d.RevokeKeys(t.Context(), root, "a", admin.BulkRevocation{All: true, Count: new(n - 400)}); err != nil || done.Revoked != n-400 {
+		t.Errorf("repeated: %+v, %v", done, err)
+	}
+}
+
+// catchUp is a whole cache.
+type catchUp func(context.Context, apikey.Revision) error
+
+func (f catchUp) CatchUp(ctx context.Context, rev apikey.Revision) error { return f(ctx, rev) }
+
 // A spoiler changes a key between the look and the revocation.
 type spoiler struct {
 	admin.Store

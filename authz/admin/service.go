@@ -18,7 +18,7 @@ import (
 // Errors of its methods: *apikey.InvalidError for an input that cannot be accepted (several at once
 // joined), *ForbiddenError, apikey.ErrNotFound, apikey.ErrConflict, [ErrInUse], [ErrPrecondition],
 // *[StateError], *[QuotaExceededError], *[RateError], *[ConfirmError]; anything else is an outage and
-// wraps apikey.ErrUndecided.
+// wraps apikey.ErrUndecided, *[PartialError] among it.
 type Service struct {
 	store    Store
 	cfg      Config
