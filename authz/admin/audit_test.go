@@ -1,7 +1,6 @@
 package admin_test
 
 import (
-	"context"
 	"database/sql"
 	"errors"
 	"log/slog"
@@ -35,9 +34,7 @@ func sealed(t *testing.T, path string, keep time.Duration) *desk {
 func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := sealed(t, filepath.Join(t.TempDir(), "audit.db"), 3*24*time.Hour)
-		ctx, stop := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- d.Run(ctx, "keyward serve") }()
+		stop := sweeping(t, d.Service, "one")
 		d.instance(t, "a")
 		var heads []admin.AuditHead
 		for range 10 {
@@ -50,9 +47,6 @@ func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 			time.Sleep(25 * time.Hour)
 		}
 		stop()
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
 		events, err := d.store.Events(t.Context(), 0, 1000)
 		if err != nil {
 			t.Fatal(err)
@@ -96,12 +90,9 @@ func TestTamperedAuditIsKept(t *testing.T) {
 			time.Sleep(25 * time.Hour)
 		}
 		tamper(t, path, `UPDATE audit SET actor = 'somebody else' WHERE sequence = 2`)
-		ctx, stop := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- d.Run(ctx, "keyward serve") }()
+		stop := sweeping(t, d.Service, "one")
 		time.Sleep(2 * time.Hour)
 		stop()
-		<-done
 		events, err := d.store.Events(t.Context(), 0, 1000)
 		if err != nil || len(events) != 5 {
 			t.Errorf("%d events are left, %v", len(events), err)

@@ -576,7 +576,7 @@ func TestSweepGoesOnAfterAnOutage(t *testing.T) {
 		d.instance(t, "a")
 		d.make(t, admin.KeyInput{ExpiresIn: "1h"})
 		var away atomic.Bool
-		svc := admin.New(unsteady{d.store, &away, new(atomic.Int64)}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
+		svc := admin.New(unsteady{d.store, &away, new(atomic.Int64), new(atomic.Int64), new(atomic.Int64)}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
 		defer sweeping(t, svc, "one")()
 		away.Store(true)
 		time.Sleep(2 * time.Hour)
@@ -595,11 +595,11 @@ func TestSweepGoesOnAfterAnOutage(t *testing.T) {
 func TestOneSweeps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t)
-		var swept [2]atomic.Int64
+		var swept, replays, audits [2]atomic.Int64
 		var stops [2]func()
 		for i := range stops {
-			store := unsteady{Store: d.store, away: new(atomic.Bool), asked: &swept[i]}
-			svc := admin.New(store, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
+			store := unsteady{Store: d.store, away: new(atomic.Bool), asked: &swept[i], replays: &replays[i], audits: &audits[i]}
+			svc := admin.New(store, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}, AuditKeep: oneDay}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
 			stops[i] = sweeping(t, svc, fmt.Sprint("process ", i))
 			time.Sleep(time.Second)
 		}
@@ -607,10 +607,20 @@ func TestOneSweeps(t *testing.T) {
 		if first, second := swept[0].Load(), swept[1].Load(); first != 11 || second != 0 {
 			t.Errorf("they swept %d and %d times in 10 minutes, want 11 and 0", first, second)
 		}
+		if first, second := replays[0].Load(), replays[1].Load(); first != 11 || second != 0 {
+			t.Errorf("they forgot answers %d and %d times in 10 minutes, want 11 and 0", first, second)
+		}
+		time.Sleep(2 * time.Hour)
+		if first, second := audits[0].Load(), audits[1].Load(); first != 3 || second != 0 {
+			t.Errorf("they looked through the audit %d and %d times in two hours, want 3 and 0", first, second)
+		}
 		stops[0]()
 		time.Sleep(2 * time.Minute)
 		if n := swept[1].Load(); n != 2 {
 			t.Errorf("the other swept %d times in the 2 minutes after, want 2", n)
+		}
+		if replays[1].Load() != 2 || audits[1].Load() != 1 {
+			t.Errorf("the other forgot answers %d times and looked through the audit %d times", replays[1].Load(), audits[1].Load())
 		}
 		stops[1]()
 	})
@@ -621,6 +631,19 @@ type unsteady struct {
 	admin.Store
 	away  *atomic.Bool
 	asked *atomic.Int64
+	// how often the rest of the house was kept
+	replays, audits *atomic.Int64
+}
+
+// ForgetReplays and AuditSegments count too: whoever does not lead does nothing of the house's.
+func (u unsteady) ForgetReplays(ctx context.Context, now time.Time) error {
+	u.replays.Add(1)
+	return u.Store.ForgetReplays(ctx, now)
+}
+
+func (u unsteady) AuditSegments(ctx context.Context) ([]admin.AuditSegment, error) {
+	u.audits.Add(1)
+	return u.Store.AuditSegments(ctx)
 }
 
 func (u unsteady) DueKeys(ctx context.Context, expired, idle time.Time, limit int) ([]*apikey.Key, error) {
