@@ -129,12 +129,12 @@ func (l *listing) filter(f *admin.KeyFilter) {
 // One owner has few keys, so they may be sorted; everything else goes in the order of the list.
 func drive(column string, f *admin.KeyFilter) (index string, conditions []string) {
 	switch {
-	case column == "idle_after":
-		return "keys_by_idleness", nil
 	case f.UserPrincipalName != "":
 		return "keys_by_user", []string{"user_principal_name <> ''"}
 	case f.AgentName != "":
 		return "keys_by_agent", []string{"agent_name <> ''"}
+	case column == "idle_after":
+		return "keys_by_idleness", nil
 	}
 	switch column {
 	case "name":

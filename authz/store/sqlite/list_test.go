@@ -48,7 +48,11 @@ var (
 		"revoked":         {Status: "revoked"},
 		"expired":         {Status: "expired"},
 		"user":            {UserPrincipalName: "user 8", Type: apikey.TypeUser},
+		"user, active":    {UserPrincipalName: "user 8", Status: "active"},
+		"user, unused":    {UserPrincipalName: "user 8", UnusedSince: listNow.Add(-90 * 24 * time.Hour)},
 		"agent":           {AgentName: "agent 5"},
+		"agent, expired":  {AgentName: "agent 5", Status: "expired"},
+		"agent, name":     {AgentName: "agent 5", NamePrefix: "key 77"},
 		"environment":     {Environment: "rare"},
 		"creator":         {CreatedBy: "token:rare"},
 		"name":            {NamePrefix: "key 77"},
@@ -78,6 +82,11 @@ func TestListsGoByIndexes(t *testing.T) {
 				}
 				if strings.Contains(step, "TEMP B-TREE") {
 					sorts++
+				}
+			}
+			for _, owner := range []struct{ named, index string }{{filter.UserPrincipalName, "keys_by_user"}, {filter.AgentName, "keys_by_agent"}} {
+				if steps := plan(t, s, query, args); owner.named != "" && !slices.ContainsFunc(steps, func(step string) bool { return strings.Contains(step, "INDEX "+owner.index+" ") }) {
+					t.Errorf("%s by %q reads the keys of others: %q", name, order, steps)
 				}
 			}
 			// The page is sorted once more, with the generations.
