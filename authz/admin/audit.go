@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -131,54 +132,51 @@ func (s *Service) AuditVerify(ctx context.Context, caller Caller, heads ...Audit
 	return report, err
 }
 
-// pruneAudit removes the events of sealed segments that ended longer ago than they are to be kept. Only
-// what is whole is removed: what is not is evidence.
-func (s *Service) pruneAudit(ctx context.Context, caller Caller) error {
+// pruneAudit removes the events of the oldest sealed segment that ended longer ago than they are to be kept;
+// more says that there was one. Only what is whole is removed: what is not is evidence.
+func (s *Service) pruneAudit(ctx context.Context) (more bool, err error) {
 	if s.cfg.AuditKeep == 0 {
-		return nil
+		return false, nil
 	}
 	segments, err := s.store.AuditSegments(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if !s.verifies.TryLock() { // it would miss what is removed behind its back, and call that tampering
-		return nil // the next hour comes
+		return false, nil // the next hour comes
 	}
 	defer s.verifies.Unlock()
 	limit := now().Add(-s.cfg.AuditKeep)
-	for i, segment := range segments {
-		if segment.SealedAt.IsZero() || segment.SealedAt.After(limit) {
-			break
-		}
-		if !segment.RemovedAt.IsZero() {
-			continue
-		}
-		var before AuditSegment
-		if i > 0 {
-			before = segments[i-1]
-		}
-		v := &verifier{ctx: ctx, reader: s.store, keys: s.audit, at: segment.First - 1}
-		v.segment(&before, &segment, false)
-		if err := v.events(&segment); err != nil {
+	i := slices.IndexFunc(segments, func(segment AuditSegment) bool { return segment.RemovedAt.IsZero() })
+	if i < 0 || segments[i].SealedAt.IsZero() || segments[i].SealedAt.After(limit) {
+		return false, nil
+	}
+	segment := segments[i]
+	var before AuditSegment
+	if i > 0 {
+		before = segments[i-1]
+	}
+	v := &verifier{ctx: ctx, reader: s.store, keys: s.audit, at: segment.First - 1}
+	v.segment(&before, &segment, false)
+	if err := v.events(&segment); err != nil {
+		return false, err
+	}
+	if len(v.report.Findings) > 0 {
+		return false, fmt.Errorf("audit segment %d is not as it was written, and is kept: look with keyward audit verify: %s",
+			segment.Number, v.report.Findings[0].Problem)
+	}
+	_, err = s.update(ctx, func(ctx context.Context, tx Tx) error {
+		if err := tx.RemoveAuditSegment(ctx, segment.Number, now()); err != nil {
 			return err
 		}
-		if len(v.report.Findings) > 0 {
-			return fmt.Errorf("audit segment %d is not as it was written, and is kept: look with keyward audit verify: %s",
-				segment.Number, v.report.Findings[0].Problem)
-		}
-		_, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
-			if err := tx.RemoveAuditSegment(ctx, segment.Number, now()); err != nil {
-				return err
-			}
-			return caller.audit(ctx, tx, removeAudit, "", fmt.Sprintf("segment %d", segment.Number), map[string]any{
-				"first": segment.First, "last": segment.Last, "sealedAt": segment.SealedAt, "link": segment.Head,
-			}, nil)
-		})
-		if err != nil {
-			return fmt.Errorf("audit segment %d: %w", segment.Number, err)
-		}
+		return sweeper.audit(ctx, tx, removeAudit, "", fmt.Sprintf("segment %d", segment.Number), map[string]any{
+			"first": segment.First, "last": segment.Last, "sealedAt": segment.SealedAt, "link": segment.Head,
+		}, nil)
+	})
+	if err != nil {
+		return false, fmt.Errorf("audit segment %d: %w", segment.Number, err)
 	}
-	return nil
+	return true, nil
 }
 
 // Refused writes down that a caller was refused: code is that of the error it was answered, target the id
@@ -245,12 +243,10 @@ func (s *Service) writeRefusals(ctx context.Context) error {
 const (
 	usesEvery     = 20 * time.Second // well below the minute by which a last use may be late
 	refusalsEvery = time.Minute
-	pruneEvery    = time.Hour
 )
 
-// Run writes what is written in batches, and removes what is over, until ctx is done; then it writes once
-// more. actor is who the audit names for what is removed.
-func (s *Service) Run(ctx context.Context, actor string) error {
+// Run writes what this process writes in batches until ctx is done, and then once more.
+func (s *Service) Run(ctx context.Context) error {
 	do := func(ctx context.Context, what string, fn func(context.Context) error) {
 		ctx, cancel := context.WithTimeout(ctx, updateTimeout)
 		defer cancel()
@@ -258,10 +254,9 @@ func (s *Service) Run(ctx context.Context, actor string) error {
 			s.log.Warn(what, slog.Any("error", err))
 		}
 	}
-	uses, minute, hour := time.NewTicker(usesEvery), time.NewTicker(refusalsEvery), time.NewTicker(pruneEvery)
+	uses, minute := time.NewTicker(usesEvery), time.NewTicker(refusalsEvery)
 	defer uses.Stop()
 	defer minute.Stop()
-	defer hour.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -273,13 +268,6 @@ func (s *Service) Run(ctx context.Context, actor string) error {
 			do(ctx, "last uses of management tokens could not be written; they are tried again", s.writeUses)
 		case <-minute.C:
 			do(ctx, "counted refusals could not be written; they are tried again", s.writeRefusals)
-			do(ctx, "kept answers could not be removed; they are tried again", func(ctx context.Context) error {
-				return s.store.ForgetReplays(ctx, now())
-			})
-		case <-hour.C:
-			if err := s.pruneAudit(ctx, Caller{Name: actor}); err != nil && ctx.Err() == nil {
-				s.log.Error("old audit events could not be removed", slog.Any("error", err))
-			}
 		}
 	}
 }

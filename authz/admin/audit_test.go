@@ -36,9 +36,7 @@ func sealed(t *testing.T, path string, keep time.Duration) *desk {
 func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := sealed(t, filepath.Join(t.TempDir(), "audit.db"), 3*24*time.Hour)
-		ctx, stop := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- d.Run(ctx, "keyward serve") }()
+		stop := sweeping(t, d.Service, "one")
 		d.instance(t, "a")
 		var heads []admin.AuditHead
 		for range 10 {
@@ -51,9 +49,6 @@ func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 			time.Sleep(25 * time.Hour)
 		}
 		stop()
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
 		events, err := d.store.Events(t.Context(), 0, 1000)
 		if err != nil {
 			t.Fatal(err)
@@ -98,7 +93,7 @@ func TestVerifyWhileOldEventsAreDue(t *testing.T) {
 		slow := admin.New(pausing{d.store}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}, AuditKeep: 3 * 24 * time.Hour}, nil, logOf(d))
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- slow.Run(ctx, "keyward serve") }()
+		go func() { done <- slow.RunSweep(ctx, "one") }()
 		report, err := slow.AuditVerify(t.Context(), root)
 		if err != nil || !report.Whole || report.Removed != 0 {
 			t.Errorf("got %+v, %v", report, err)
@@ -135,12 +130,9 @@ func TestTamperedAuditIsKept(t *testing.T) {
 			time.Sleep(25 * time.Hour)
 		}
 		tamper(t, path, `UPDATE audit SET actor = 'somebody else' WHERE sequence = 2`)
-		ctx, stop := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- d.Run(ctx, "keyward serve") }()
+		stop := sweeping(t, d.Service, "one")
 		time.Sleep(2 * time.Hour)
 		stop()
-		<-done
 		events, err := d.store.Events(t.Context(), 0, 1000)
 		if err != nil || len(events) != 5 {
 			t.Errorf("%d events are left, %v", len(events), err)

@@ -128,6 +128,60 @@ func TestBulkRevocationInBatches(t *testing.T) {
 	}
 }
 
+// A failing store has no room any more after so many changes.
+type failing struct {
+	admin.Store
+	left int
+}
+
+func (f *failing) Update(ctx context.Context, fn func(admin.Tx) error) (apikey.Revision, error) {
+	if f.left--; f.left < 0 {
+		return 0, fmt.Errorf("full: %w", apikey.ErrUndecided)
+	}
+	return f.Store.Update(ctx, fn)
+}
+
+// TestBulkRevocationThatFailsSaysHowFarItCame: what was done before is told, and has reached this replica.
+func TestBulkRevocationThatFailsSaysHowFarItCame(t *testing.T) {
+	d := open(t)
+	d.policy(t, "a", apikey.Policy{Caps: apikey.Caps{Instance: -1}, Creation: apikey.Creation{PerHour: -1}})
+	const n = 450
+	_, err := d.store.Update(t.Context(), func(tx admin.Tx) error {
+		errs := []error{tx.Audit(t.Context(), admin.Event{Action: "fixture"})}
+		for i := range n {
+			errs = append(errs, tx.InsertKey(t.Context(), &apikey.Key{ID: apikey.ID{1, byte(i >> 8), byte(i)}, InstanceID: "a", Name: fmt.Sprint(i), CreatedAt: time.Now()}))
+		}
+		return errors.Join(errs...)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ batches, revoked, before int }{{2, 400, n}, {0, 0, n - 400}} {
+		caughtUp := apikey.Revision(0)
+		replica := catchUp(func(_ context.Context, rev apikey.Revision) error { caughtUp = rev; return nil })
+		svc := admin.New(&failing{d.store, test.batches}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, replica, slog.New(slog.DiscardHandler))
+		_, err = svc.RevokeKeys(t.Context(), root, "a", admin.BulkRevocation{All: true, Count: &test.before})
+		some, partly := errors.AsType[*admin.PartialError](err)
+		if !errors.Is(err, apikey.ErrUndecided) || partly != (test.revoked > 0) || (caughtUp > 0) != partly {
+			t.Fatalf("got %v, after which this replica is at %d", err, caughtUp)
+		}
+		if partly && (some.Revoked != test.revoked || some.Count != n || !strings.Contains(some.Progress(), "400 of 450 keys are revoked;")) {
+			t.Errorf("got %+v: %s", some, some.Progress())
+		}
+		if counts, err := d.CountKeys(t.Context(), root, "a"); err != nil || counts.Revoked != 400 {
+			t.Errorf("%d are revoked, error %v", counts.Revoked, err)
+		}
+	}
+	if done, err := d.RevokeKeys(t.Context(), root, "a", admin.BulkRevocation{All: true, Count: new(n - 400)}); err != nil || done.Revoked != n-400 {
+		t.Errorf("repeated: %+v, %v", done, err)
+	}
+}
+
+// catchUp is a whole cache.
+type catchUp func(context.Context, apikey.Revision) error
+
+func (f catchUp) CatchUp(ctx context.Context, rev apikey.Revision) error { return f(ctx, rev) }
+
 // A spoiler changes a key between the look and the revocation.
 type spoiler struct {
 	admin.Store
@@ -579,7 +633,7 @@ func TestSweepGoesOnAfterAnOutage(t *testing.T) {
 		d.instance(t, "a")
 		d.make(t, admin.KeyInput{ExpiresIn: "1h"})
 		var away atomic.Bool
-		svc := admin.New(unsteady{d.store, &away, new(atomic.Int64)}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
+		svc := admin.New(unsteady{d.store, &away, new(atomic.Int64), new(atomic.Int64), new(atomic.Int64)}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
 		defer sweeping(t, svc, "one")()
 		away.Store(true)
 		time.Sleep(2 * time.Hour)
@@ -598,11 +652,11 @@ func TestSweepGoesOnAfterAnOutage(t *testing.T) {
 func TestOneSweeps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t)
-		var swept [2]atomic.Int64
+		var swept, replays, audits [2]atomic.Int64
 		var stops [2]func()
 		for i := range stops {
-			store := unsteady{Store: d.store, away: new(atomic.Bool), asked: &swept[i]}
-			svc := admin.New(store, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
+			store := unsteady{Store: d.store, away: new(atomic.Bool), asked: &swept[i], replays: &replays[i], audits: &audits[i]}
+			svc := admin.New(store, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}, AuditKeep: oneDay}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
 			stops[i] = sweeping(t, svc, fmt.Sprint("process ", i))
 			time.Sleep(time.Second)
 		}
@@ -610,10 +664,20 @@ func TestOneSweeps(t *testing.T) {
 		if first, second := swept[0].Load(), swept[1].Load(); first != 11 || second != 0 {
 			t.Errorf("they swept %d and %d times in 10 minutes, want 11 and 0", first, second)
 		}
+		if first, second := replays[0].Load(), replays[1].Load(); first != 11 || second != 0 {
+			t.Errorf("they forgot answers %d and %d times in 10 minutes, want 11 and 0", first, second)
+		}
+		time.Sleep(2 * time.Hour)
+		if first, second := audits[0].Load(), audits[1].Load(); first != 3 || second != 0 {
+			t.Errorf("they looked through the audit %d and %d times in two hours, want 3 and 0", first, second)
+		}
 		stops[0]()
 		time.Sleep(2 * time.Minute)
 		if n := swept[1].Load(); n != 2 {
 			t.Errorf("the other swept %d times in the 2 minutes after, want 2", n)
+		}
+		if replays[1].Load() != 2 || audits[1].Load() != 1 {
+			t.Errorf("the other forgot answers %d times and looked through the audit %d times", replays[1].Load(), audits[1].Load())
 		}
 		stops[1]()
 	})
@@ -624,6 +688,19 @@ type unsteady struct {
 	admin.Store
 	away  *atomic.Bool
 	asked *atomic.Int64
+	// how often the rest of the house was kept
+	replays, audits *atomic.Int64
+}
+
+// ForgetReplays and AuditSegments count too: whoever does not lead does nothing of the house's.
+func (u unsteady) ForgetReplays(ctx context.Context, now time.Time) error {
+	u.replays.Add(1)
+	return u.Store.ForgetReplays(ctx, now)
+}
+
+func (u unsteady) AuditSegments(ctx context.Context) ([]admin.AuditSegment, error) {
+	u.audits.Add(1)
+	return u.Store.AuditSegments(ctx)
 }
 
 func (u unsteady) DueKeys(ctx context.Context, expired, idle time.Time, limit int) ([]*apikey.Key, error) {

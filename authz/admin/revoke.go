@@ -97,6 +97,27 @@ func (e *ConfirmError) Error() string {
 	return fmt.Sprintf("this revokes %d keys, of which %d were used within the last 7 days: repeat it with count %[1]d", e.Count, e.RecentlyUsed)
 }
 
+// A PartialError says that a bulk revocation failed on the way, and how far it came: what it counts is revoked
+// for good. The batch that failed may be revoked as well. To go on, the call is repeated.
+type PartialError struct {
+	Revoked, Count int         // at least so many, of those that the filter meant
+	Propagation    Propagation // of those that are revoked
+	Err            error
+}
+
+func (e *PartialError) Error() string { return e.Progress() + ": " + e.Err.Error() }
+
+// Progress is the error without its cause.
+func (e *PartialError) Progress() string {
+	text := fmt.Sprintf("it failed on the way: %d of %d keys are revoked", e.Revoked, e.Count)
+	if !e.Propagation.Everywhere {
+		text += ", which is not known everywhere yet"
+	}
+	return text + "; repeat it for the others, with their count"
+}
+
+func (e *PartialError) Unwrap() error { return e.Err }
+
 const (
 	fewKeys    = 10
 	recentUse  = 7 * 24 * time.Hour
@@ -110,7 +131,7 @@ const (
 //
 // A key that no longer passes the filter when its turn comes (it was used, say) is spared. An error after
 // the first batch leaves revoked what is: repeat the call.
-// Errors: *ConfirmError.
+// Errors: *ConfirmError, *PartialError.
 func (s *Service) RevokeKeys(ctx context.Context, caller Caller, instanceID string, in BulkRevocation) (BulkRevoked, error) {
 	instance, err := caller.mayIn(instanceID, revokeKey)
 	if err != nil {
@@ -186,8 +207,12 @@ func (s *Service) RevokeKeys(ctx context.Context, caller Caller, instanceID stri
 		switch {
 		case errors.Is(err, errNothing):
 			continue
+		case err != nil && done.Revoked > 0:
+			// Whoever reads the number takes it for done.
+			done.Propagation = s.propagate(ctx, rev, revokeWait)
+			return done, &PartialError{done.Revoked, done.Count, done.Propagation, err}
 		case err != nil:
-			return done, fmt.Errorf("%d of %d keys are revoked; repeat it for the others: %w", done.Revoked, done.Count, err)
+			return done, err
 		}
 		done.Revoked += revoked
 		rev = at

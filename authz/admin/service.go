@@ -18,7 +18,7 @@ import (
 // Errors of its methods: *apikey.InvalidError for an input that cannot be accepted (several at once
 // joined), *ForbiddenError, apikey.ErrNotFound, apikey.ErrConflict, [ErrInUse], [ErrPrecondition],
 // *[StateError], *[QuotaExceededError], *[RateError], *[ConfirmError]; anything else is an outage and
-// wraps apikey.ErrUndecided.
+// wraps apikey.ErrUndecided, *[PartialError] among it.
 type Service struct {
 	store    Store
 	cfg      Config
@@ -54,7 +54,10 @@ func New(store Store, cfg Config, replicas Propagator, log *slog.Logger) *Servic
 
 // A Caller is who asks. Whoever makes one vouches for it: [Service.Authenticate] does for a token.
 type Caller struct {
-	Name       string // for the audit, e.g. "token:0192f0c1-…", "oidc:https://login.example#sub", "keyward dev"
+	// Name is who it is, and never anybody else's: "token:" and the token's id, "oidc:" with issuer and subject,
+	// or a process such as "keyward dev". It is not what a token or a person is called, so creations, replays
+	// and the audit go by it.
+	Name       string
 	Role       Role
 	InstanceID string // canonical; "": all instances
 	// UserPrincipalName is whose keys a caller with the role user has to do with: no others exist for it.

@@ -109,7 +109,7 @@ func TestRepeatedRefusalsAreCounted(t *testing.T) {
 		d.instance(t, "a")
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- d.svc.Run(ctx, "test") }()
+		go func() { done <- d.svc.Run(ctx) }()
 		auditor := d.token(t, admin.TokenInput{Name: "n", Role: admin.RoleAuditor})
 		for range 5 {
 			d.send(auditor.Secret, "DELETE", "/instances/a", "")
@@ -159,7 +159,7 @@ func TestUnauthenticatedNoiseIsCounted(t *testing.T) {
 		d := open(t)
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- d.svc.Run(ctx, "test") }()
+		go func() { done <- d.svc.Run(ctx) }()
 		from := func(addr string, n int) {
 			for range n {
 				r := httptest.NewRequest("GET", "/instances", nil)
@@ -213,7 +213,7 @@ func TestLastUseOfTokens(t *testing.T) {
 		d := open(t)
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- d.svc.Run(ctx, "test") }()
+		go func() { done <- d.svc.Run(ctx) }()
 		token := d.token(t, admin.TokenInput{Name: "n", Role: admin.RoleAuditor})
 		events, err := d.store.Events(t.Context(), 0, 1000)
 		if err != nil {

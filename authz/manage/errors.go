@@ -135,6 +135,11 @@ const challenge = `Bearer realm="keyward management"`
 
 // statusOf translates an error into an answer. It is the one place that does.
 func statusOf(err error) *failure {
+	if some, ok := errors.AsType[*admin.PartialError](err); ok {
+		f := statusOf(some.Err)
+		f.ErrorBody.Error.Message = some.Progress()
+		return f
+	}
 	if bad := invalid(err); len(bad) > 0 {
 		f := fail(http.StatusBadRequest, CodeInvalidRequest, bad[0].Error())
 		f.ErrorBody.Error.Target = bad[0].Field

@@ -940,6 +940,18 @@ func TestStoreAwayIs503(t *testing.T) {
 	}
 }
 
+func TestWhatWasDoneBeforeAFailureIsTold(t *testing.T) {
+	for cause, status := range map[error]int{fmt.Errorf("full: %w", apikey.ErrUndecided): 503, os.ErrInvalid: 500} {
+		f := statusOf(fmt.Errorf("revoke: %w", &admin.PartialError{Revoked: 200, Count: 450, Propagation: admin.Propagation{Everywhere: true}, Err: cause}))
+		if f.status != status || !strings.Contains(f.ErrorBody.Error.Message, "200 of 450 keys are revoked; repeat it") || f.cause == nil || (f.header.Get("Retry-After") == "1") != (status == 503) {
+			t.Errorf("%v: got %d, %+v, %v", cause, f.status, f.ErrorBody, f.header)
+		}
+		if strings.Contains(f.ErrorBody.Error.Message, cause.Error()) {
+			t.Errorf("what is inside is told: %s", f.ErrorBody.Error.Message)
+		}
+	}
+}
+
 func TestAnswersAreOurs(t *testing.T) {
 	d := open(t)
 	d.instance(t, "a")

@@ -26,9 +26,10 @@ const ndjson = "application/x-ndjson"
 
 // transferRoutes are those by which keys come and go in numbers.
 func (h *handler) transferRoutes(api huma.API, keys string) {
-	const how = " One JSON object a line, at most 500 in 1 MiB: all of them, or none. To repeat it does no harm."
-	route(h, api, http.MethodPost, keys+":import", "importKeys", "Import keys whose secrets their holders have already."+how, admin.ImportInput{}, h.importKeys, 200)
-	body := api.OpenAPI().Paths[keys+":import"].Post.RequestBody
+	route(h, api, http.MethodPost, keys+":import", "importKeys", "Import keys whose secrets their holders have already", admin.ImportInput{}, h.importKeys, 200)
+	imports := api.OpenAPI().Paths[keys+":import"].Post
+	imports.Description = "One JSON object a line, at most 500 in 1 MiB: all of them, or none. To repeat it does no harm."
+	body := imports.RequestBody
 	body.Content[ndjson] = body.Content["application/json"] // the schema of each line
 
 	route(h, api, http.MethodGet, keys+":export", "exportKeys", "Export what is known of the keys, without secrets and digests, the oldest first: one JSON object a line", nil, h.exportKeys)

@@ -329,7 +329,7 @@ func (s *service) run(ctx context.Context) error {
 	group.Go(func() error { return s.lastUsed.Run(behind) })
 	group.Go(func() error { return s.redigester.Run(behind) })
 	group.Go(func() error { return s.settler.Run(behind) })
-	group.Go(func() error { return s.admin.Run(behind, serveActor) })
+	group.Go(func() error { return s.admin.Run(behind) })
 	group.Go(func() error { return s.warnOfBootstrap(behind) })
 	group.Go(func() error { return s.admin.RunSweep(behind, s.replica) })
 	group.Go(func() error { return s.admin.RunLeakReports(behind) })

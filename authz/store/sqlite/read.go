@@ -193,8 +193,29 @@ func (r *reader) Key(ctx context.Context, instanceID string, id apikey.ID) (*api
 
 // Keys implements admin.Reader.
 func (r *reader) Keys(ctx context.Context, instanceID string, q admin.KeyQuery) ([]*apikey.Key, error) {
-	query, args := listKeys(instanceID, q)
+	by, err := r.rarest(ctx, instanceID, q)
+	if err != nil {
+		return nil, err
+	}
+	query, args := listKeys(instanceID, q, by)
 	return r.keys(r.rows(ctx, "list keys", query, args...))
+}
+
+// rarest returns the index of a part of the filter that means few keys; "" if none does, or if the list goes by
+// it anyway.
+func (r *reader) rarest(ctx context.Context, instanceID string, q admin.KeyQuery) (index string, err error) {
+	indexes, queries := rareKeys(instanceID, q)
+	least := fewKeys + 1
+	for _, one := range indexes {
+		var n int
+		if _, err := r.one(ctx, "list keys", queries[one].text, queries[one].args, &n); err != nil {
+			return "", err
+		}
+		if n < least {
+			index, least = one, n
+		}
+	}
+	return index, nil
 }
 
 // CountKeys implements admin.Reader.
