@@ -126,10 +126,10 @@ type killWriter struct {
 func eventOf(action, instance, target string) string { return action + " " + instance + " " + target }
 
 // run makes changes until one fails.
-func (w *killWriter) run(ctx context.Context) {
+func (w *killWriter) run(ctx context.Context) error {
 	for {
 		if err := w.step(ctx, w.next()); err != nil {
-			return
+			return fmt.Errorf("%s: %w", w.name, err)
 		}
 	}
 }
