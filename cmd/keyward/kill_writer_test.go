@@ -666,12 +666,12 @@ func (w *killWriter) look(ctx context.Context, conn *envoyConn, all bool) error 
 			want = http.StatusOK
 		}
 		if got, err := conn.status(secret, http.MethodGet, "/"); err != nil || got != want {
-			problems = append(problems, fmt.Errorf("%s: got %d, %w, want %d", what, got, err, want))
+			problems = append(problems, fmt.Errorf("%s: got %d, %v, want %d", what, got, err, want))
 		}
 	}
 	for _, i := range []*killTenant{&w.home, &w.spare} {
 		if got, err := w.client.Instance(ctx, i.id); missing(err) == i.exists || err != nil && !missing(err) {
-			problems = append(problems, fmt.Errorf("instance %s, want it there: %t: %w", i.id, i.exists, err))
+			problems = append(problems, fmt.Errorf("instance %s, want it there: %t: %v", i.id, i.exists, err))
 		} else if i.exists && (got.Policy.Disabled != i.disabled || got.Policy.Caps.User != i.userCap) {
 			problems = append(problems, fmt.Errorf("instance %s: disabled %t, cap %d, want %t, %d", i.id, got.Policy.Disabled, got.Policy.Caps.User, i.disabled, i.userCap))
 		}
@@ -705,7 +705,7 @@ func (w *killWriter) look(ctx context.Context, conn *envoyConn, all bool) error 
 		_, err := manage.NewClient(w.manage, t.secret, w.web).Instance(ctx, w.home.id)
 		answer, refused := errors.AsType[*manage.Error](err)
 		if err != nil && !refused || refused != t.gone || refused && answer.Status != http.StatusUnauthorized {
-			problems = append(problems, fmt.Errorf("token %s, revoked: %t: got %w", t.name, t.gone, err))
+			problems = append(problems, fmt.Errorf("token %s, revoked: %t: got %v", t.name, t.gone, err))
 		}
 	}
 	if w.replay != nil {
