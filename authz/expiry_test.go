@@ -135,16 +135,14 @@ func TestExpiresByInactivity(t *testing.T) {
 		}
 		// Both have it cached, and only one of them is asked day after day.
 		b.wants(t, k.Secret, authz.ReasonKey, "new")
-		var used time.Time
 		for range 2 {
 			time.Sleep(idle - time.Second)
 			a.wants(t, k.Secret, authz.ReasonKey, "used every day")
-			used = time.Now()
 		}
 		time.Sleep(lag)
 		b.wants(t, k.Secret, authz.ReasonKey, "on a replica that did not serve it for days")
 		// That was a use. The next is as late as it can be.
-		used = time.Now()
+		used := time.Now()
 		time.Sleep(time.Until(used.Add(idle)))
 		b.wants(t, k.Secret, authz.ReasonKey, "as it becomes idle")
 		used = time.Now()

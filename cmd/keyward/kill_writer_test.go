@@ -660,20 +660,23 @@ func (w *killWriter) settle(ctx context.Context, written map[string]int) (made b
 // look checks keys: those that were changed since the last time and a few others, or all.
 func (w *killWriter) look(ctx context.Context, conn *envoyConn, all bool) error {
 	var problems []error
+	wrong := func(format string, args ...any) {
+		problems = append(problems, errors.New(w.name+": "+fmt.Sprintf(format, args...)))
+	}
 	asked := func(what, secret string, works bool) {
 		want := http.StatusUnauthorized
 		if works {
 			want = http.StatusOK
 		}
 		if got, err := conn.status(secret, http.MethodGet, "/"); err != nil || got != want {
-			problems = append(problems, fmt.Errorf("%s: got %d, %v, want %d", what, got, err, want))
+			wrong("%s: got %d, %v, want %d", what, got, err, want)
 		}
 	}
 	for _, i := range []*killTenant{&w.home, &w.spare} {
 		if got, err := w.client.Instance(ctx, i.id); missing(err) == i.exists || err != nil && !missing(err) {
-			problems = append(problems, fmt.Errorf("instance %s, want it there: %t: %v", i.id, i.exists, err))
+			wrong("instance %s, want it there: %t: %v", i.id, i.exists, err)
 		} else if i.exists && (got.Policy.Disabled != i.disabled || got.Policy.Caps.User != i.userCap) {
-			problems = append(problems, fmt.Errorf("instance %s: disabled %t, cap %d, want %t, %d", i.id, got.Policy.Disabled, got.Policy.Caps.User, i.disabled, i.userCap))
+			wrong("instance %s: disabled %t, cap %d, want %t, %d", i.id, got.Policy.Disabled, got.Policy.Caps.User, i.disabled, i.userCap)
 		}
 		for _, k := range i.keys {
 			if !k.fresh && !all && w.random.IntN(10) > 0 {
@@ -682,11 +685,11 @@ func (w *killWriter) look(ctx context.Context, conn *envoyConn, all bool) error 
 			k.fresh = false
 			got, err := w.client.Key(ctx, i.id, k.id)
 			if err != nil {
-				problems = append(problems, fmt.Errorf("key %s %s: %w", k.name, k.id, err))
+				wrong("key %s %s: %v", k.name, k.id, err)
 				continue
 			}
 			if why := k.differs(got); why != "" {
-				problems = append(problems, fmt.Errorf("key %s %s: %s", k.name, k.id, why))
+				wrong("key %s %s: %s", k.name, k.id, why)
 			}
 			for g, secret := range k.secrets {
 				asked(fmt.Sprintf("key %s %s, generation %d", k.name, k.id, g+1), secret, !i.disabled && !k.disabled && !k.gone && !k.ended[g])
@@ -705,16 +708,13 @@ func (w *killWriter) look(ctx context.Context, conn *envoyConn, all bool) error 
 		_, err := manage.NewClient(w.manage, t.secret, w.web).Instance(ctx, w.home.id)
 		answer, refused := errors.AsType[*manage.Error](err)
 		if err != nil && !refused || refused != t.gone || refused && answer.Status != http.StatusUnauthorized {
-			problems = append(problems, fmt.Errorf("token %s, revoked: %t: got %v", t.name, t.gone, err))
+			wrong("token %s, revoked: %t: got %v", t.name, t.gone, err)
 		}
 	}
 	if w.replay != nil {
 		if err := w.replay(ctx); err != nil {
-			problems = append(problems, fmt.Errorf("repeated with its Idempotency-Key: %w", err))
+			wrong("repeated with its Idempotency-Key: %v", err)
 		}
-	}
-	for i, p := range problems {
-		problems[i] = fmt.Errorf("%s: %w", w.name, p)
 	}
 	return errors.Join(problems...)
 }
