@@ -116,7 +116,8 @@ type killWriter struct {
 
 	home, spare killTenant
 	tokens      []*killToken
-	n           int // names things
+	n           int   // names things
+	order       []int // of the next changes
 	pending     *mutation
 	// replay repeats the last change with an Idempotency-Key, if what that made still works; nil before.
 	replay func(ctx context.Context) error
@@ -148,6 +149,9 @@ func (w *killWriter) step(ctx context.Context, m *mutation) error {
 	return nil
 }
 
+// kinds is how many cases next has.
+const kinds = 16
+
 // next chooses a change that can be made now.
 func (w *killWriter) next() *mutation {
 	w.n++
@@ -167,7 +171,11 @@ func (w *killWriter) next() *mutation {
 		return w.create(&w.home)
 	}
 	k := alive[len(alive)-1-w.random.IntN(min(len(alive), 6))]
-	switch w.random.IntN(16) {
+	// In turn, each in its own order, so that nothing is left out by chance.
+	if w.n%kinds == 0 || w.order == nil {
+		w.order = w.random.Perm(kinds)
+	}
+	switch w.order[w.n%kinds] {
 	case 0:
 		return w.create(&w.home)
 	case 1:
