@@ -158,7 +158,7 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 
 // mayChange refuses a key that has changed since it was seen, and one that is revoked.
 func mayChange(k *apikey.Key, ifMatch apikey.Revision) error {
-	if ifMatch != 0 && ifMatch != k.Revision {
+	if ifMatch != 0 && ifMatch != IfThere && ifMatch != k.Revision {
 		return ErrPrecondition
 	}
 	if !k.RevokedAt.IsZero() {

@@ -48,6 +48,19 @@ func (c *Client) Instance(ctx context.Context, instanceID string) (Instance, err
 	return send[Instance](ctx, c, http.MethodGet, instancePath(instanceID), nil, nil)
 }
 
+// A VersionedInstance is an instance with its ETag.
+type VersionedInstance struct {
+	Instance
+	ETag string `json:"etag,omitempty"`
+}
+
+func (i *VersionedInstance) version(etag string) { i.ETag = etag }
+
+// VersionedInstance returns one instance with its ETag, for [WithIfMatch].
+func (c *Client) VersionedInstance(ctx context.Context, instanceID string) (VersionedInstance, error) {
+	return send[VersionedInstance](ctx, c, http.MethodGet, instancePath(instanceID), nil, nil)
+}
+
 // Instances lists the instances that the token can see.
 func (c *Client) Instances(ctx context.Context) ([]Instance, error) {
 	answer, err := send[list[Instance]](ctx, c, http.MethodGet, "/instances", nil, nil)

@@ -1033,3 +1033,49 @@ func TestOpenAPIDocument(t *testing.T) {
 		t.Errorf("the document changed; if that is meant, run with -update (-want +got)\n%s", diff)
 	}
 }
+
+// Of two who read an instance, the second to write is told, and has changed nothing.
+func TestPutInstanceIfMatch(t *testing.T) {
+	d := open(t)
+	const at = "/instances/a"
+	wantError(t, d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", "*"), 412, CodePreconditionFailed, "")
+	wantError(t, d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", `"1"`), 412, CodePreconditionFailed, "")
+	wantError(t, d.send(d.owner, "GET", at, ""), 404, CodeNotFound, "")
+	made := d.send(d.owner, "PUT", at, `{"policy":{}}`)
+	seen := made.Header().Get("ETag")
+	if got := d.send(d.owner, "GET", at, "").Header().Get("ETag"); made.Code != 201 || seen == "" || got != seen {
+		t.Fatalf("got %d with ETag %q, then %q", made.Code, seen, got)
+	}
+	first := d.send(d.owner, "PUT", at, `{"policy":{"caps":{"user":3}}}`, "If-Match", seen)
+	now := first.Header().Get("ETag")
+	if first.Code != 200 || now == seen || now != d.send(d.owner, "GET", at, "").Header().Get("ETag") {
+		t.Errorf("got %d with ETag %q after %q", first.Code, now, seen)
+	}
+	for _, old := range []string{seen, "W/" + now, `"0"`} {
+		wantError(t, d.send(d.owner, "PUT", at, `{"policy":{"caps":{"user":4}}}`, "If-Match", old), 412, CodePreconditionFailed, "")
+	}
+	wantError(t, d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", "1"), 400, CodeInvalidRequest, "If-Match")
+	if got := read[Instance](t, d.send(d.owner, "GET", at, ""), 200); got.Policy.Caps.User != 3 {
+		t.Errorf("caps %+v: a refused change changed them", got.Policy.Caps)
+	}
+	// The kill switch needs no condition, and is a change.
+	off := d.send(d.owner, "POST", at+"/disable", "")
+	if off.Code != 200 || off.Header().Get("ETag") == now {
+		t.Errorf("got %d with ETag %q after %q", off.Code, off.Header().Get("ETag"), now)
+	}
+	wantError(t, d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", now), 412, CodePreconditionFailed, "")
+	if got := d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", "*"); got.Code != 200 {
+		t.Errorf("got %d", got.Code)
+	}
+	c := NewClient(serve(t, d), d.owner, nil)
+	in, err := c.VersionedInstance(t.Context(), "a")
+	if err != nil || in.ETag == "" || in.ID != "a" {
+		t.Fatalf("got %+v, %v", in, err)
+	}
+	if _, err := c.PutInstance(WithIfMatch(t.Context(), in.ETag), "a", admin.PolicyInput{}); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.PutInstance(WithIfMatch(t.Context(), in.ETag), "a", admin.PolicyInput{}); !isCode(err, CodePreconditionFailed) {
+		t.Errorf("got %v", err)
+	}
+}

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -148,6 +150,43 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 	})
 	c := manage.NewClient("http://store", apikey.Secret{}, &http.Client{Transport: inProcess{handler}})
 	return fn(ctx, c)
+}
+
+// onceFor is how long a command asks again after it lost the connection over a call that makes a secret:
+// as long as a server takes to be started again.
+const onceFor = 15 * time.Second
+
+// once makes a call that makes a secret. If the connection is lost after the call was sent, nobody knows
+// whether the server heard it: then the call is repeated, with the same Idempotency-Key, so that it is done
+// once. key is one that the user chose; "" is a fresh one.
+func (a *app) once(ctx context.Context, key string, call func(ctx context.Context) error) error {
+	key = cmp.Or(key, rand.Text())
+	ctx = manage.WithIdempotencyKey(ctx, key)
+	lost := false
+	for start, pause := time.Now(), 100*time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
+		err := call(ctx)
+		lostNow, refused := connectionLost(err)
+		if lost = lost || lostNow; !lost || !lostNow && !refused {
+			return err
+		}
+		if time.Since(start) > onceFor || ctx.Err() != nil {
+			fmt.Fprintf(a.stderr, "Whether it was done is not known: within ten minutes, repeat the command with --idempotency-key %s\n", key)
+			return err
+		}
+		fmt.Fprintln(a.stderr, "The connection was lost before the answer came; asking again.")
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// connectionLost tells of a call that got no answer whether it may have been heard, or nobody was there.
+func connectionLost(err error) (lost, refused bool) {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		return op.Op == "read" || op.Op == "write", op.Op == "dial"
+	}
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, context.DeadlineExceeded), false
 }
 
 // inProcess carries requests to a handler in this process.

@@ -214,7 +214,7 @@ func (a *app) sayWhere(e manage.Effect) {
 
 func (a *app) keysRotate() *cobra.Command {
 	var in admin.RotateInput
-	var ifMatch string
+	var ifMatch, once string
 	c := &cobra.Command{
 		Use:   "rotate INSTANCE KEY-ID",
 		Short: "Give a key another secret, which is shown once; the one before goes on for a while",
@@ -236,12 +236,14 @@ func (a *app) keysRotate() *cobra.Command {
 				if ifMatch != "" {
 					ctx = manage.WithIfMatch(ctx, ifMatch)
 				}
-				rotated, err := client.RotateKey(ctx, args[0], id, in)
-				if err != nil {
-					return err
-				}
-				a.sayWhere(rotated.Effect)
-				return a.printMade(rotated.CreatedKey)
+				return a.once(ctx, once, func(ctx context.Context) error {
+					rotated, err := client.RotateKey(ctx, args[0], id, in)
+					if err != nil {
+						return err
+					}
+					a.sayWhere(rotated.Effect)
+					return a.printMade(rotated.CreatedKey)
+				})
 			})
 		},
 	}
@@ -251,6 +253,7 @@ func (a *app) keysRotate() *cobra.Command {
 	f.StringVar(&in.ExpiresIn, "expires-in", "", "life of the key from now; by default, if it has an end, as long again as before")
 	f.BoolVar(&in.EndOldest, "end-oldest", false, "where two secrets are valid already: end the older one at once")
 	f.StringVar(&ifMatch, "if-match", "", "ETag that the key must still have")
+	onceFlag(f, &once)
 	return c
 }
 

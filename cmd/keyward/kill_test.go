@@ -142,17 +142,23 @@ func TestKillLoop(t *testing.T) {
 		// damaged stays so: it is found late, not missed.
 		wantAll(round, round%10 == 9)
 		var running sync.WaitGroup
+		failed := make(chan error, writers)
 		for _, w := range all {
-			running.Go(func() { w.run(t.Context()) })
+			running.Go(func() { failed <- w.run(t.Context()) })
 		}
 		enough := acks.Load() + 1 + random.Int64N(32)
 		if err := eventually(func() error {
+			select {
+			case err := <-failed:
+				return fatal{fmt.Errorf("while the server runs: %w", err)}
+			default:
+			}
 			if acks.Load() < enough {
-				return fmt.Errorf("round %d: only %d of %d acknowledgements; it says:\n%s", round, acks.Load(), enough, server.says())
+				return fmt.Errorf("only %d of %d acknowledgements; it says:\n%s", acks.Load(), enough, server.says())
 			}
 			return nil
 		}); err != nil {
-			t.Error(err)
+			t.Errorf("round %d, -killseed %d: %v", round, seed, err)
 		}
 		time.Sleep(time.Duration(random.IntN(3000)) * time.Microsecond) // anywhere in a transaction
 		server.kill()

@@ -116,7 +116,8 @@ type killWriter struct {
 
 	home, spare killTenant
 	tokens      []*killToken
-	n           int // names things
+	n           int   // names things
+	order       []int // of the next changes
 	pending     *mutation
 	// replay repeats the last change with an Idempotency-Key, if what that made still works; nil before.
 	replay func(ctx context.Context) error
@@ -126,10 +127,10 @@ type killWriter struct {
 func eventOf(action, instance, target string) string { return action + " " + instance + " " + target }
 
 // run makes changes until one fails.
-func (w *killWriter) run(ctx context.Context) {
+func (w *killWriter) run(ctx context.Context) error {
 	for {
 		if err := w.step(ctx, w.next()); err != nil {
-			return
+			return fmt.Errorf("%s: %w", w.name, err)
 		}
 	}
 }
@@ -147,6 +148,9 @@ func (w *killWriter) step(ctx context.Context, m *mutation) error {
 	w.acked(m.what)
 	return nil
 }
+
+// kinds is how many cases next has.
+const kinds = 16
 
 // next chooses a change that can be made now.
 func (w *killWriter) next() *mutation {
@@ -167,7 +171,11 @@ func (w *killWriter) next() *mutation {
 		return w.create(&w.home)
 	}
 	k := alive[len(alive)-1-w.random.IntN(min(len(alive), 6))]
-	switch w.random.IntN(16) {
+	// In turn, each in its own order, so that nothing is left out by chance.
+	if w.n%kinds == 0 || w.order == nil {
+		w.order = w.random.Perm(kinds)
+	}
+	switch w.order[w.n%kinds] {
 	case 0:
 		return w.create(&w.home)
 	case 1:
@@ -660,20 +668,23 @@ func (w *killWriter) settle(ctx context.Context, written map[string]int) (made b
 // look checks keys: those that were changed since the last time and a few others, or all.
 func (w *killWriter) look(ctx context.Context, conn *envoyConn, all bool) error {
 	var problems []error
+	wrong := func(format string, args ...any) {
+		problems = append(problems, errors.New(w.name+": "+fmt.Sprintf(format, args...)))
+	}
 	asked := func(what, secret string, works bool) {
 		want := http.StatusUnauthorized
 		if works {
 			want = http.StatusOK
 		}
 		if got, err := conn.status(secret, http.MethodGet, "/"); err != nil || got != want {
-			problems = append(problems, fmt.Errorf("%s: got %d, %w, want %d", what, got, err, want))
+			wrong("%s: got %d, %v, want %d", what, got, err, want)
 		}
 	}
 	for _, i := range []*killTenant{&w.home, &w.spare} {
 		if got, err := w.client.Instance(ctx, i.id); missing(err) == i.exists || err != nil && !missing(err) {
-			problems = append(problems, fmt.Errorf("instance %s, want it there: %t: %w", i.id, i.exists, err))
+			wrong("instance %s, want it there: %t: %v", i.id, i.exists, err)
 		} else if i.exists && (got.Policy.Disabled != i.disabled || got.Policy.Caps.User != i.userCap) {
-			problems = append(problems, fmt.Errorf("instance %s: disabled %t, cap %d, want %t, %d", i.id, got.Policy.Disabled, got.Policy.Caps.User, i.disabled, i.userCap))
+			wrong("instance %s: disabled %t, cap %d, want %t, %d", i.id, got.Policy.Disabled, got.Policy.Caps.User, i.disabled, i.userCap)
 		}
 		for _, k := range i.keys {
 			if !k.fresh && !all && w.random.IntN(10) > 0 {
@@ -682,11 +693,11 @@ func (w *killWriter) look(ctx context.Context, conn *envoyConn, all bool) error 
 			k.fresh = false
 			got, err := w.client.Key(ctx, i.id, k.id)
 			if err != nil {
-				problems = append(problems, fmt.Errorf("key %s %s: %w", k.name, k.id, err))
+				wrong("key %s %s: %v", k.name, k.id, err)
 				continue
 			}
 			if why := k.differs(got); why != "" {
-				problems = append(problems, fmt.Errorf("key %s %s: %s", k.name, k.id, why))
+				wrong("key %s %s: %s", k.name, k.id, why)
 			}
 			for g, secret := range k.secrets {
 				asked(fmt.Sprintf("key %s %s, generation %d", k.name, k.id, g+1), secret, !i.disabled && !k.disabled && !k.gone && !k.ended[g])
@@ -705,16 +716,13 @@ func (w *killWriter) look(ctx context.Context, conn *envoyConn, all bool) error 
 		_, err := manage.NewClient(w.manage, t.secret, w.web).Instance(ctx, w.home.id)
 		answer, refused := errors.AsType[*manage.Error](err)
 		if err != nil && !refused || refused != t.gone || refused && answer.Status != http.StatusUnauthorized {
-			problems = append(problems, fmt.Errorf("token %s, revoked: %t: got %w", t.name, t.gone, err))
+			wrong("token %s, revoked: %t: got %v", t.name, t.gone, err)
 		}
 	}
 	if w.replay != nil {
 		if err := w.replay(ctx); err != nil {
-			problems = append(problems, fmt.Errorf("repeated with its Idempotency-Key: %w", err))
+			wrong("repeated with its Idempotency-Key: %v", err)
 		}
-	}
-	for i, p := range problems {
-		problems[i] = fmt.Errorf("%s: %w", w.name, p)
 	}
 	return errors.Join(problems...)
 }

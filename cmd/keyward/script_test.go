@@ -104,7 +104,7 @@ func TestScript(t *testing.T) {
 				ts.Check(eventually(func() error {
 					cmd := exec.Command(args[1], args[2:]...)
 					cmd.Dir = ts.MkAbs(".")
-					cmd.Env = programEnv("KEYWARD_HOLDERS="+ts.Getenv("KEYWARD_HOLDERS"), "KEYWARD_SERVER="+ts.Getenv("KEYWARD_SERVER"), "KEYWARD_TOKEN_FILE="+ts.Getenv("KEYWARD_TOKEN_FILE"))
+					cmd.Env = programEnv("HOME="+ts.Getenv("HOME"), "KEYWARD_HOLDERS="+ts.Getenv("KEYWARD_HOLDERS"), "KEYWARD_SERVER="+ts.Getenv("KEYWARD_SERVER"), "KEYWARD_TOKEN_FILE="+ts.Getenv("KEYWARD_TOKEN_FILE"))
 					out, err := cmd.CombinedOutput()
 					if err == nil && !want.Match(out) {
 						err = fmt.Errorf("got %s, want %s", out, want)
