@@ -37,14 +37,17 @@ type Cell struct {
 type RateDemand struct {
 	Cell Cell
 	Rate Rate
+	// Shadow: judged, and spent where there is room, but it refuses nothing.
+	Shadow bool
 }
 
 // A Demand is everything that one request must pass. The caller owns it and may use it again after
 // the answer. It names a cell once at most: what passes a limit twice is a mistake of whoever made the
 // demand, and is not decided.
 type Demand struct {
-	Rates []RateDemand
-	Lease LeaseDemand
+	Rates  []RateDemand
+	Quotas []QuotaDemand
+	Lease  LeaseDemand
 }
 
 // A Decision says whether the whole demand was met.
@@ -54,8 +57,11 @@ type Decision struct {
 	Waited time.Duration
 	// Repeated: the same lease lives already, so nothing was spent again.
 	Repeated bool
+	// Shadowed has the bit of every class whose limit would have refused and is in shadow: 1 << Class.
+	Shadowed uint16
 	// What follows is set on a refusal only.
 	Class      Class         // of the limit that refuses longest
+	Quota      int           // position in Demand.Quotas of the one that refuses, if that is a quota
 	RetryAfter time.Duration // above 0: when the same demand would pass, if nobody else came
 }
 

@@ -10,6 +10,7 @@ import (
 type Instance struct {
 	ID        string // canonical, see CanonicalInstanceID
 	Policy    Policy
+	Quotas    []Quota // by name
 	CreatedAt time.Time
 	Revision  Revision // of its last change
 }
