@@ -1,6 +1,10 @@
 package limits
 
-import "time"
+import (
+	"time"
+
+	"keyward/authz/apikey"
+)
 
 // A Quota is a limit over a window, ready to be judged: in any Window, or in each calendar Period, it admits
 // at most Limit units. The zero Quota limits nothing.
@@ -53,4 +57,27 @@ type Standing struct {
 	// RefusesFor is how long the demand would wait for this limit; 0: it has room.
 	RefusesFor time.Duration
 	Shadow     bool
+}
+
+// QuotaOf returns a definition as it is judged, with limit in place of its own: what [apikey.Quota.LimitOf]
+// says. The zero Quota for a limit that is unlimited.
+//
+// A smoothed quota is judged over 20 s, with a whole share of its limit: limit / (window / 20 s), rounded
+// down as FoundationaLLM does, so 100 a minute is 33 in any 20 s. The share is never 0, which would be no
+// limit: an override may be from before the window grew.
+func QuotaOf(q *apikey.Quota, limit int) Quota {
+	if limit <= 0 {
+		return Quota{}
+	}
+	of := Quota{Limit: int64(limit), Window: q.Window, Lockout: q.Lockout}
+	switch {
+	case q.Period == apikey.PeriodDay:
+		of.Period = Day
+	case q.Period == apikey.PeriodMonth:
+		of.Period = Month
+	case q.Smoothed:
+		of.Limit = max(1, int64(limit)/int64(q.LeastLimit()))
+		of.Window = apikey.SmoothedWindow
+	}
+	return of
 }

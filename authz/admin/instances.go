@@ -42,7 +42,7 @@ func (s *Service) PutInstance(ctx context.Context, caller Caller, instanceID str
 		old, err := tx.Instance(ctx, id)
 		switch {
 		case err == nil:
-			before, in.CreatedAt = &old.Policy, old.CreatedAt
+			before, in.Quotas, in.CreatedAt = &old.Policy, old.Quotas, old.CreatedAt
 		case !isNotFound(err):
 			return err
 		}

@@ -358,12 +358,13 @@ func TestEventsOfTheFirstSchemaAreChained(t *testing.T) {
 		t.Fatal(err)
 	}
 	undo := slices.Concat([]string{
+		"DROP TABLE quota_states", "ALTER TABLE instances DROP COLUMN quotas", "ALTER TABLE keys DROP COLUMN quotas",
 		"DROP TABLE audit_segments", "ALTER TABLE meta DROP COLUMN leapt", "DROP TABLE idempotency", "ALTER TABLE tokens DROP COLUMN user_principal_name", "ALTER TABLE tokens DROP COLUMN last_used_at",
 	}, func() (drops []string) {
 		for _, index := range []string{"at", "instance", "actor", "action", "target", "refused"} {
 			drops = append(drops, "DROP INDEX audit_"+index)
 		}
-		return append(drops, "ALTER TABLE audit DROP COLUMN refused", "ALTER TABLE audit DROP COLUMN link", "DELETE FROM goose_db_version WHERE version_id = 4")
+		return append(drops, "ALTER TABLE audit DROP COLUMN refused", "ALTER TABLE audit DROP COLUMN link", "DELETE FROM goose_db_version WHERE version_id >= 4")
 	}())
 	db, err := sql.Open("sqlite", path)
 	if err != nil {
