@@ -134,7 +134,7 @@ func prepare(cfg Config) (*rules, error) {
 		return nil, err
 	}
 	r := &rules{Config: cfg, routes: routes, claims: cfg.JWT.claimNames()}
-	r.wantBody = slices.ContainsFunc(cfg.Rules, func(rule Rule) bool { return rule.readsBody() })
+	r.wantBody = slices.ContainsFunc(cfg.Rules, func(rule Rule) bool { return rule.ReadsBody() })
 	r.headers = slices.Clone(cfg.Credentials.Headers)
 	for i, h := range r.headers {
 		if h != strings.ToLower(h) || h == "authorization" {
@@ -252,7 +252,7 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		d.Reason = ReasonPublic
 		return nil
 	case !found.sent && rule.Mode == Optional:
-		if d.holder, d.byToken = rules.JWT.holder(r); !d.byToken {
+		if d.Holder = rules.JWT.holder(r); d.Holder == (Holder{}) {
 			d.Reason = ReasonAnonymous
 			return nil
 		}

@@ -203,9 +203,8 @@ type Decision struct {
 	// request it is the identity to hand on; nil then means a caller without identity, or with [ReasonJWT] one
 	// who is known by a token.
 	Key *apikey.Key
-	// holder is who is known by a token, if byToken.
-	byToken bool
-	holder  holder
+	// Holder is who is known by a token.
+	Holder Holder
 	// allowed are the rights that the policy leaves to keys.
 	allowed apikey.Scopes
 
@@ -225,16 +224,16 @@ type Decision struct {
 	// a secret of ours stands. It has to be removed from there.
 	InAuthorization, InQuery bool
 
-	MissingScope apikey.Scope  // with ReasonMissingScope
+	MissingScope apikey.Scope // with ReasonMissingScope
 	// Shadowed is what would have refused the request, whatever became of it.
 	Shadowed Shadowed
 
-	Limit        limits.Class  // with Limited
-	Quota        *apikey.Quota // the quota that refuses; nil where none does
-	QuotaLimit   limits.Quota  // as it is judged, with what the key has instead
-	Rate         limits.Rate   // the rate that refuses; zero where none does
-	Concurrent   int64         // the number of running requests that refuses; 0 where it does not
-	RetryAfter   time.Duration // with Limited; above 0
+	Limit      limits.Class  // with Limited
+	Quota      *apikey.Quota // the quota that refuses; nil where none does
+	QuotaLimit limits.Quota  // as it is judged, with what the key has instead
+	Rate       limits.Rate   // the rate that refuses; zero where none does
+	Concurrent int64         // the number of running requests that refuses; 0 where it does not
+	RetryAfter time.Duration // with Limited; above 0
 	// Standings are where the limits of an allowed request stand after it, in the order of their classes; only
 	// with [Config].ShowLimits.
 	Standings []Standing
@@ -251,6 +250,9 @@ type Standing struct {
 
 // Outcome is what the caller learns.
 func (d *Decision) Outcome() Outcome { return d.Reason.Outcome() }
+
+// HasIdentity reports whether it is known on whose behalf the request counts.
+func (d *Decision) HasIdentity() bool { return d.Key != nil || d.Holder != (Holder{}) }
 
 // AppendScopes appends the rights in force of a request that is allowed with a key: the key's, capped by
 // the policy, separated by spaces; "*" for all.

@@ -79,23 +79,24 @@ func (j *JWT) claimNames() []string {
 	return slices.Compact(names)
 }
 
-// A holder is a caller known by a token.
-type holder struct {
-	issuer, subject, upn, id string // "": the token does not say
+// A Holder is a caller known by a token. Nobody is the zero Holder.
+type Holder struct {
+	Issuer           string
+	Subject, UPN, ID string // "": the token does not say
 }
 
-// holder returns whose token Envoy has verified; ok is false if it is none that counts.
-func (j *JWT) holder(r *Request) (h holder, ok bool) {
+// holder returns whose token Envoy has verified, nobody if it is none that counts.
+func (j *JWT) holder(r *Request) Holder {
 	if j.Issuer == "" || r.claim(claimIssuer) != j.Issuer {
-		return holder{}, false
+		return Holder{}
 	}
-	h = holder{issuer: j.Issuer, subject: r.claim(claimSubject), upn: r.claim(j.UPNClaim)}
+	h := Holder{Issuer: j.Issuer, Subject: r.claim(claimSubject), UPN: r.claim(j.UPNClaim)}
 	for _, name := range j.IDClaims {
-		if h.id = r.claim(name); h.id != "" {
+		if h.ID = r.claim(name); h.ID != "" {
 			break
 		}
 	}
-	return h, true
+	return h
 }
 
 // claim returns a claim; "" if there is none that is any use.
@@ -110,11 +111,11 @@ func (r *Request) claim(name string) string {
 
 // appendUPN appends the caller's name as the token has it. Nobody gets away without one: those of whom an
 // issuer says nothing have one together.
-func (h *holder) appendUPN(dst []byte) []byte {
-	if h.upn != "" {
-		return append(dst, h.upn...)
+func (h *Holder) appendUPN(dst []byte) []byte {
+	if h.UPN != "" {
+		return append(dst, h.UPN...)
 	}
-	return append(append(append(dst, h.issuer...), '#'), h.subject...)
+	return append(append(append(dst, h.Issuer...), '#'), h.Subject...)
 }
 
 // AppendUPN appends on whose behalf the request counts, in lower case, as names are compared. Nothing for a
@@ -124,8 +125,8 @@ func (d *Decision) AppendUPN(dst []byte) []byte {
 	switch {
 	case d.Key != nil:
 		dst = d.Key.AppendPrincipal(dst)
-	case d.byToken:
-		dst = d.holder.appendUPN(dst)
+	case d.Holder.Issuer != "":
+		dst = d.Holder.appendUPN(dst)
 	}
 	return lowerFrom(dst, start)
 }
@@ -138,8 +139,8 @@ func (d *Decision) AppendUserID(dst []byte) []byte {
 		return d.AppendUPN(dst)
 	case d.Key != nil:
 		return d.Key.ID.Append(dst)
-	case d.byToken && d.holder.id != "":
-		return append(dst, d.holder.id...)
+	case d.Holder.ID != "":
+		return append(dst, d.Holder.ID...)
 	}
 	return d.AppendUPN(dst)
 }
@@ -150,8 +151,8 @@ func (d *Decision) AppendUser(dst []byte) []byte {
 	switch {
 	case d.Key != nil:
 		return append(dst, d.Key.UserPrincipalName...)
-	case d.byToken:
-		return d.holder.appendUPN(dst)
+	case d.Holder.Issuer != "":
+		return d.Holder.appendUPN(dst)
 	}
 	return dst
 }

@@ -46,8 +46,8 @@ type Request struct {
 	rates     [2]limits.RateDemand
 	quotas    []limits.QuotaDemand
 	inForce   []*apikey.Quota // of quotas
-	upn       []byte // of the caller, once somebody needed it
-	userID    []byte // the same
+	upn       []byte          // of the caller, once somebody needed it
+	userID    []byte          // the same
 	standings []Standing
 	demand    limits.Demand
 }

@@ -86,6 +86,9 @@ func (s Source) String() string {
 	return s.name
 }
 
+// InBody reports whether the source is a member of the body.
+func (s Source) InBody() bool { return s.from == fromBody }
+
 // value returns what the source names in a request that matched its rule. ok is false if the request
 // names it twice or cannot be read. It allocates only where a query or a body is escaped.
 func (s *Source) value(r *Request, query string) (value string, present, ok bool) {
@@ -198,10 +201,9 @@ func isWord(s string) bool {
 	return s != "" && len(s) <= 64 && strings.Trim(s, word) == ""
 }
 
-// readsBody reports whether the rule needs the request's body.
-func (r *Rule) readsBody() bool {
-	inBody := func(s Source) bool { return s.from == fromBody }
-	return slices.ContainsFunc(r.Instance, inBody) || slices.ContainsFunc(r.Agent, inBody) || slices.ContainsFunc(r.Environment, inBody)
+// ReadsBody reports whether the rule needs the request's body.
+func (r *Rule) ReadsBody() bool {
+	return slices.ContainsFunc(r.Instance, Source.InBody) || slices.ContainsFunc(r.Agent, Source.InBody) || slices.ContainsFunc(r.Environment, Source.InBody)
 }
 
 // isRuleHost reports whether a rule can have this host; "" is any.

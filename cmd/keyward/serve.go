@@ -590,6 +590,7 @@ func (s *service) reload(next *Config) error {
 	taken := *s.live
 	taken.Routes, taken.IgnoreCase, taken.DefaultRoute = next.Routes, next.IgnoreCase, next.DefaultRoute
 	taken.CORSPreflight, taken.Client, taken.Log.Level = next.CORSPreflight, next.Client, next.Log.Level
+	taken.JWT = next.JWT
 	taken.Credentials.Headers, taken.Credentials.Bearer, taken.Credentials.Query = next.Credentials.Headers, next.Credentials.Bearer, next.Credentials.Query
 	// From what is taken, not from next: a new credentials.prefix here, and the old one where keys are
 	// made, would refuse every new key.
@@ -610,7 +611,7 @@ func (s *service) reload(next *Config) error {
 }
 
 // reloaded lists what a SIGHUP takes over.
-const reloaded = "routes, ignoreCase, defaultRoute, corsPreflight, client, credentials.headers, credentials.bearer, credentials.query, log.level"
+const reloaded = "routes, ignoreCase, defaultRoute, corsPreflight, client, jwt, credentials.headers, credentials.bearer, credentials.query, log.level"
 
 func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}

@@ -195,7 +195,7 @@ func TestAllowedRequestsCarryIdentityAndNoSecret(t *testing.T) {
 		t.Errorf("headers (-want +got):\n%s", diff)
 	}
 	// The switched-off name, the default name of a renamed one and the empty one are removed.
-	wantRemoved := []string{"x-keyward-agent", "x-keyward-key-type", "x-keyward-user", "x-api-key", "x-agent-access-token", "authorization"}
+	wantRemoved := []string{"x-keyward-agent", "x-keyward-key-type", "x-keyward-user", "x-user-identity", "x-api-key", "x-agent-access-token", "authorization"}
 	if diff := cmp.Diff(wantRemoved, ok.GetHeadersToRemove()); diff != "" {
 		t.Errorf("removed (-want +got):\n%s", diff)
 	}
