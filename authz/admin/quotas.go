@@ -201,6 +201,11 @@ type QuotasChange struct {
 	Propagation Propagation     // zero in a dry run
 }
 
+// Quota returns one of them.
+func (c *QuotasChange) Quota(name string) apikey.Quota {
+	return c.Quotas[slices.IndexFunc(c.Quotas, named(name))]
+}
+
 // A QuotaSet is quotas that are to be there together.
 type QuotaSet struct {
 	Quotas []QuotaInput `json:"quotas" strict:"notnull" required:"true" nullable:"false" maxItems:"256" doc:"Each is created, or replaces the one of its name."`
@@ -297,7 +302,7 @@ func (s *Service) changeQuotas(ctx context.Context, caller Caller, id string, if
 			return err
 		}
 		if len(in.Quotas) > apikey.MaxQuotas {
-			return &StateError{fmt.Sprintf("the instance would have %d quotas: %d is the most", len(in.Quotas), apikey.MaxQuotas)}
+			return apikey.Invalid("quotas", fmt.Sprintf("would be %d: %d is the most that an instance can have", len(in.Quotas), apikey.MaxQuotas))
 		}
 		slices.SortFunc(in.Quotas, func(a, b apikey.Quota) int { return strings.Compare(a.Name, b.Name) })
 		done = QuotasChange{Quotas: in.Quotas, Changes: quotaChanges(old, in.Quotas), Revision: in.Revision}
