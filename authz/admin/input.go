@@ -32,6 +32,8 @@ type KeyInput struct {
 	NotBefore         string                  `json:"notBefore,omitempty" doc:"RFC 3339 with a zone, or a date, which means its beginning in UTC."`
 	InactivityDays    *int                    `json:"inactivityDays,omitempty" minimum:"1" maximum:"365" doc:"The key expires after so many days without use."`
 	Metadata          map[string]string       `json:"metadata,omitempty" doc:"At most 32 entries; names to 64, values to 256 characters."`
+
+	Quotas map[string]apikey.QuotaOverride `json:"quotas,omitempty" doc:"By the names of quotas of the instance that count this key alone: the limit that it has instead; -1 for unlimited."`
 }
 
 // A LimitsInput is limits as people write them: an absent field inherits, -1 is unlimited, 0 is refused.
@@ -103,7 +105,7 @@ const (
 func (in *KeyInput) key(format apikey.Format, policy *apikey.Policy, now time.Time) (*apikey.Key, error) {
 	k := &apikey.Key{
 		Name: in.Name, Description: in.Description, Type: in.Type, Environment: in.Environment,
-		AgentName: in.AgentName, UserPrincipalName: in.UserPrincipalName, Metadata: in.Metadata, CreatedAt: now,
+		AgentName: in.AgentName, UserPrincipalName: in.UserPrincipalName, Metadata: in.Metadata, Quotas: in.Quotas, CreatedAt: now,
 	}
 	var bad faults
 	bad.add(words(format, k))

@@ -154,8 +154,9 @@ func (s *Service) DeleteInstance(ctx context.Context, caller Caller, instanceID 
 		}
 		return caller.audit(ctx, tx, deleteInstance, id, id, struct {
 			Policy     *apikey.Policy `json:"policy"`
+			Quotas     []apikey.Quota `json:"quotas,omitempty"`
 			UsableKeys int            `json:"usableKeys"`
-		}{&old.Policy, usable}, nil)
+		}{&old.Policy, old.Quotas, usable}, nil)
 	})
 	if err != nil {
 		return Propagation{}, err

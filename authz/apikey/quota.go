@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -215,23 +216,29 @@ func ValidateQuotas(quotas []Quota) error {
 	if len(quotas) > MaxQuotas {
 		bad = append(bad, Invalid("quotas", fmt.Sprintf("are more than %d, the most that an instance can have", MaxQuotas)))
 	}
-	first := map[string]int{}
 	for i := range quotas {
-		q := &quotas[i]
-		field := "quotas[" + strconv.Itoa(i) + "]"
-		if isQuotaName(q.Name) {
-			if before, twice := first[q.Name]; twice {
-				bad = append(bad, Invalid(field+".name", "is that of quotas["+strconv.Itoa(before)+"] too: "+q.Name))
-			} else {
-				first[q.Name] = i
-				field = "quotas." + q.Name
-			}
+		q, field := &quotas[i], QuotaField(quotas, i)
+		if before := firstNamed(quotas, q.Name); before < i && isQuotaName(q.Name) {
+			bad = append(bad, Invalid(field+".name", "is that of quotas["+strconv.Itoa(before)+"] too: "+q.Name))
 		}
 		if err := q.Validate(field); err != nil {
 			bad = append(bad, err)
 		}
 	}
 	return errors.Join(bad...)
+}
+
+// QuotaField is the path by which faults of one of several quotas are told: by its name, if that is one and
+// the first of its kind, otherwise by its position.
+func QuotaField(quotas []Quota, i int) string {
+	if name := quotas[i].Name; isQuotaName(name) && firstNamed(quotas, name) == i {
+		return "quotas." + name
+	}
+	return "quotas[" + strconv.Itoa(i) + "]"
+}
+
+func firstNamed(quotas []Quota, name string) int {
+	return slices.IndexFunc(quotas, func(q Quota) bool { return q.Name == name })
 }
 
 // isQuotaName: a name is part of an address.

@@ -52,19 +52,23 @@ type RevokedKeys struct {
 // actions are the operations by POST that change what is there: they answer 200.
 var actions = map[string]bool{
 	"rotateKey": true, "revokeGeneration": true, "revokeKeys": true, "disableInstance": true, "enableInstance": true,
+	"applyQuotas": true,
 }
 
-// versioned are the operations that answer with a key and its ETag, conditional those that heed If-Match.
+// versioned are the operations that answer with a key, or quotas, and their ETag, conditional those that heed If-Match.
 var (
-	versioned   = map[string]bool{"createKey": true, "getKey": true, "updateKey": true, "rotateKey": true, "revokeGeneration": true}
-	conditional = map[string]bool{"updateKey": true, "rotateKey": true}
+	versioned = map[string]bool{
+		"createKey": true, "getKey": true, "updateKey": true, "rotateKey": true, "revokeGeneration": true,
+		"listQuotas": true, "getQuota": true, "putQuota": true, "deleteQuota": true, "applyQuotas": true,
+	}
+	conditional = map[string]bool{"updateKey": true, "rotateKey": true, "putQuota": true, "deleteQuota": true, "applyQuotas": true}
 )
 
 const ifMatchHeader = "If-Match"
 
 var ifMatchParameter = &huma.Param{
 	Name: ifMatchHeader, In: "header", Schema: &huma.Schema{Type: huma.TypeString},
-	Description: "The ETag of the key as the caller saw it: 412 if it has changed since. Absent or *: whatever it is now.",
+	Description: "The ETag of the key, or of quotas, as the caller saw it: 412 if it has changed since. Absent or *: whatever it is now.",
 }
 
 // keyLife registers the routes of what happens to a key after it was made.
@@ -78,6 +82,7 @@ func (h *handler) keyLife(api huma.API, instance, keys, key string) {
 	objectAlias[map[string]*string](schemas)
 	objectAlias[admin.LimitsPatch](schemas)
 	objectAlias[admin.RatePatch](schemas)
+	objectAlias[map[string]*apikey.QuotaOverride](schemas)
 
 	route(h, api, http.MethodGet, keys+":limits", "getKeyLimits", "Get how many keys there may be, how many there are, and how fast they may be made", nil, h.keyLimits)
 	route(h, api, http.MethodPost, keys+":revoke", "revokeKeys", "Revoke every key that a filter means, or tell which", admin.BulkRevocation{}, h.revokeKeys, 202)
@@ -106,7 +111,9 @@ func (orNull[T]) Schema(r huma.Registry) *huma.Schema {
 }
 
 // etag is the version of a key: what was decided of it, not when it was last used.
-func etag(k *apikey.Key) string { return `"` + strconv.FormatInt(int64(k.Revision), 10) + `"` }
+func etag(k *apikey.Key) string { return etagOf(k.Revision) }
+
+func etagOf(rev apikey.Revision) string { return `"` + strconv.FormatInt(int64(rev), 10) + `"` }
 
 var (
 	oneTag = regexp.MustCompile(`^(W/)?"[!#-~]*"$`)
