@@ -89,6 +89,10 @@ func (w *world) Take(_ context.Context, d *limits.Demand) (limits.Decision, erro
 	return w.answer, nil
 }
 
+func (w *world) Look(context.Context, *limits.Demand, []limits.Standing) ([]limits.Standing, error) {
+	return nil, apikey.ErrUndecided
+}
+
 func (w *world) End(_ context.Context, endings []limits.Ending) error {
 	w.ended = append(w.ended, endings...)
 	return nil

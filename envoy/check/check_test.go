@@ -70,6 +70,9 @@ func (f *facts) End(_ context.Context, endings []limits.Ending) error {
 	return nil
 }
 func (f *facts) TryTake(*limits.Demand) (limits.Decision, bool) { return f.limits, true }
+func (f *facts) Look(context.Context, *limits.Demand, []limits.Standing) ([]limits.Standing, error) {
+	return nil, apikey.ErrUndecided
+}
 func (f *facts) Take(context.Context, *limits.Demand) (limits.Decision, error) {
 	return f.limits, nil
 }

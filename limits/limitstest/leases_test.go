@@ -234,6 +234,10 @@ func (l *ledger) TryTake(d *limits.Demand) (limits.Decision, bool) {
 	return decision, true
 }
 
+func (l *ledger) Look(ctx context.Context, d *limits.Demand, standings []limits.Standing) ([]limits.Standing, error) {
+	return l.rates.Look(ctx, d, standings)
+}
+
 // judge decides, and spends what passes, for one that comes or that waited and has a turn or not. waits:
 // only the leases refuse.
 func (l *ledger) judge(d *limits.Demand, w *ledgerWaiter, turn bool) (decision limits.Decision, waits bool, err error) {

@@ -139,6 +139,10 @@ func (s *simple) Take(_ context.Context, d *limits.Demand) (limits.Decision, err
 	return decision, nil
 }
 
+func (s *simple) Look(context.Context, *limits.Demand, []limits.Standing) ([]limits.Standing, error) {
+	return nil, apikey.ErrUndecided
+}
+
 // name is the name under which the state of a cell is kept.
 func (s *simple) name(c limits.Cell) limits.Cell {
 	switch s.mistake {
