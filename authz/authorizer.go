@@ -676,6 +676,9 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 	d.Shadowed |= Shadowed(answer.Shadowed)
 	if answer.Allowed {
 		d.Leased, d.Lease, d.repeated = demand.Lease.Limit > 0, demand.Lease.Lease, answer.Repeated
+		if rules.ShowLimits {
+			a.look(ctx, r, d)
+		}
 		return answer.Waited > 0, nil
 	}
 	d.Reason, d.Limit, d.RetryAfter = limitReasons[answer.Class], answer.Class, answer.RetryAfter
@@ -691,4 +694,32 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 		}
 	}
 	return false, nil
+}
+
+// look says in d where the limits of the request's demand stand, but for those in shadow. That they cannot be
+// seen is no reason to refuse anybody.
+func (a *Authorizer) look(ctx context.Context, r *Request, d *Decision) {
+	var room [8]limits.Standing
+	seen, err := a.limiter.Look(ctx, &r.demand, room[:0])
+	if err != nil {
+		return
+	}
+	r.standings = r.standings[:0]
+	for _, s := range seen {
+		if s.Shadow {
+			continue
+		}
+		standing := Standing{Standing: s}
+		switch s.Class {
+		case limits.ClassGlobalQuota, limits.ClassPrincipalQuota, limits.ClassKeyQuota:
+			standing.Quota, standing.QuotaLimit = r.inForce[s.Quota], r.quotas[s.Quota].Quota
+		}
+		for i := range r.demand.Rates {
+			if r.demand.Rates[i].Cell.Class == s.Class {
+				standing.Rate = r.demand.Rates[i].Rate
+			}
+		}
+		r.standings = append(r.standings, standing)
+	}
+	d.Standings = r.standings
 }

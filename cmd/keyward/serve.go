@@ -83,6 +83,7 @@ type service struct {
 	authorizer *authz.Authorizer
 	admin      *admin.Service
 	limiter    *local.Limiter
+	quotas     *quotaKeeper
 	leases     *authz.LeaseIDs
 	accessLogs *accesslog.Server
 	replica    string
@@ -143,6 +144,10 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.limiter = local.New(cfg.Concurrency.leases(), s.registry)
+	s.quotas = &quotaKeeper{store: s.store, limiter: s.limiter, log: s.log}
+	if err := s.quotas.restore(ctx); err != nil {
+		return nil, err
+	}
 	s.leases = authz.NewLeaseIDs(peppers)
 	s.accessLogs = accesslog.New(s.limiter, s.leases, s.registry, s.log)
 	issuers, err := cfg.oidc()
@@ -321,6 +326,7 @@ func (s *service) run(ctx context.Context) error {
 	group, failed := errgroup.WithContext(behind)
 	group.Go(func() error { return s.cache.Run(behind) })
 	group.Go(func() error { return s.lastUsed.Run(behind) })
+	group.Go(func() error { return s.quotas.run(behind) })
 	group.Go(func() error { return s.redigester.Run(behind) })
 	group.Go(func() error { return s.admin.Run(behind, serveActor) })
 	group.Go(func() error { return s.warnOfBootstrap(behind) })
