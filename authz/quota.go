@@ -31,6 +31,16 @@ func (c *quotaCell) owner(value []byte) [16]byte {
 	return [16]byte(sum[:16])
 }
 
+// QuotaCell names the state of one of an instance's quotas: for partition None with nothing, otherwise with
+// the id of a key (its 16 bytes), a UPN or an identifier, as a [Decision] appends them.
+func QuotaCell(instanceID string, q *apikey.Quota, of []byte) limits.Cell {
+	c := newQuotaCell(instanceID, q)
+	if q.Partition != apikey.PartitionNone {
+		c.cell.Owner = c.owner(of)
+	}
+	return c.cell
+}
+
 func classOf(p apikey.Partition) limits.Class {
 	switch p {
 	case apikey.PartitionNone:
