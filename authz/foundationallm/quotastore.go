@@ -69,7 +69,7 @@ func IsQuotaStore(text []byte) bool {
 // for all that is wrong, joined, with the names that the file has.
 func ParseQuotaStore(text []byte) (quotas []apikey.Quota, warnings []string, err error) {
 	var list []json.RawMessage
-	if err := json.Unmarshal(withoutMark(text), &list); err != nil {
+	if err := json.Unmarshal(withoutMark(text), &list); err != nil || list == nil {
 		return nil, nil, apikey.Invalid("", "a quota-store.json must be a JSON array of quota definitions")
 	}
 	var bad []error
