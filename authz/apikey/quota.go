@@ -172,7 +172,7 @@ func (q *Quota) Validate(field string) error {
 	case q.Period != "":
 		refuse("smoothed", "does not go with period: what is smoothed has a window")
 	case window && q.Window%SmoothedWindow != 0:
-		refuse("window", "must be a multiple of 20s, because smoothed is true")
+		refuse("window", "must be a multiple of 20s, because it is smoothed")
 		window = false
 	}
 	switch {

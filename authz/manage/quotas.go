@@ -33,7 +33,11 @@ type AppliedQuotas struct {
 	DryRun  bool          `json:"dryRun,omitempty" doc:"true: nothing was changed."`
 	Changes []QuotaChange `json:"changes" nullable:"false" doc:"By name. Quotas that stay as they are are not in it."`
 	Effect
+
+	ETag string `json:"-"` // of the quotas then, for [WithIfMatch]; in a dry run of those that are there
 }
+
+func (q *AppliedQuotas) version(etag string) { q.ETag = etag }
 
 // A QuotaChange is what became of one quota, or in a dry run would.
 type QuotaChange struct {
