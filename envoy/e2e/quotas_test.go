@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -239,8 +240,8 @@ func TestOracle6And8(t *testing.T) {
 		c.complete(home, `{"pad": "`+strings.Repeat("x", 40_000)+`", "agent_name": "sales"}`, platformToken(agent.secret)).want(t, http.StatusOK, "the first")
 		a := c.send(requestText("POST", "/instances/"+home+"/completions", platformToken(agent.secret), "Transfer-Encoding: chunked")+
 			fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(toSales), toSales)).want(t, http.StatusOK, "the second")
-		got := exceeded{}
-		if got = c.complete(home, toSales, platformToken(agent.secret)).exceeded(t); got.Name != "sales" || got.Context != "CoreAPI:Completions:sales" {
+		got := c.complete(home, toSales, platformToken(agent.secret)).exceeded(t)
+		if got.Name != "sales" || got.Context != "CoreAPI:Completions:sales" {
 			t.Errorf("the third of sales: %+v", got)
 		}
 		c.complete(home, `{"agent_name": "billing"}`, withKey(user.secret)).want(t, http.StatusOK, "the third of all")
@@ -358,6 +359,48 @@ func TestTwoUsersAndAToken(t *testing.T) {
 		c.complete("no-such", toSales, line).want(t, http.StatusForbidden, "another instance")
 		c.complete(home, toSales, "Authorization: Bearer "+newIssuer(t, "https://login.test").token(t, nil)).want(t, http.StatusUnauthorized, "a forged token")
 	})
+}
+
+// TestLongQuotasSurvive: a restart forgets nothing, and kill -9 nothing that is 10 s old.
+func TestLongQuotasSurvive(t *testing.T) {
+	t.Parallel()
+	s := serve(t, config{yaml: platform})
+	f := s.front(t, frontConfig{})
+	f.awaitHealthy(t)
+	home := s.instance(t, admin.PolicyInput{})
+	for name, q := range map[string]admin.QuotaInput{
+		"hour":  {Partition: apikey.PartitionUPN, Limit: 9, Window: "24h"},
+		"month": {Partition: apikey.PartitionNone, Limit: 1000, Period: apikey.PeriodMonth},
+	} {
+		q.Context = "CoreAPI:Completions"
+		if _, err := s.client.PutQuota(t.Context(), home, name, q); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k := s.key(t, home, admin.KeyInput{Type: apikey.TypeAgent, AgentName: "sales"})
+	c := f.caller(t)
+	pass := func(n int, what string) {
+		t.Helper()
+		for range n {
+			c.complete(home, toSales, platformToken(k.secret)).want(t, http.StatusOK, what)
+		}
+	}
+	pass(2, "before the first restart")
+	s.process.signal(t, syscall.SIGTERM)
+	if err := s.process.wait(t); err != nil {
+		t.Fatal(err)
+	}
+	s.restart(t)
+	f.awaitHealthy(t)
+	pass(3, "before the crash")
+	time.Sleep(10 * time.Second)
+	s.process.kill(t)
+	s.restart(t)
+	f.awaitHealthy(t)
+	pass(4, "after the crash")
+	if e := c.complete(home, toSales, platformToken(k.secret)).exceeded(t); e.Name != "hour" || e.Seconds < 23*3600 {
+		t.Errorf("the tenth: %+v", e)
+	}
 }
 
 // An issuer signs tokens.

@@ -40,7 +40,7 @@ const hcmNote = `#
 # this order; the router stays last. Do not add failure_mode_allow or retries of Check.
 `
 
-const tokenNote = `#
+const jwtNote = `#
 # Before ext_authz your own envoy.filters.http.jwt_authn: with payload_in_metadata as keyward's jwt.payload has
 # it, and a requirement that lets requests without a token pass (requires_any: your provider, allow_missing).
 `
@@ -89,7 +89,7 @@ func EnvoyFragment(c Config) ([]byte, error) {
 	}
 	note := hcmNote
 	if c.TokenClaims {
-		note += tokenNote
+		note += jwtNote
 	}
 	out := bytes.NewBufferString(fragmentNote + note + "http_connection_manager:\n")
 	if err := appendIndented(out, "  ", "  ", manager); err != nil {
