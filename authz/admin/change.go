@@ -246,7 +246,7 @@ func (p *KeyPatch) apply(format apikey.Format, k *apikey.Key, policy *apikey.Pol
 	if p.Quotas.Present {
 		var said map[string]apikey.QuotaOverride
 		changed.Quotas, said = patchQuotas(k.Quotas, p.Quotas)
-		bad.add(overrides(format, quotas, k.Type, said)) // what was said before may be of a quota that is gone
+		bad.add(overrides(quotas, k.Type, said)) // what was said before may be of a quota that is gone
 		if len(changed.Quotas) > apikey.MaxQuotas {
 			bad.add(apikey.Invalid("quotas", fmt.Sprintf("has more than %d entries", apikey.MaxQuotas)))
 		}

@@ -89,7 +89,7 @@ func (s *Service) newKey(caller Caller, in *KeyInput, instance *apikey.Instance)
 	k, err := in.key(s.cfg.Format, &policy, now())
 	var bad faults
 	bad.add(err)
-	bad.add(overrides(s.cfg.Format, instance.Quotas, k.Type, k.Quotas))
+	bad.add(overrides(instance.Quotas, k.Type, k.Quotas))
 	if err := bad.err(); err != nil {
 		return nil, err
 	}

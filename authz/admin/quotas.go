@@ -367,14 +367,11 @@ func quotaChanges(before, after []apikey.Quota) []QuotaChange {
 }
 
 // overrides checks what a key of a type is to have instead of quotas of its instance.
-func overrides(format apikey.Format, quotas []apikey.Quota, t apikey.Type, list map[string]apikey.QuotaOverride) error {
+func overrides(quotas []apikey.Quota, t apikey.Type, list map[string]apikey.QuotaOverride) error {
 	var bad faults
 	for _, name := range slices.Sorted(maps.Keys(list)) {
-		if err := noSecret(format, "quotas", name); err != nil {
-			return err // alone: what follows names quotas
-		}
 		i := slices.IndexFunc(quotas, named(name))
-		if i < 0 {
+		if i < 0 { // it is not repeated: it may be a secret
 			bad.add(apikey.Invalid("quotas", "names a quota that the instance does not have: "+haveQuotas(quotas)))
 			continue
 		}

@@ -87,7 +87,7 @@ func TestParseQuotaStoreTellsAllFaults(t *testing.T) {
 		{"name":"a","context":"CoreAPI:Completions","metric_partition":"PerUser","metric_limit":2,"metric_window_seconds":60,"lockout_duration_seconds":-5},
 		{"name":"b","context":"CoreAPI","metric_limit":120,"metric_window_seconds":10,"type":"Other"},
 		{"name":"b","context":"CoreAPI:Files","metric_limit":"120","metric_window_seconds":50.5,"distributed_enforcement":"no"},
-		{"name":"c","context":"CoreAPI:Files","metric_limit":120,"metric_window_seconds":99999999999}
+		{"name":"c","context":"CoreAPI:Files","metric_limit":120,"metric_window_seconds":36028797018964028}
 	]`
 	_, _, err := ParseQuotaStore([]byte(text))
 	want := []string{

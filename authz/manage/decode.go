@@ -202,7 +202,7 @@ func (d decoder) entries(path string, v reflect.Value) error {
 		switch {
 		case value == nil && nullable:
 		case of.Kind() == reflect.Struct:
-			if value != json.Delim('{') {
+			if value == nil {
 				return apikey.Invalid(path, "must have objects as values")
 			}
 			if err := d.from(value, path, one); err != nil {

@@ -159,6 +159,7 @@ func TestOverridesOverHTTP(t *testing.T) {
 	if w := d.send(d.owner, "PATCH", at, `{"quotas":{"x":null}}`); strings.Contains(w.Body.String(), "quotas") {
 		t.Errorf("got %s", w.Body)
 	}
+	wantError(t, d.send(d.owner, "POST", "/instances/a/apiKeys", `{"name":"n","quotas":{"x":null}}`), 400, CodeInvalidRequest, "quotas")
 	for body, target := range map[string]string{
 		`{"quotas":{"y":{"limit":1}}}`:                 "quotas.y",
 		`{"quotas":{"x":{"limit":0}}}`:                 "quotas.x.limit",

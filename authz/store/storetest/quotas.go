@@ -117,11 +117,11 @@ func testQuotaStates(t *testing.T, s admin.Store) {
 	save(
 		limits.QuotaState{Cell: cell(1, limits.ClassKeyQuota), Until: noon.Add(time.Hour), Counts: counts},
 		limits.QuotaState{Cell: cell(1, limits.ClassGlobalQuota), Until: noon.Add(2 * time.Hour), Counts: []byte("another class")},
-		limits.QuotaState{Cell: cell(2, math.MaxUint8), Until: noon, Counts: []byte{0}},
+		limits.QuotaState{Cell: cell(2, math.MaxUint8), Until: noon.Add(time.Hour), Counts: []byte{0}},
 	)
 	counts[0] = 99 // the caller's again
 	check("saved", noon.Add(-time.Hour))
-	check("what has ended says nothing", noon)
+	check("what has ended says nothing", noon.Add(90*time.Minute))
 	check("at its end too", noon.Add(time.Hour))
 
 	save(limits.QuotaState{Cell: cell(1, limits.ClassKeyQuota), Until: noon.Add(3 * time.Hour), Counts: bytes.Repeat([]byte{7}, 16<<10)})
