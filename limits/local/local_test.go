@@ -2,6 +2,7 @@ package local
 
 import (
 	"encoding/binary"
+	"flag"
 	"reflect"
 	"runtime"
 	"strings"
@@ -21,6 +22,28 @@ func TestContract(t *testing.T) {
 	limitstest.RunInBubble(t, func(*testing.T) limitstest.Subject {
 		return limitstest.Subject{Limiter: New(Config{}, nil), Advance: time.Sleep}
 	})
+}
+
+var sequences = flag.Int("sequences", 1_000_000, "random sequences of demands on quotas to hold the limiter to; a fiftieth under -race")
+
+func openTable(*testing.T) limitstest.Subject {
+	return limitstest.Subject{Limiter: New(Config{}, nil), Advance: time.Sleep}
+}
+
+func TestQuotasAreTheOracle(t *testing.T) {
+	n := *sequences
+	if raceEnabled {
+		n /= 50
+	}
+	limitstest.Sequences(t, n, openTable)
+}
+
+func TestRetryAfterIsTrue(t *testing.T) {
+	n := 100_000
+	if raceEnabled {
+		n /= 10
+	}
+	limitstest.Retries(t, n, openTable)
 }
 
 func cellOf(owner uint64, class limits.Class) limits.Cell {
