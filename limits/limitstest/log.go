@@ -78,6 +78,9 @@ func (o *Log) Wait(q limits.Quota, units, now int64, wall time.Time) (wait, lock
 	for n := 0; int64(len(o.units)-n)+units > q.Limit; {
 		// Waits for the oldest of those that are left.
 		free := o.units[n] + int64(q.Window)
+		if o.mistake == windowClosed {
+			free++
+		}
 		if n++; q.Window == 0 {
 			_, free = began(q.Period, now, wall)
 			n = len(o.units)
