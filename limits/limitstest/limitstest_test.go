@@ -4,6 +4,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"runtime"
 	"slices"
@@ -214,6 +215,21 @@ func (s *simple) Take(_ context.Context, d *limits.Demand) (limits.Decision, err
 		}
 	}
 	return decision, nil
+}
+
+// copied returns what puts everything back as it is now, the quotas if they are asked for.
+func (s *simple) copied() func(quotas bool) {
+	full, logs := maps.Clone(s.full), make(map[limits.Cell]*Log)
+	for c, log := range s.logs {
+		copied := *log
+		copied.units = slices.Clone(log.units)
+		logs[c] = &copied
+	}
+	return func(quotas bool) {
+		if s.full = full; quotas {
+			s.logs = logs
+		}
+	}
 }
 
 // A refusal is one limit's.
