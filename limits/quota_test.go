@@ -2,6 +2,7 @@ package limits_test
 
 import (
 	"encoding/binary"
+	"math"
 	"testing"
 	"time"
 
@@ -102,6 +103,17 @@ func TestWallClockJumpsOpenNoCalendar(t *testing.T) {
 			}
 		})
 	}
+	// A restart reads when the day ends by the wall clock, and does not believe it alone afterwards.
+	q := limits.Quota{Limit: 1, Period: limits.Day}
+	c := newCounter(noon)
+	c.take(q, 1)
+	state, _ := c.tally.Append(nil, &c.runs, c.clock, c.wall.UnixNano())
+	c = newCounter(noon.Add(hour))
+	c.tally, c.runs, _ = limits.ParseTally(state, c.clock, c.wall.UnixNano())
+	c.jump(20 * hour)
+	if got := c.take(q, 1); got != 11*hour {
+		t.Errorf("after a restart and a jump: told to wait for %v, want %v", got, 11*hour)
+	}
 	// There and back again, in small steps and large ones: a count has no more than the limit until the end of
 	// its day, as that was when its first unit came, is over by both clocks.
 	rapid.Check(t, func(t *rapid.T) {
@@ -126,6 +138,21 @@ func TestWallClockJumpsOpenNoCalendar(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Hundredths of a window are as long before the limiter's clock began as after: units are restored there.
+func TestHundredthsBelowZero(t *testing.T) {
+	q := limits.Quota{Limit: 5000, Window: 100_000}
+	c := newCounter(time.Unix(1_800_000_000, 0))
+	for _, tt := range []struct {
+		clock int64
+		runs  int32
+	}{{-1001, 1}, {-1000, 2}, {-500, 2}, {-1, 2}, {0, 3}, {500, 3}, {999, 3}, {1000, 4}} {
+		c.clock = tt.clock
+		if c.take(q, 1); c.runs.Len != tt.runs {
+			t.Errorf("at %d: %d runs, want %d", tt.clock, c.runs.Len, tt.runs)
+		}
+	}
 }
 
 // TestTallySurvives: what is written is what is read, at whatever times by both clocks, and both go on alike.
@@ -181,6 +208,58 @@ func TestTallySurvives(t *testing.T) {
 			}
 		}
 	})
+}
+
+// state writes one as Append does, whatever it says.
+func state(period byte, window, endsWall, locked int64, runs ...int64) []byte {
+	b := []byte{1, period}
+	for _, v := range append([]int64{window, endsWall, locked}, runs...) {
+		b = binary.AppendVarint(b, v)
+	}
+	return b
+}
+
+func TestParseTallyRefusesNonsense(t *testing.T) {
+	const clock, wall = int64(1000), int64(1_800_000_000_000_000_000)
+	hour, huge := int64(time.Hour), int64(math.MaxInt64)
+	many := make([]int64, 0, 2*limits.MaxRuns+2)
+	for range limits.MaxRuns {
+		many = append(many, 0, 1)
+	}
+	many[0] = wall
+	for name, b := range map[string][]byte{
+		"nothing":                   {},
+		"another version":           append([]byte{2}, state(0, hour, 0, 0, wall, 1)[1:]...),
+		"an unknown period":         state(3, 0, wall, 0, wall, 1),
+		"neither window nor period": state(0, 0, wall, 0, wall, 1),
+		"a window below 0":          state(0, -1, 0, 0, wall, 1),
+		"a window without end":      state(0, huge, 0, 0, wall, 1),
+		"cut off":                   state(0, hour, 0, 0, wall),
+		"cut off early":             state(0, hour, 0, 0)[:4],
+		"a run of nothing":          state(0, hour, 0, 0, wall, 0),
+		"a run below nothing":       state(0, hour, 0, 0, wall, -5),
+		"more units than there are": state(0, hour, 0, 0, wall, huge/4, 1, huge/4),
+		"runs out of order":         state(0, hour, 0, 0, wall, 1, -1, 1),
+		"a run before time":         state(0, hour, 0, 0, -wall, 1),
+		"a run past time":           state(0, hour, 0, 0, wall, 1, huge-10, 1),
+		"too many runs":             state(0, hour, 0, 0, append(many, 0, 1)...),
+		"locked for ever":           state(0, hour, 0, huge, wall, 1),
+		"locked before time":        state(0, hour, 0, -huge, wall, 1),
+		"a period without end":      state(1, 0, huge, 0, wall, 1),
+	} {
+		if tally, runs, err := limits.ParseTally(b, clock, wall); err == nil {
+			t.Errorf("%s: got %+v, %+v", name, tally, runs)
+		}
+	}
+	if _, runs, err := limits.ParseTally(state(0, hour, 0, 0, many...), clock, wall); err != nil || runs.Len != limits.MaxRuns {
+		t.Errorf("as many runs as there may be: %d, %v", runs.Len, err)
+	}
+	// The wall clock went back since: what came later than now comes now.
+	tally, runs, err := limits.ParseTally(state(0, hour, 0, 0, wall+7*hour, 4), clock, wall)
+	q := limits.Quota{Limit: 4, Window: time.Hour}
+	if wait, _ := tally.Judge(&runs, &q, 1, clock, wall); err != nil || wait != time.Hour {
+		t.Errorf("a unit of later counts for %v, %v, want an hour", wait, err)
+	}
 }
 
 // FuzzParseTally: any bytes are an error or a state that admits no more than its limit, and never a panic.
