@@ -19,6 +19,7 @@ import (
 	"context"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -193,7 +194,7 @@ func (l *Limiter) Take(ctx context.Context, d *limits.Demand) (limits.Decision, 
 }
 
 var (
-	errTwice = fmt.Errorf("a demand names a limit twice: %w", apikey.ErrUndecided)
+	errTwice = fmt.Errorf("a demand names a limit twice, or tens of thousands: %w", apikey.ErrUndecided)
 	errEnded = fmt.Errorf("the request has ended: %w", apikey.ErrUndecided)
 )
 
@@ -218,6 +219,7 @@ func (l *Limiter) TryTake(d *limits.Demand) (decision limits.Decision, ok bool) 
 
 // A taking is a demand on its way through the table.
 type taking struct {
+	demand *limits.Demand
 	cells  []involved          // in the order in which they are locked
 	quotas bool                // there are any
 	lease  *limits.LeaseDemand // nil: it asks for none
@@ -226,50 +228,78 @@ type taking struct {
 	hash uint64 // of the identity
 }
 
-// An involved cell is one that a decision is about: of a rate, of a quota or, if it is neither, of running
-// requests.
+// An involved cell is one that a decision is about. It is small: its like are sorted for every request.
 type involved struct {
-	cell     *limits.Cell
-	rate     *limits.RateDemand
-	quota    *limits.QuotaDemand
+	full     int64 // of a rate: as it will be once spent
 	shard    int32
 	slot     int32 // position in the shard's table while its lock is held, or missing
-	place    int32 // among the demand's limits
-	position int32 // in Demand.Quotas
-	noRoom   bool  // judged, but in shadow, so that nothing of it is spent
-	full     int64 // of a rate: as it will be once spent
+	position int32 // in Demand.Rates or Demand.Quotas
+	place    int16 // among all the demand's limits
+	sort     sort
+	noRoom   bool // judged, but in shadow, so that nothing of it is spent
 }
 
-const missing = -1
+type sort uint8
+
+const (
+	aRate sort = iota
+	aQuota
+	theLease
+)
+
+const (
+	missing = -1
+	// mostLimits is more than any demand has.
+	mostLimits = math.MaxInt16
+)
+
+func (t *taking) rate(c *involved) *limits.RateDemand   { return &t.demand.Rates[c.position] }
+func (t *taking) quota(c *involved) *limits.QuotaDemand { return &t.demand.Quotas[c.position] }
+
+func (t *taking) cellOf(c *involved) *limits.Cell {
+	switch c.sort {
+	case aRate:
+		return &t.rate(c).Cell
+	case aQuota:
+		return &t.quota(c).Cell
+	}
+	return &t.lease.Lease.Cell
+}
 
 // involve lists the cells of a demand in the order in which they are locked. It reports whether each
 // is named once.
 func (l *Limiter) involve(cells []involved, d *limits.Demand) (t taking, once bool) {
+	t.demand = d
+	if len(d.Rates)+len(d.Quotas) >= mostLimits {
+		return t, false
+	}
 	for i := range d.Rates {
 		if r := &d.Rates[i]; !r.Rate.IsZero() {
-			cells = append(cells, involved{cell: &r.Cell, rate: r, shard: l.shardOf(&r.Cell), place: int32(len(cells))})
+			cells = append(cells, involved{sort: aRate, shard: l.shardOf(&r.Cell), position: int32(i), place: int16(len(cells))})
 		}
 	}
 	for i := range d.Quotas {
 		if q := &d.Quotas[i]; !q.Quota.IsZero() {
-			cells = append(cells, involved{cell: &q.Cell, quota: q, shard: l.shardOf(&q.Cell), place: int32(len(cells)), position: int32(i)})
+			cells = append(cells, involved{sort: aQuota, shard: l.shardOf(&q.Cell), position: int32(i), place: int16(len(cells))})
 			t.quotas = true
 		}
 	}
 	if d.Lease.Limit > 0 {
 		t.lease = &d.Lease
 		t.hash = l.hashOf(&d.Lease.Lease)
-		cell := &d.Lease.Lease.Cell
-		cells = append(cells, involved{cell: cell, shard: l.shardOf(cell), place: int32(len(cells))})
+		cells = append(cells, involved{sort: theLease, shard: l.shardOf(&d.Lease.Lease.Cell), place: int16(len(cells))})
 	}
 	slices.SortFunc(cells, func(a, b involved) int {
-		return cmp.Or(cmp.Compare(a.shard, b.shard), compareCells(a.cell, b.cell))
+		if a.shard != b.shard {
+			return int(a.shard - b.shard)
+		}
+		return compareCells(t.cellOf(&a), t.cellOf(&b))
 	})
 	for i := range cells {
-		if i > 0 && *cells[i].cell == *cells[i-1].cell {
+		if i > 0 && cells[i].shard == cells[i-1].shard && *t.cellOf(&cells[i]) == *t.cellOf(&cells[i-1]) {
 			return t, false
 		}
-		if cells[i].rate == nil && cells[i].quota == nil {
+		if cells[i].sort == theLease {
 			t.cell = i
 		}
 	}
@@ -356,9 +386,9 @@ func (l *Limiter) judge(t *taking, at instant, w *waiter) (limits.Decision, verd
 		if !r.refuses() {
 			v = crowded
 		}
-		r.refuse(t.cell, c, concurrencyRetry, 0)
+		r.refuse(t, t.cell, concurrencyRetry, 0)
 	case over:
-		r.shadowed |= 1 << c.cell.Class
+		r.shadowed |= 1 << t.lease.Lease.Cell.Class
 	}
 	if !r.refuses() {
 		if !l.spend(t, at) {
@@ -380,16 +410,17 @@ type ruling struct {
 	trips   bool          // it begins its lockout
 	cell    int           // position in the taking
 	class   limits.Class
-	place   int32
+	place   int16
 }
 
 func (r *ruling) refuses() bool { return r.longest > 0 }
 
 // refuse adds a limit that refuses for so long, and for its lockout if that is above 0 and the limit is the
 // one that is reported.
-func (r *ruling) refuse(cell int, c *involved, wait, lockout time.Duration) {
-	longest := max(wait, lockout)
-	if !(longest > r.longest || longest == r.longest && (c.cell.Class < r.class || c.cell.Class == r.class && c.place < r.place)) {
+func (r *ruling) refuse(t *taking, cell int, wait, lockout time.Duration) {
+	c, longest := &t.cells[cell], max(wait, lockout)
+	class := t.cellOf(c).Class
+	if longest < r.longest || longest == r.longest && (class > r.class || class == r.class && c.place > r.place) {
 		r.others = max(r.others, wait)
 		return
 	}
@@ -398,7 +429,7 @@ func (r *ruling) refuse(cell int, c *involved, wait, lockout time.Duration) {
 	if r.trips {
 		r.own = lockout
 	}
-	r.cell, r.class, r.place = cell, c.cell.Class, c.place
+	r.cell, r.class, r.place = cell, class, c.place
 }
 
 // conclude makes the decision of a ruling. Of a refusal that is final it begins the lockout.
@@ -409,10 +440,13 @@ func (l *Limiter) conclude(t *taking, r *ruling, at instant) limits.Decision {
 	}
 	c := &t.cells[r.cell]
 	if r.trips {
-		c.lockQuota(&l.shards[c.shard].quotas, at)
+		c.lockQuota(&l.shards[c.shard].quotas, t.quota(c), at)
 		l.quotasLocked.Inc()
 	}
-	d.Class, d.Quota, d.RetryAfter = r.class, int(c.position), max(r.own, r.others)
+	d.Class, d.RetryAfter = r.class, max(r.own, r.others)
+	if c.sort == aQuota {
+		d.Quota = int(c.position)
+	}
 	return d
 }
 
@@ -423,42 +457,44 @@ func (l *Limiter) judgeLimits(t *taking, at instant) (r ruling) {
 		s := &l.shards[c.shard]
 		var wait, lockout time.Duration
 		var shadow bool
-		if q := c.quota; q != nil {
+		switch c.sort {
+		case aRate:
+			r := t.rate(c)
+			wait, shadow = c.judgeRate(s, r, at.clock), r.Shadow
+		case aQuota:
+			q := t.quota(c)
 			var trips bool
-			if wait, trips = c.judgeQuota(&s.quotas, at); trips {
+			if wait, trips = c.judgeQuota(&s.quotas, q, at); trips {
 				lockout = q.Quota.Lockout
 			}
 			shadow = q.Shadow
-		} else {
-			wait = c.judge(s, at.clock)
-			shadow = c.rate != nil && c.rate.Shadow
+		default:
+			c.slot = missing
+			if position, ok := s.index[t.lease.Lease.Cell]; ok {
+				c.slot = position
+			}
 		}
 		switch c.noRoom = wait > 0; {
 		case wait <= 0:
 		case shadow:
-			r.shadowed |= 1 << c.cell.Class
+			r.shadowed |= 1 << t.cellOf(c).Class
 		default:
-			r.refuse(i, c, wait, lockout)
+			r.refuse(t, i, wait, lockout)
 		}
 	}
 	return r
 }
 
-// judge finds the cell's state and says how long its rate refuses; 0: it does not. It spends nothing.
-func (c *involved) judge(s *shard, now int64) (wait time.Duration) {
-	position, ok := s.index[*c.cell]
+// judgeRate finds the cell's state and says how long its rate refuses; 0: it does not. It spends nothing.
+func (c *involved) judgeRate(s *shard, r *limits.RateDemand, now int64) (wait time.Duration) {
+	position, ok := s.index[r.Cell]
 	if !ok {
 		c.slot = missing
-		if c.rate != nil {
-			c.full, wait = c.rate.Rate.Take(0, now)
-		}
+		c.full, wait = r.Rate.Take(0, now)
 		return wait
 	}
 	c.slot = position
-	if c.rate == nil {
-		return 0
-	}
-	c.full, wait = c.rate.Rate.Take(s.slots[position].full, now)
+	c.full, wait = r.Rate.Take(s.slots[position].full, now)
 	if wait > 0 {
 		// What a lowered limit no longer counts is forgotten at once, or the wait would not be true.
 		s.slots[position].full = c.full
@@ -473,7 +509,7 @@ func (l *Limiter) spend(t *taking, at instant) bool {
 	if t.quotas {
 		fresh := int64(0)
 		for i := range t.cells {
-			if c := &t.cells[i]; c.quota != nil && c.slot == missing && !c.quota.Shadow {
+			if c := &t.cells[i]; c.sort == aQuota && c.slot == missing && !t.quota(c).Shadow {
 				fresh++
 			}
 		}
@@ -486,14 +522,14 @@ func (l *Limiter) spend(t *taking, at instant) bool {
 		s := &l.shards[c.shard]
 		switch {
 		case c.noRoom:
-		case c.rate != nil:
+		case c.sort == aRate:
 			if c.slot == missing {
-				c.slot = l.add(s, c.cell)
+				c.slot = l.add(s, &t.rate(c).Cell)
 			}
 			s.slots[c.slot].full = c.full
-		case c.quota != nil:
-			if c.slot != missing || !c.quota.Shadow || l.reserve(1) {
-				c.spendQuota(&s.quotas, at)
+		case c.sort == aQuota:
+			if q := t.quota(c); c.slot != missing || !q.Shadow || l.reserve(1) {
+				c.spendQuota(&s.quotas, q, at)
 			}
 		}
 	}

@@ -22,15 +22,15 @@ func (l *Limiter) Look(_ context.Context, d *limits.Demand, standings []limits.S
 		c := &t.cells[i]
 		s := &l.shards[c.shard]
 		var standing limits.Standing
-		switch {
-		case c.rate != nil:
-			full := int64(0)
-			if position, ok := s.index[*c.cell]; ok {
+		switch c.sort {
+		case aRate:
+			r, full := t.rate(c), int64(0)
+			if position, ok := s.index[r.Cell]; ok {
 				full = s.slots[position].full
 			}
-			standing = c.rate.Stand(full, at.clock)
-		case c.quota != nil:
-			standing = c.lookQuota(&s.quotas, at)
+			standing = r.Stand(full, at.clock)
+		case aQuota:
+			standing = lookQuota(&s.quotas, t.quota(c), at)
 			standing.Quota = int(c.position)
 		default:
 			l.expire(s, at.clock)
@@ -42,15 +42,15 @@ func (l *Limiter) Look(_ context.Context, d *limits.Demand, standings []limits.S
 }
 
 // lookQuota says where a quota stands. What it judges is a copy: whoever looks changes nothing.
-func (c *involved) lookQuota(t *quotaTable, at instant) limits.Standing {
+func lookQuota(t *quotaTable, q *limits.QuotaDemand, at instant) limits.Standing {
 	var tally limits.Tally
 	var runs limits.Runs
-	if position, ok := t.index[*c.cell]; ok {
+	if position, ok := t.index[q.Cell]; ok {
 		s := &t.slots[position]
 		tally, runs = s.tally, t.runs(s)
 		runs = runs.CopyTo(make([]limits.Run, len(runs.Ring)))
 	}
-	return tally.Stand(&runs, c.quota, at.clock, at.wall)
+	return tally.Stand(&runs, q, at.clock, at.wall)
 }
 
 func (l *Limiter) lookLeases(s *shard, d *limits.LeaseDemand) limits.Standing {

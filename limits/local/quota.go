@@ -95,9 +95,8 @@ func (t *quotaTable) move(s *quotaSlot, runs *limits.Runs, room int32) {
 }
 
 // judgeQuota finds what a quota's cell has counted and says how long it refuses. It spends nothing.
-func (c *involved) judgeQuota(t *quotaTable, at instant) (wait time.Duration, trips bool) {
-	q := c.quota
-	position, ok := t.index[*c.cell]
+func (c *involved) judgeQuota(t *quotaTable, q *limits.QuotaDemand, at instant) (wait time.Duration, trips bool) {
+	position, ok := t.index[q.Cell]
 	if !ok {
 		c.slot = missing
 		var tally limits.Tally
@@ -113,25 +112,25 @@ func (c *involved) judgeQuota(t *quotaTable, at instant) (wait time.Duration, tr
 }
 
 // spendQuota counts what judgeQuota has found room for.
-func (c *involved) spendQuota(t *quotaTable, at instant) {
+func (c *involved) spendQuota(t *quotaTable, q *limits.QuotaDemand, at instant) {
 	if c.slot == missing {
-		c.slot = t.add(c.cell)
+		c.slot = t.add(&q.Cell)
 	}
 	s := &t.slots[c.slot]
 	runs := t.runs(s)
 	if int(runs.Len) == len(runs.Ring) {
 		t.move(s, &runs, runs.Len+1)
 	}
-	s.tally.Spend(&runs, &c.quota.Quota, c.quota.Units(), at.clock, at.wall)
+	s.tally.Spend(&runs, &q.Quota, q.Units(), at.clock, at.wall)
 	s.keep(&runs)
 	s.changed = at.clock
 }
 
 // lockQuota begins the lockout of the quota that a refusal reports.
-func (c *involved) lockQuota(t *quotaTable, at instant) {
+func (c *involved) lockQuota(t *quotaTable, q *limits.QuotaDemand, at instant) {
 	s := &t.slots[c.slot] // it has one: what has counted nothing does not trip
 	runs := t.runs(s)
-	s.tally.Lock(&runs, &c.quota.Quota, at.clock)
+	s.tally.Lock(&runs, &q.Quota, at.clock)
 	s.keep(&runs)
 	s.changed = at.clock
 }

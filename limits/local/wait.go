@@ -194,7 +194,7 @@ func (l *Limiter) await(ctx context.Context, t *taking, w *waiter) (limits.Decis
 		if w.queue != nil { // no answer: ctx is done, or there is a panic on its way
 			s.mu.Lock()
 			l.takeOut(s, w)
-			l.giveTurns(s, s.index[*c.cell])
+			l.giveTurns(s, s.index[t.lease.Lease.Cell])
 			s.mu.Unlock()
 		}
 		l.waited.Observe(time.Duration(l.now() - w.since).Seconds())
@@ -221,7 +221,7 @@ func (l *Limiter) finish(t *taking, w *waiter) (limits.Decision, error) {
 	s := &l.shards[c.shard]
 	l.expire(s, at.clock)
 	l.takeOut(s, w)
-	defer l.giveTurns(s, s.index[*c.cell])
+	defer l.giveTurns(s, s.index[t.lease.Lease.Cell])
 	d, v := l.judge(t, at, w)
 	switch v {
 	case ended:
