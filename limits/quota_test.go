@@ -26,15 +26,15 @@ func TestQuotaOf(t *testing.T) {
 		{"smoothed, rounded down", apikey.Quota{Limit: 100, Window: minute, Smoothed: true}, limits.Quota{Limit: 33, Window: 20 * time.Second}},
 		{"smoothed over a quarter of an hour", apikey.Quota{Limit: 1000, Window: 15 * minute, Smoothed: true}, limits.Quota{Limit: 22, Window: 20 * time.Second}},
 		{"smoothed to one", apikey.Quota{Limit: 3, Window: minute, Smoothed: true}, limits.Quota{Limit: 1, Window: 20 * time.Second}},
-		{"smoothed to nothing refuses everything", apikey.Quota{Limit: 2, Window: minute, Smoothed: true}, limits.Quota{Limit: -1, Window: 20 * time.Second}},
+		{"a share is never nothing", apikey.Quota{Limit: 2, Window: minute, Smoothed: true}, limits.Quota{Limit: 1, Window: 20 * time.Second}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got := limits.QuotaOf(&tt.in)
+			got := limits.QuotaOf(&tt.in, tt.in.Limit)
 			if got != tt.want {
 				t.Errorf("got %+v, want %+v", got, tt.want)
 			}
 			var tally limits.Tally
-			if wait, trips := tally.Judge(&limits.Runs{}, &got, 1, 0, 0); got.IsZero() || (wait == limits.Never) != (got.Limit < 0) || trips {
+			if wait, trips := tally.Judge(&limits.Runs{}, &got, 1, 0, 0); got.IsZero() || wait != 0 || trips {
 				t.Errorf("the first request is told to wait for %v, trips %t", wait, trips)
 			}
 		})
