@@ -39,7 +39,7 @@ func newPacker() (*packer, error) {
 	return &packer{words: words, scopes: scopes}, err
 }
 
-// pack returns a copy of k that is equal to it. Only metadata and addresses, which few keys have, are k's.
+// pack returns a copy of k that is equal to it. Only metadata, addresses and quotas, which few keys have, are k's.
 func (p *packer) pack(k *apikey.Key) *apikey.Key {
 	one := &struct {
 		key        apikey.Key

@@ -45,6 +45,8 @@ type LeaseDemand struct {
 	Connection uint64
 	// Note is kept with the lease for whoever lists it.
 	Note uint64
+	// Shadow: leases are granted above the limit as well.
+	Shadow bool
 }
 
 // An Ending says that a request ended.

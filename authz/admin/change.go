@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"reflect"
 	"time"
 
@@ -65,6 +66,8 @@ type KeyPatch struct {
 	UserPrincipalName Member[string] `json:"userPrincipalName,omitzero" doc:"Cannot be changed."`
 	Environment       Member[string] `json:"environment,omitzero" doc:"Cannot be changed."`
 	NotBefore         Member[string] `json:"notBefore,omitzero" doc:"Cannot be changed."`
+
+	Quotas Member[map[string]*apikey.QuotaOverride] `json:"quotas,omitzero" doc:"By the names of quotas; null inherits."`
 }
 
 // A LimitsPatch changes limits one by one; null inherits.
@@ -109,7 +112,7 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 		if err := mayChange(old, ifMatch); err != nil {
 			return err
 		}
-		if k, err = patch.apply(s.cfg.Format, old, &policy, at); err != nil {
+		if k, err = patch.apply(s.cfg.Format, old, &policy, in.Quotas, at); err != nil {
 			return err
 		}
 		if reflect.DeepEqual(old, k) {
@@ -117,6 +120,9 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 		}
 		if caller.Role == RoleUser && k.Limits != old.Limits {
 			return usersLimits()
+		}
+		if caller.Role == RoleUser && !sameOverrides(k.Quotas, old.Quotas) {
+			return usersQuotas()
 		}
 		if caller.Role == RoleUser && old.Disabled && !k.Disabled {
 			return &ForbiddenError{Field: "disabled", Reason: "must stay: who disabled the key may have had a reason, so an operator enables it"}
@@ -182,7 +188,7 @@ func sameRights(a, b *apikey.Key) bool {
 }
 
 // apply returns k as the patch makes it. policy is in force.
-func (p *KeyPatch) apply(format apikey.Format, k *apikey.Key, policy *apikey.Policy, at time.Time) (*apikey.Key, error) {
+func (p *KeyPatch) apply(format apikey.Format, k *apikey.Key, policy *apikey.Policy, quotas []apikey.Quota, at time.Time) (*apikey.Key, error) {
 	changed := *k
 	var bad faults
 	notBefore := ""
@@ -240,6 +246,14 @@ func (p *KeyPatch) apply(format apikey.Format, k *apikey.Key, policy *apikey.Pol
 		limits := patchLimits(k.Limits, p.Limits)
 		changed.Limits, err = limits.Limits("limits")
 		bad.add(err)
+	}
+	if p.Quotas.Present {
+		var said map[string]apikey.QuotaOverride
+		changed.Quotas, said = patchQuotas(k.Quotas, p.Quotas)
+		bad.add(overrides(quotas, k.Type, said)) // what was said before may be of a quota that is gone
+		if len(changed.Quotas) > apikey.MaxQuotas {
+			bad.add(apikey.Invalid("quotas", fmt.Sprintf("has more than %d entries", apikey.MaxQuotas)))
+		}
 	}
 	switch {
 	case p.Disabled.Null:

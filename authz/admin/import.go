@@ -379,6 +379,7 @@ func (b *importing) key(in *ImportInput, p *proof) (*apikey.Key, error) {
 	if err != nil {
 		bad = append(bad, err)
 	}
+	bad.add(overrides(b.instance.Quotas, k.Type, k.Quotas))
 	if k.ID = newID(); id != "" {
 		if k.ID, err = apikey.ParseID(id); err != nil || k.ID.IsZero() {
 			bad.add(apikey.Invalid("id", "must be a UUID such as 0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f"))

@@ -32,6 +32,8 @@ type KeyInput struct {
 	NotBefore         string                  `json:"notBefore,omitempty" strict:"notempty" minLength:"1" doc:"RFC 3339 with a zone, or a date, which means its beginning in UTC."`
 	InactivityDays    *int                    `json:"inactivityDays,omitempty" minimum:"1" maximum:"365" doc:"The key expires after so many days without use."`
 	Metadata          map[string]string       `json:"metadata,omitempty" doc:"At most 32 entries; names to 64, values to 256 characters."`
+
+	Quotas map[string]apikey.QuotaOverride `json:"quotas,omitempty" doc:"By the names of quotas of the instance that count this key alone: the limit that it has instead; -1 for unlimited."`
 }
 
 // A LimitsInput is limits as people write them: an absent field inherits, -1 is unlimited, 0 is refused.
@@ -58,6 +60,7 @@ type PolicyInput struct {
 	Expiration    ExpirationInput `json:"expiration,omitzero" doc:"How long keys may live."`
 	OnLeak        apikey.OnLeak   `json:"onLeak,omitzero" doc:"What becomes of a key whose secret is reported as leaked: revoke or flag."`
 	KeepRevoked   string          `json:"keepRevoked,omitempty" doc:"How long revoked keys are kept before they are removed with their digests, from 1d. As shipped: 90d."`
+	Shadow        apikey.Shadow   `json:"shadow,omitzero" doc:"What is judged, counted and reported, and refuses nobody."`
 }
 
 // CapsInput are caps as people write them: an absent field inherits, -1 is none, 0 is refused.
@@ -102,7 +105,7 @@ const (
 func (in *KeyInput) key(format apikey.Format, policy *apikey.Policy, now time.Time) (*apikey.Key, error) {
 	k := &apikey.Key{
 		Name: in.Name, Description: in.Description, Type: in.Type, Environment: in.Environment,
-		AgentName: in.AgentName, UserPrincipalName: in.UserPrincipalName, Metadata: in.Metadata, CreatedAt: now,
+		AgentName: in.AgentName, UserPrincipalName: in.UserPrincipalName, Metadata: in.Metadata, Quotas: in.Quotas, CreatedAt: now,
 	}
 	var bad faults
 	bad.add(words(format, k))
@@ -370,6 +373,7 @@ func (in *PolicyInput) Policy() (apikey.Policy, error) {
 		}
 	}
 	p.Expiration.Default, p.Expiration.Required, p.OnLeak = in.Expiration.Default, in.Expiration.Required, in.OnLeak
+	p.Shadow = in.Shadow
 	for _, d := range []struct {
 		field, from string
 		to          *apikey.Duration

@@ -52,7 +52,7 @@ func (s *Service) PutInstanceIf(ctx context.Context, caller Caller, instanceID s
 		old, err := tx.Instance(ctx, id)
 		switch {
 		case err == nil:
-			before, in.CreatedAt = &old.Policy, old.CreatedAt
+			before, in.Quotas, in.CreatedAt = &old.Policy, old.Quotas, old.CreatedAt
 		case !isNotFound(err):
 			return err
 		}
@@ -167,8 +167,9 @@ func (s *Service) DeleteInstance(ctx context.Context, caller Caller, instanceID 
 		}
 		return caller.audit(ctx, tx, deleteInstance, id, id, struct {
 			Policy     *apikey.Policy `json:"policy"`
+			Quotas     []apikey.Quota `json:"quotas,omitempty"`
 			UsableKeys int            `json:"usableKeys"`
-		}{&old.Policy, usable}, nil)
+		}{&old.Policy, old.Quotas, usable}, nil)
 	})
 	if err != nil {
 		return Propagation{}, err

@@ -36,6 +36,7 @@ func (s *Service) createKey(ctx context.Context, caller Caller, id string, in Ke
 	instance, missing := s.store.Instance(ctx, id)
 	if isNotFound(missing) {
 		instance = &apikey.Instance{ID: id} // what cannot be accepted anywhere is told first
+		in.Quotas = nil
 	} else if missing != nil {
 		return CreatedKey{}, missing
 	}
@@ -86,7 +87,10 @@ func (s *Service) createKey(ctx context.Context, caller Caller, id string, in Ke
 func (s *Service) newKey(caller Caller, in *KeyInput, instance *apikey.Instance) (*apikey.Key, error) {
 	policy := instance.Policy.InForce()
 	k, err := in.key(s.cfg.Format, &policy, now())
-	if err != nil {
+	var bad faults
+	bad.add(err)
+	bad.add(overrides(instance.Quotas, k.Type, k.Quotas))
+	if err := bad.err(); err != nil {
 		return nil, err
 	}
 	k.ID, k.InstanceID, k.CreatedBy = newID(), instance.ID, caller.Name
@@ -105,6 +109,8 @@ func (c Caller) own(in *KeyInput) error {
 		return &ForbiddenError{Field: "userPrincipalName", Reason: "must be the caller's own: the role user makes keys of its own only"}
 	case in.Limits != (LimitsInput{}):
 		return usersLimits()
+	case len(in.Quotas) > 0:
+		return usersQuotas()
 	}
 	in.Type, in.UserPrincipalName = apikey.TypeUser, c.UserPrincipalName
 	return nil
@@ -174,6 +180,8 @@ type KeyRecord struct {
 	LastUsedAt        time.Time               `json:"lastUsedAt,omitzero" doc:"Up to a minute behind."`
 	LeakReportedAt    time.Time               `json:"leakReportedAt,omitzero" doc:"When somebody reported a secret of it as leaked."`
 	Generations       []GenerationRecord      `json:"generations" nullable:"false"`
+
+	Quotas map[string]apikey.QuotaOverride `json:"quotas,omitempty" doc:"By the names of quotas of the instance: the limit that the key has instead; -1 is unlimited. It says nothing while there is no quota of that name that counts the key alone."`
 }
 
 // A GenerationRecord is one secret of a key, as people read it.
@@ -199,6 +207,7 @@ func RecordOf(k *apikey.Key, at time.Time) KeyRecord {
 		Scopes:            k.Scopes.Strings(),
 		Environment:       k.Environment,
 		Limits:            k.Limits,
+		Quotas:            k.Quotas,
 		ExpirationPolicy:  apikey.ExpiresNever,
 		ExpirationDate:    k.ExpirationDate.UTC(),
 		InactivityDays:    k.InactivityDays,

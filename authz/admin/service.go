@@ -88,6 +88,9 @@ const (
 	readInstances  = "instance.read"
 	putInstance    = "instance.put"
 	deleteInstance = "instance.delete"
+	readQuotas     = "quota.read"
+	putQuota       = "quota.put"
+	deleteQuota    = "quota.delete"
 	readKeys       = "key.read"
 	createKey      = "key.create"
 	updateKey      = "key.update"
@@ -121,6 +124,9 @@ var may = map[string][]Role{
 	readInstances:  {RoleOwner, RoleOperator, RoleAuditor},
 	putInstance:    {RoleOwner, RoleOperator},
 	deleteInstance: {RoleOwner},
+	readQuotas:     {RoleOwner, RoleOperator, RoleAuditor},
+	putQuota:       {RoleOwner, RoleOperator},
+	deleteQuota:    {RoleOwner, RoleOperator},
 	readKeys:       {RoleOwner, RoleOperator, RoleAuditor, RoleUser}, // RoleUser: where owns says so
 	createKey:      {RoleOwner, RoleOperator, RoleUser},
 	updateKey:      {RoleOwner, RoleOperator, RoleUser},

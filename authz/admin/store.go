@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"keyward/authz/apikey"
+	"keyward/limits"
 )
 
 // A Store keeps instances, keys, tokens and audit for good. What was acknowledged survives a crash of
@@ -44,6 +45,15 @@ type Store interface {
 	SealAudit(ctx context.Context) error
 	// ForgetReplays removes what KeepReplay kept and has run out at now. Backups are made without any of it.
 	ForgetReplays(ctx context.Context, now time.Time) error
+
+	// SaveQuotaStates keeps what long quotas have counted, in batches, each state in place of an older one of its
+	// cell. Counts have a byte at least. No mutation either.
+	SaveQuotaStates(ctx context.Context, states []limits.QuotaState) error
+	// QuotaStates calls yield with every state that still says something at now (Until after now), in no
+	// order, until it returns false. yield must not call the store.
+	QuotaStates(ctx context.Context, now time.Time, yield func(limits.QuotaState) bool) error
+	// ForgetQuotaStates removes what says nothing any more at now.
+	ForgetQuotaStates(ctx context.Context, now time.Time) error
 
 	// Register makes a replica known: from now on revocations wait for it. It is known until ttl after
 	// its last Register or Confirm, by the store's clock.
@@ -147,7 +157,7 @@ type Reader interface {
 type Tx interface {
 	Reader
 
-	// PutInstance creates or replaces an instance; CreatedAt of an existing one stays. Its Revision
+	// PutInstance creates or replaces an instance, its policy and quotas; CreatedAt of an existing one stays. Its Revision
 	// becomes the transaction's.
 	PutInstance(ctx context.Context, in *apikey.Instance) error
 	// DeleteInstance removes an instance with all its keys; audit and tokens stay.

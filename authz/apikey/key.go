@@ -47,9 +47,10 @@ type Key struct {
 	Scopes            Scopes // nil: every right
 	AllowedIPs        []netip.Prefix
 	Limits            Limits
-	ExpirationDate    time.Time // zero: none
-	InactivityDays    int       // 0: does not expire for idleness
-	NotBefore         time.Time // zero: at once
+	Quotas            map[string]QuotaOverride // of the instance's quotas, by their names; nil: none
+	ExpirationDate    time.Time                // zero: none
+	InactivityDays    int                      // 0: does not expire for idleness
+	NotBefore         time.Time                // zero: at once
 	Metadata          map[string]string
 	Disabled          bool
 	RevokedAt         time.Time // zero: not revoked

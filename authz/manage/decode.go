@@ -68,8 +68,8 @@ func readDataAs(w http.ResponseWriter, r *http.Request, types ...string) ([]byte
 // and empty mean opposite things, and in a merge patch, whose admin.Member tells the two apart. So does an empty
 // string, but where the tag says strict:"notempty": there it is somebody's mistake, and what it leaves out matters.
 //
-// Shape: into points to a struct of strings, ints, bools, structs, slices, maps of strings, pointers to
-// those, and members of merge patches of them. Depth is bounded by that type. Errors: *apikey.InvalidError, which never repeats a value.
+// Shape: into points to a struct of strings, ints, bools, structs, slices, maps of strings or structs, pointers
+// to those, and members of merge patches of them. Depth is bounded by that type. Errors: *apikey.InvalidError, which never repeats a value.
 func decode(data []byte, into any) error {
 	switch {
 	case len(bytes.TrimSpace(data)) == 0:
@@ -179,8 +179,8 @@ func isMember(t reflect.Type) bool {
 	return t.PkgPath() == reflect.TypeFor[admin.KeyPatch]().PkgPath() && strings.HasPrefix(t.Name(), "Member[")
 }
 
-// entries reads a map of strings, or of pointers to strings where null is a value too. Its names are the
-// caller's own, so errors do not repeat them.
+// entries reads a map of strings or structs, or of pointers to those where null is a value too. Its names are
+// the caller's own, so errors do not repeat them.
 func (d decoder) entries(path string, v reflect.Value) error {
 	v.Set(reflect.MakeMap(v.Type()))
 	for d.More() {
@@ -194,13 +194,26 @@ func (d decoder) entries(path string, v reflect.Value) error {
 		}
 		one := reflect.New(v.Type().Elem()).Elem()
 		nullable := one.Kind() == reflect.Pointer
-		switch s, ok := value.(string); {
-		case ok && nullable:
-			one.Set(reflect.ValueOf(&s))
-		case ok:
-			one.SetString(s)
-		case value != nil || !nullable:
+		of := one.Type()
+		if nullable {
+			of = of.Elem()
+		}
+		s, isString := value.(string)
+		switch {
+		case value == nil && nullable:
+		case of.Kind() == reflect.Struct:
+			if value == nil {
+				return apikey.Invalid(path, "must have objects as values")
+			}
+			if err := d.from(value, path, one); err != nil {
+				return err
+			}
+		case !isString:
 			return apikey.Invalid(path, "must have strings as values")
+		case nullable:
+			one.Set(reflect.ValueOf(&s))
+		default:
+			one.SetString(s)
 		}
 		key := reflect.ValueOf(name)
 		if v.MapIndex(key).IsValid() {

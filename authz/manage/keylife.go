@@ -52,23 +52,27 @@ type RevokedKeys struct {
 // actions are the operations by POST that change what is there: they answer 200.
 var actions = map[string]bool{
 	"rotateKey": true, "revokeGeneration": true, "revokeKeys": true, "disableInstance": true, "enableInstance": true,
+	"applyQuotas": true,
 }
 
-// versioned are the operations that answer with a key or an instance and its ETag, conditional those that
-// heed If-Match.
+// versioned are the operations that answer with a key, an instance or quotas and their ETag, conditional those
+// that heed If-Match.
 var (
 	versioned = map[string]bool{
 		"createKey": true, "getKey": true, "updateKey": true, "rotateKey": true, "revokeGeneration": true,
 		"getInstance": true, "putInstance": true, "disableInstance": true, "enableInstance": true,
+		"listQuotas": true, "getQuota": true, "putQuota": true, "deleteQuota": true, "applyQuotas": true,
 	}
-	conditional = map[string]bool{"updateKey": true, "rotateKey": true, "putInstance": true}
+	conditional = map[string]bool{
+		"updateKey": true, "rotateKey": true, "putInstance": true, "putQuota": true, "deleteQuota": true, "applyQuotas": true,
+	}
 )
 
 const ifMatchHeader = "If-Match"
 
 var ifMatchParameter = &huma.Param{
 	Name: ifMatchHeader, In: "header", Schema: &huma.Schema{Type: huma.TypeString},
-	Description: "The ETag of the key or instance as the caller saw it: 412 if it has changed since. Absent: whatever it is now; *: the same, if it is there.",
+	Description: "The ETag of the key, the instance or the quotas as the caller saw it: 412 if it has changed since. Absent: whatever it is now; *: the same, if it is there.",
 }
 
 // keyLife registers the routes of what happens to a key after it was made.
@@ -82,6 +86,7 @@ func (h *handler) keyLife(api huma.API, instance, keys, key string) {
 	objectAlias[map[string]*string](schemas)
 	objectAlias[admin.LimitsPatch](schemas)
 	objectAlias[admin.RatePatch](schemas)
+	objectAlias[map[string]*apikey.QuotaOverride](schemas)
 
 	route(h, api, http.MethodGet, keys+":limits", "getKeyLimits", "Get how many keys there may be, how many there are, and how fast they may be made", nil, h.keyLimits)
 	route(h, api, http.MethodPost, keys+":revoke", "revokeKeys", "Revoke every key that a filter means, or tell which", admin.BulkRevocation{}, h.revokeKeys, 202)
@@ -109,7 +114,7 @@ func (orNull[T]) Schema(r huma.Registry) *huma.Schema {
 	return &huma.Schema{AnyOf: []*huma.Schema{r.Schema(reflect.TypeFor[T](), true, ""), {Type: "null"}}}
 }
 
-// etag is the version of a key or an instance: what was decided of it, not when it was last used.
+// etag is the version of a key, an instance or its quotas: what was decided of it, not when it was last used.
 func etag(r apikey.Revision) string { return `"` + strconv.FormatInt(int64(r), 10) + `"` }
 
 var (

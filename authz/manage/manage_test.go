@@ -170,6 +170,8 @@ func noCanary(t *testing.T, text string, secrets ...apikey.Secret) {
 // importable is a secret that somebody has already.
 var importable = apikey.Format{}.New(apikey.KindInstance).Reveal()
 
+const quotaBody = `{"name":"q","context":"CoreAPI:Completions","partition":"None","limit":1,"window":"60s"}`
+
 // sweep is every route, with a request that would succeed for an owner. {key} and {token} are ids.
 var sweep = []struct {
 	method, target, body       string
@@ -195,6 +197,11 @@ var sweep = []struct {
 	{"DELETE", "/instances/a/apiKeys/{key}", "", 200, 200, 403, 200, 200, 403, 404, 404},
 	{"POST", "/instances/a/apiKeys:import", `{"name":"n","secret":"` + importable + `"}`, 201, 200, 403, 200, 200, 403, 403, 403},
 	{"GET", "/instances/a/apiKeys:export", "", 200, 200, 200, 200, 200, 200, 403, 403},
+	{"GET", "/instances/a/quotas", "", 200, 200, 200, 200, 200, 200, 403, 403},
+	{"POST", "/instances/a/quotas:apply", `{"quotas":[` + quotaBody + `]}`, 200, 200, 403, 200, 200, 403, 403, 403},
+	{"PUT", "/instances/a/quotas/q", quotaBody, 200, 200, 403, 200, 200, 403, 403, 403},
+	{"GET", "/instances/a/quotas/q", "", 200, 200, 200, 200, 200, 200, 403, 403},
+	{"DELETE", "/instances/a/quotas/none", "", 404, 404, 403, 404, 404, 403, 403, 403},
 	{"GET", "/instances/a/inFlight", "", 200, 200, 200, 200, 200, 200, 403, 403},
 	{"DELETE", "/instances/a/inFlight/none", "", 404, 404, 403, 404, 404, 403, 403, 403},
 	{"GET", "/tokens", "", 200, 403, 200, 200, 403, 200, 403, 403},

@@ -239,6 +239,24 @@ routes:
 			l.call(manageAt, "POST", keys, fmt.Sprintf(body, typed), append(as(token), "Content-Type", "application/json")...)
 			l.call(manageAt, "POST", "/tokens", fmt.Sprintf(body, typed), append(as(token), "Content-Type", "application/json")...)
 		}
+		const quota = `{"name":"n","context":"a:b","partition":"None","limit":1,"window":"1h"`
+		for _, body := range []string{
+			quota + `,"description":%s}`, quota + `,"context":%s}`, quota + `,"name":%s}`, quota + `,"partition":%s}`, quota + `,"lockout":%s}`,
+			quota + `,"limit":%s}`, quota + `,%s:1}`, quota + `,"shadow":%s}`, quota + `,"period":%s}`,
+			`{"name":"n","context":"a:b:"%s}`, `{"name":"n","context":"a:b","partition":"None","limit":1,"window":%s}`,
+			`{"name":%s,"context":"a:b","partition":"None","limit":1,"window":"1h"}`, `{"name":"n","context":%s,"partition":"None","limit":1,"window":"1h"}`,
+			`{"name":"n","description":%s,"context":"a:b","partition":"None","limit":1,"window":"1h"}`,
+		} {
+			body = fmt.Sprintf(body, typed)
+			l.call(manageAt, "PUT", "/instances/demo/quotas/n", body, append(as(token), "Content-Type", "application/json")...)
+			l.call(manageAt, "POST", "/instances/demo/quotas:apply", `{"quotas":[`+body+`]}`, append(as(token), "Content-Type", "application/json")...)
+		}
+		for _, body := range []string{`{"name":"n","quotas":{%s:{"limit":1}}}`, `{"name":"n","quotas":{"n":{"limit":%s}}}`, `{"name":"n","quotas":{"n":{%s:1}}}`} {
+			l.call(manageAt, "POST", keys, fmt.Sprintf(body, typed), append(as(token), "Content-Type", "application/json")...)
+		}
+		l.call(manageAt, "PUT", "/instances/demo/quotas/"+q, quota+`}`, append(as(token), "Content-Type", "application/json")...)
+		l.call(manageAt, "GET", "/instances/demo/quotas/"+q, "", as(token)...)
+		l.call(manageAt, "DELETE", "/instances/demo/quotas/"+q, "", as(token)...)
 		l.call(manageAt, "PUT", "/instances/"+q, `{"policy":{}}`, as(token)...)
 		l.call(manageAt, "PUT", "/instances/demo", fmt.Sprintf(`{"policy":{"total":{"rate":{"requests":1,"per":%s}}}}`, typed), as(token)...)
 		l.call(manageAt, "PUT", "/instances/demo", fmt.Sprintf(`{"policy":{"allowedScopes":[%s]}}`, typed), as(token)...)

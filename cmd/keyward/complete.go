@@ -48,6 +48,16 @@ var completers = map[string]completer{
 		}
 		return list
 	},
+	"QUOTA": func(ctx context.Context, client *manage.Client, before []string, _ string) (list []cobra.Completion) {
+		if len(before) == 0 {
+			return nil
+		}
+		all, _ := client.Quotas(ctx, before[0])
+		for _, q := range all {
+			list = append(list, cobra.CompletionWithDesc(q.Name, q.Context))
+		}
+		return list
+	},
 	"TOKEN-ID": func(ctx context.Context, client *manage.Client, _ []string, _ string) (list []cobra.Completion) {
 		all, _ := client.Tokens(ctx)
 		for _, token := range all {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -90,8 +91,32 @@ func generated() map[string]string {
 		"revocation": table("`reason` | Meaning", reasons...),
 		"leaks":      table("Type | What a report does | Policy", leak(apikey.TypeInstance), leak(apikey.TypeAgent), leak(apikey.TypeUser)),
 		"errors":     table("Status | Code | Meaning", errorsOfManage...), "holdersErrors": table("Status | Code | Meaning", errorsOfHolders...),
+		"quota": table("Field | Needed | What it is", quotaRows()...),
+		"quotabounds": table("Limit | Value",
+			fmt.Sprintf("Quotas of an instance, at most | %d", apikey.MaxQuotas),
+			fmt.Sprintf("Window of a smoothed quota, in which its share is counted | %s", apikey.Duration(apikey.SmoothedWindow)),
+		),
 		"pattern": "```\n" + apikey.Format{}.Pattern() + "\n```\n",
 	}
+}
+
+// quotaRows are the fields of a quota, as the API documents them.
+func quotaRows() (rows []string) {
+	for f := range reflect.TypeFor[admin.QuotaInput]().Fields() {
+		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
+		needed := "yes"
+		if options != "" && name != "name" {
+			needed = ""
+		}
+		about := f.Tag.Get("doc")
+		for tag, says := range map[string]string{"enum": "One of ", "maxLength": "At most so many characters: "} {
+			if value := f.Tag.Get(tag); value != "" {
+				about += " " + says + strings.ReplaceAll(value, ",", ", ") + "."
+			}
+		}
+		rows = append(rows, fmt.Sprintf("`%s` | %s | %s", name, needed, strings.TrimSpace(about)))
+	}
+	return rows
 }
 
 // TestPagesSayWhatTheCodeDoes compares what is generated of the pages for users; -update writes it.

@@ -34,6 +34,7 @@ func (a *app) keysCreate() *cobra.Command {
 	var keyType, rate, expires, policy, once string
 	var noScopes bool
 	var burst, maxConcurrent, inactivityDays int
+	var quotas map[string]string
 	c := &cobra.Command{
 		Use:   "create INSTANCE --name NAME",
 		Short: "Make a key; its secret is shown once",
@@ -62,6 +63,18 @@ func (a *app) keysCreate() *cobra.Command {
 				}
 				in.Limits.Rate = parsed
 			}
+			overrides, err := quotaOverrides(quotas)
+			if err != nil {
+				return err
+			}
+			for name, override := range overrides {
+				if override != nil { // what is inherited needs no word
+					if in.Quotas == nil {
+						in.Quotas = map[string]apikey.QuotaOverride{}
+					}
+					in.Quotas[name] = *override
+				}
+			}
 			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
 				return a.once(ctx, once, func(ctx context.Context) error {
 					created, err := client.CreateKey(ctx, args[0], in)
@@ -86,6 +99,7 @@ func (a *app) keysCreate() *cobra.Command {
 	f.StringVar(&rate, "rate", "", "requests per time, such as 120/1m, or unlimited; inherited if empty")
 	f.IntVar(&burst, "burst", 0, "requests that may come at once; inherited if not set")
 	f.IntVar(&maxConcurrent, "max-concurrent", 0, "requests that may run at once; inherited if not set")
+	f.StringToStringVar(&quotas, "quota", nil, "name=limit: what the key has instead of a quota that counts it alone; a number or unlimited; repeat for more")
 	f.StringVar(&in.ExpiresIn, "expires-in", "", "life of the key, such as 120d")
 	f.StringVar(&expires, "expires", "", "end of the key: RFC 3339, or a date, which means its end in UTC")
 	f.StringVar(&policy, "expiration-policy", "", "none, time or inactivity; a date and days that are not given are the policy's")
@@ -138,7 +152,7 @@ func keyFields(k admin.KeyRecord) [][2]string {
 		{"ID", k.ID.String()}, {"INSTANCE", k.InstanceID}, {"NAME", k.Name}, {"DESCRIPTION", k.Description},
 		{"TYPE", string(k.Type)}, {"AGENT", k.AgentName}, {"USER", k.UserPrincipalName}, {"STATUS", k.Status},
 		{"HINT", k.Hint}, {"SCOPES", scopes}, {"ENVIRONMENT", k.Environment}, {"ALLOWED IPS", strings.Join(k.AllowedIPs, " ")},
-		{"LIMITS", limitsText(k.Limits)}, {"CREATED", stamp(k.CreatedAt) + " by " + k.CreatedBy},
+		{"LIMITS", limitsText(k.Limits)}, {"QUOTAS", overridesText(k.Quotas)}, {"CREATED", stamp(k.CreatedAt) + " by " + k.CreatedBy},
 		{"NOT BEFORE", stamp(k.NotBefore)}, {"EXPIRES", stamp(k.ExpirationDate)}, {"IDLE AFTER", daysText(k.InactivityDays)},
 		{"LAST USED", stamp(k.LastUsedAt)}, {"LEAK REPORTED", stamp(k.LeakReportedAt)}, {"METADATA", metadataText(k.Metadata)},
 	}, generationFields(k)...)

@@ -23,6 +23,7 @@ func (a *app) keysUpdate() *cobra.Command {
 	var remove []string
 	var anyScope, anyIP, noExpiry, noInactivity bool
 	var policy, ifMatch string
+	var quotas map[string]string
 	c := &cobra.Command{
 		Use:   "update INSTANCE KEY-ID",
 		Short: "Change a key; what it loses, it has lost everywhere when the command returns",
@@ -67,6 +68,13 @@ func (a *app) keysUpdate() *cobra.Command {
 			if patch.Limits, err = f.limitsPatch(flags); err != nil {
 				return err
 			}
+			overrides, err := quotaOverrides(quotas)
+			if err != nil {
+				return err
+			}
+			if len(overrides) > 0 {
+				patch.Quotas = admin.To(overrides)
+			}
 			if len(f.metadata) > 0 || len(remove) > 0 {
 				entries := map[string]*string{}
 				for name, value := range f.metadata {
@@ -88,6 +96,7 @@ func (a *app) keysUpdate() *cobra.Command {
 	}
 	flags := c.Flags()
 	f.add(flags)
+	flags.StringToStringVar(&quotas, "quota", nil, "name=limit: what the key has instead of a quota that counts it alone; a number, unlimited or inherit; repeat for more")
 	flags.BoolVar(&anyScope, "any-scope", false, "give the key every right that the policy allows")
 	flags.BoolVar(&anyIP, "any-ip", false, "let the key be used from everywhere")
 	flags.BoolVar(&noExpiry, "no-expiry", false, "take the key's date away")

@@ -11,6 +11,7 @@ import (
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/limits"
 )
 
 // A reader answers admin.Reader from a pool of connections or from a transaction. Every answer comes
@@ -25,7 +26,7 @@ type reader struct {
 // The statements whose plans a test looks at.
 const (
 	keyColumns = `k.id, k.instance_id, k.type, k.name, k.description, k.agent_name, k.user_principal_name, k.environment,
-	k.scopes, k.allowed_ips, k.limits, k.expires_at, k.inactivity_days, k.not_before, k.metadata, k.disabled,
+	k.scopes, k.allowed_ips, k.limits, k.quotas, k.expires_at, k.inactivity_days, k.not_before, k.metadata, k.disabled,
 	k.revoked_at, k.revoked_reason, k.leak_reported_at, k.created_at, k.created_by, k.last_used_at, k.idle_from, k.revision,
 	g.number, g.hint, g.created_at, g.valid_until, g.last_used_at, g.revoked`
 
@@ -152,8 +153,8 @@ func notFound(what string) error { return fmt.Errorf("%s: %w", what, apikey.ErrN
 // Instance implements admin.Reader.
 func (r *reader) Instance(ctx context.Context, id string) (*apikey.Instance, error) {
 	in := &apikey.Instance{ID: id}
-	found, err := r.one(ctx, "read instance "+id, `SELECT policy, created_at, revision FROM instances WHERE id = ?`,
-		[]any{id}, document{&in.Policy}, instant{&in.CreatedAt}, &in.Revision)
+	found, err := r.one(ctx, "read instance "+id, `SELECT policy, quotas, created_at, revision FROM instances WHERE id = ?`,
+		[]any{id}, document{&in.Policy}, document{&in.Quotas}, instant{&in.CreatedAt}, &in.Revision)
 	if err != nil {
 		return nil, err
 	}
@@ -166,12 +167,12 @@ func (r *reader) Instance(ctx context.Context, id string) (*apikey.Instance, err
 // Instances implements admin.Reader.
 func (r *reader) Instances(ctx context.Context) ([]*apikey.Instance, error) {
 	var list []*apikey.Instance
-	for row, err := range r.rows(ctx, "list instances", `SELECT id, policy, created_at, revision FROM instances ORDER BY id`) {
+	for row, err := range r.rows(ctx, "list instances", `SELECT id, policy, quotas, created_at, revision FROM instances ORDER BY id`) {
 		if err != nil {
 			return nil, err
 		}
 		in := &apikey.Instance{}
-		if err := row.Scan(&in.ID, document{&in.Policy}, instant{&in.CreatedAt}, &in.Revision); err != nil {
+		if err := row.Scan(&in.ID, document{&in.Policy}, document{&in.Quotas}, instant{&in.CreatedAt}, &in.Revision); err != nil {
 			return nil, r.fault("read instance "+in.ID, err)
 		}
 		list = append(list, in)
@@ -287,7 +288,7 @@ func (r *reader) key(row *sql.Rows, lead ...any) (*apikey.Key, error) {
 	var ended sql.Null[bool]
 	err := row.Scan(append(slices.Clip(lead),
 		exactly(k.ID[:]), &k.InstanceID, &k.Type, &k.Name, &k.Description, &k.AgentName, &k.UserPrincipalName, &k.Environment,
-		document{&k.Scopes}, document{&k.AllowedIPs}, document{&k.Limits}, instant{&k.ExpirationDate}, &k.InactivityDays,
+		document{&k.Scopes}, document{&k.AllowedIPs}, document{&k.Limits}, document{&k.Quotas}, instant{&k.ExpirationDate}, &k.InactivityDays,
 		instant{&k.NotBefore}, document{&k.Metadata}, &k.Disabled,
 		instant{&k.RevokedAt}, &k.RevokedReason, instant{&k.LeakReportedAt}, instant{&k.CreatedAt}, &k.CreatedBy,
 		instant{&k.LastUsedAt}, instant{&k.IdleFrom}, &k.Revision,
@@ -508,4 +509,21 @@ func (r *reader) pepperLeft(ctx context.Context, version uint32) (n sql.Null[int
 func (r *reader) PepperLeft(ctx context.Context, version uint32) (int, error) {
 	n, err := r.pepperLeft(ctx, version)
 	return n.V, err
+}
+
+// QuotaStates implements admin.Store.
+func (r *reader) QuotaStates(ctx context.Context, now time.Time, yield func(limits.QuotaState) bool) error {
+	for row, err := range r.rows(ctx, "list the states of quotas", `SELECT owner, class, until, counts FROM quota_states WHERE until > ?`, micros(now)) {
+		if err != nil {
+			return err
+		}
+		var state limits.QuotaState
+		if err := r.scan("list the states of quotas", row, exactly(state.Cell.Owner[:]), &state.Cell.Class, instant{&state.Until}, &state.Counts); err != nil {
+			return err
+		}
+		if !yield(state) {
+			return nil
+		}
+	}
+	return nil
 }

@@ -21,9 +21,11 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/limits"
 )
 
 // Config says where the store is.
@@ -210,6 +212,32 @@ func (s *Store) Redigest(ctx context.Context, list []admin.Redigest) error {
 		}
 	}
 	return nil
+}
+
+// SaveQuotaStates implements admin.Store.
+func (s *Store) SaveQuotaStates(ctx context.Context, states []limits.QuotaState) error {
+	for some := range slices.Chunk(states, batch) {
+		err := s.write(ctx, "save the states of quotas", func(t *tx) error {
+			for i := range some {
+				if err := t.saveQuotaState(ctx, &some[i]); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ForgetQuotaStates implements admin.Store.
+func (s *Store) ForgetQuotaStates(ctx context.Context, now time.Time) error {
+	return s.write(ctx, "forget the states of quotas", func(t *tx) error {
+		_, err := t.exec(ctx, "forget the states of quotas", `DELETE FROM quota_states WHERE until <= ?`, micros(now))
+		return err
+	})
 }
 
 // write runs fn in a transaction on the one writing connection. It commits only what is whole: an error

@@ -9,6 +9,7 @@ import (
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/limits"
 )
 
 // A tx is one transaction on the writing connection.
@@ -146,9 +147,13 @@ func (t *tx) PutInstance(ctx context.Context, in *apikey.Instance) error {
 	if err != nil {
 		return fmt.Errorf("instance %s: policy: %w", in.ID, err)
 	}
-	err = t.execOne(ctx, "put instance", `INSERT INTO instances (id, policy, created_at, revision) VALUES (?, ?, ?, ?)
-		ON CONFLICT (id) DO UPDATE SET policy = excluded.policy, revision = excluded.revision`,
-		in.ID, policy, micros(in.CreatedAt), t.revision)
+	quotas, err := text(in.Quotas)
+	if err != nil {
+		return fmt.Errorf("instance %s: quotas: %w", in.ID, err)
+	}
+	err = t.execOne(ctx, "put instance", `INSERT INTO instances (id, policy, quotas, created_at, revision) VALUES (?, ?, ?, ?, ?)
+		ON CONFLICT (id) DO UPDATE SET policy = excluded.policy, quotas = excluded.quotas, revision = excluded.revision`,
+		in.ID, policy, quotas, micros(in.CreatedAt), t.revision)
 	if err != nil {
 		return err
 	}
@@ -173,32 +178,33 @@ func (t *tx) DeleteInstance(ctx context.Context, id string) error {
 }
 
 // keyDocuments are the columns of a key that hold JSON.
-func keyDocuments(k *apikey.Key) (scopes, allowedIPs, limits, metadata string, err error) {
-	var errs [4]error
+func keyDocuments(k *apikey.Key) (scopes, allowedIPs, limits, quotas, metadata string, err error) {
+	var errs [5]error
 	scopes, errs[0] = text(k.Scopes)
 	allowedIPs, errs[1] = text(k.AllowedIPs)
 	limits, errs[2] = text(k.Limits)
-	metadata, errs[3] = text(k.Metadata)
+	quotas, errs[3] = text(k.Quotas)
+	metadata, errs[4] = text(k.Metadata)
 	if err := errors.Join(errs[:]...); err != nil {
-		return "", "", "", "", fmt.Errorf("key %s: %w", k.ID, err)
+		return "", "", "", "", "", fmt.Errorf("key %s: %w", k.ID, err)
 	}
-	return scopes, allowedIPs, limits, metadata, nil
+	return scopes, allowedIPs, limits, quotas, metadata, nil
 }
 
 // InsertKey implements admin.Tx.
 func (t *tx) InsertKey(ctx context.Context, k *apikey.Key) error {
-	scopes, allowedIPs, limits, metadata, err := keyDocuments(k)
+	scopes, allowedIPs, limits, quotas, metadata, err := keyDocuments(k)
 	if err != nil {
 		return err
 	}
 	err = t.execOne(ctx, "insert key", `INSERT INTO keys (id, instance_id, type, name, description, agent_name,
 		user_principal_name, environment, scopes, allowed_ips, limits, expires_at, inactivity_days, not_before, metadata,
-		disabled, revoked_at, revoked_reason, leak_reported_at, created_at, created_by, last_used_at, idle_from)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		disabled, revoked_at, revoked_reason, leak_reported_at, created_at, created_by, last_used_at, idle_from, quotas)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		k.ID[:], k.InstanceID, string(k.Type), k.Name, k.Description, k.AgentName,
 		k.UserPrincipalName, k.Environment, scopes, allowedIPs, limits, micros(k.ExpirationDate), k.InactivityDays,
 		micros(k.NotBefore), metadata, k.Disabled, micros(k.RevokedAt), string(k.RevokedReason), micros(k.LeakReportedAt),
-		micros(k.CreatedAt), k.CreatedBy, micros(k.LastUsedAt), micros(k.IdleFrom))
+		micros(k.CreatedAt), k.CreatedBy, micros(k.LastUsedAt), micros(k.IdleFrom), quotas)
 	if err != nil {
 		return err
 	}
@@ -207,18 +213,18 @@ func (t *tx) InsertKey(ctx context.Context, k *apikey.Key) error {
 
 // UpdateKey implements admin.Tx.
 func (t *tx) UpdateKey(ctx context.Context, k *apikey.Key) error {
-	scopes, allowedIPs, limits, metadata, err := keyDocuments(k)
+	scopes, allowedIPs, limits, quotas, metadata, err := keyDocuments(k)
 	if err != nil {
 		return err
 	}
 	err = t.execOne(ctx, "update key", `UPDATE keys SET name = ?1, description = ?2, environment = ?3, scopes = ?4, allowed_ips = ?5,
 		limits = ?6, expires_at = ?7, inactivity_days = ?8, not_before = ?9, metadata = ?10, disabled = ?11, revoked_at = ?12,
-		revoked_reason = ?13, leak_reported_at = ?14, idle_from = ?15,
+		revoked_reason = ?13, leak_reported_at = ?14, idle_from = ?15, quotas = ?18,
 		ended_at = CASE WHEN expires_at = ?7 AND inactivity_days = ?8 THEN ended_at ELSE `+neverSQL+` END
 		WHERE id = ?16 AND instance_id = ?17`,
 		k.Name, k.Description, k.Environment, scopes, allowedIPs,
 		limits, micros(k.ExpirationDate), k.InactivityDays, micros(k.NotBefore), metadata, k.Disabled, micros(k.RevokedAt),
-		string(k.RevokedReason), micros(k.LeakReportedAt), micros(k.IdleFrom), k.ID[:], k.InstanceID)
+		string(k.RevokedReason), micros(k.LeakReportedAt), micros(k.IdleFrom), k.ID[:], k.InstanceID, quotas)
 	if err != nil {
 		return err
 	}
@@ -372,4 +378,11 @@ func (t *tx) redigest(ctx context.Context, r admin.Redigest) error {
 		}
 	}
 	return nil
+}
+
+// saveQuotaState keeps a state in place of an older one of its cell.
+func (t *tx) saveQuotaState(ctx context.Context, state *limits.QuotaState) error {
+	return t.execOne(ctx, "save a quota's state", `INSERT INTO quota_states (owner, class, until, counts) VALUES (?, ?, ?, ?)
+		ON CONFLICT (owner, class) DO UPDATE SET until = excluded.until, counts = excluded.counts`,
+		state.Cell.Owner[:], state.Cell.Class, micros(state.Until), state.Counts)
 }

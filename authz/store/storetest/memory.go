@@ -15,6 +15,7 @@ import (
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/limits"
 )
 
 // A Memory is an admin.Store that keeps everything in memory and passes [Run], for tests of what stands
@@ -45,6 +46,7 @@ func NewMemory(audit admin.AuditKeys) *Memory {
 		tokens: newTable[apikey.ID, *memoryToken](), tokenDigests: newTable[apikey.Digest, apikey.ID](),
 		peppers: newTable[uint32, [16]byte](), marks: newTable[string, struct{}](),
 		replays: newTable[admin.ReplayID, memoryReplay](), hashes: newTable[apikey.ID, apikey.AgentHash](),
+		quotaStates: newTable[limits.Cell, limits.QuotaState](),
 	}
 	s.look = func(ctx context.Context) (*memoryView, func(), error) {
 		leave, err := s.enter(ctx)
@@ -215,6 +217,45 @@ func (s *Memory) Redigest(ctx context.Context, batch []admin.Redigest) error {
 	})
 }
 
+// SaveQuotaStates implements admin.Store.
+func (s *Memory) SaveQuotaStates(ctx context.Context, states []limits.QuotaState) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		for _, state := range states {
+			state.Until, state.Counts = micros(state.Until), bytes.Clone(state.Counts)
+			t.quotaStates.put(state.Cell, state)
+		}
+		return nil
+	})
+}
+
+// QuotaStates implements admin.Store.
+func (s *Memory) QuotaStates(ctx context.Context, now time.Time, yield func(limits.QuotaState) bool) error {
+	v, done, err := s.look(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	for _, state := range v.quotaStates.all() {
+		state.Counts = bytes.Clone(state.Counts)
+		if state.Until.After(micros(now)) && !yield(state) {
+			break
+		}
+	}
+	return nil
+}
+
+// ForgetQuotaStates implements admin.Store.
+func (s *Memory) ForgetQuotaStates(ctx context.Context, now time.Time) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		for cell, state := range t.quotaStates.all() {
+			if !state.Until.After(micros(now)) {
+				t.quotaStates.drop(cell)
+			}
+		}
+		return nil
+	})
+}
+
 // Register implements admin.Store.
 func (s *Memory) Register(ctx context.Context, replica string, at apikey.Revision, ttl time.Duration) error {
 	return s.inReplicas(ctx, func(now time.Time) error {
@@ -306,6 +347,7 @@ type memoryView struct {
 	marks        table[string, struct{}]
 	replays      table[admin.ReplayID, memoryReplay]
 	hashes       table[apikey.ID, apikey.AgentHash]
+	quotaStates  table[limits.Cell, limits.QuotaState]
 
 	revision, forgotten apikey.Revision
 	// A transaction appends to these beyond what readers see of them.
@@ -320,6 +362,7 @@ func (v *memoryView) begin() memoryView {
 	next.tokens, next.tokenDigests = v.tokens.begin(), v.tokenDigests.begin()
 	next.peppers, next.marks, next.replays = v.peppers.begin(), v.marks.begin(), v.replays.begin()
 	next.hashes = v.hashes.begin()
+	next.quotaStates = v.quotaStates.begin()
 	return next
 }
 
@@ -329,6 +372,7 @@ func (v *memoryView) commit() memoryView {
 	next.tokens, next.tokenDigests = v.tokens.commit(), v.tokenDigests.commit()
 	next.peppers, next.marks, next.replays = v.peppers.commit(), v.marks.commit(), v.replays.commit()
 	next.hashes = v.hashes.commit()
+	next.quotaStates = v.quotaStates.commit()
 	return next
 }
 
@@ -714,7 +758,7 @@ func (t *memoryTx) PutInstance(ctx context.Context, in *apikey.Instance) error {
 	if err := t.alive(ctx); err != nil {
 		return err
 	}
-	next := &apikey.Instance{ID: in.ID, Policy: in.Policy, CreatedAt: micros(in.CreatedAt), Revision: t.revision}
+	next := &apikey.Instance{ID: in.ID, Policy: in.Policy, Quotas: in.Quotas, CreatedAt: micros(in.CreatedAt), Revision: t.revision}
 	if old, ok := t.instances.get(in.ID); ok {
 		next.CreatedAt = old.CreatedAt
 	}

@@ -40,6 +40,7 @@ func testInstances(t *testing.T, s admin.Store) {
 			},
 			OnLeak:      apikey.OnLeak{Instance: apikey.LeakFlags, Agent: apikey.LeakRevokes, User: apikey.LeakFlags},
 			KeepRevoked: apikey.Duration(72 * time.Hour),
+			Shadow:      apikey.Shadow{Rate: true, MaxConcurrent: true, Total: true, Scopes: true, AllowedIPs: true},
 		},
 		CreatedAt: noon,
 	}
@@ -114,6 +115,7 @@ func testNilIsNotEmpty(t *testing.T, s admin.Store) {
 	instance(t, s, "tenant")
 	empty, absent := plain("tenant", 1), plain("tenant", 2)
 	empty.Scopes, empty.AllowedIPs, empty.Metadata = apikey.Scopes{}, []netip.Prefix{}, map[string]string{}
+	empty.Quotas = map[string]apikey.QuotaOverride{}
 	revision := update(t, s, func(tx admin.Tx) error { return errors.Join(tx.InsertKey(ctx, empty), tx.InsertKey(ctx, absent)) })
 	empty.Revision, absent.Revision = revision, revision
 	for _, want := range []*apikey.Key{empty, absent} {

@@ -14,6 +14,7 @@ import (
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/limits"
 )
 
 // A state is all that a store keeps and a Reader tells, but for what every Update changes: revision,
@@ -497,12 +498,19 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 		"TouchTokens":   func(ctx context.Context) error { return s.TouchTokens(ctx, []admin.TokenUse{{ID: id(1), At: noon}}) },
 		"SealAudit":     func(ctx context.Context) error { return s.SealAudit(ctx) },
 		"ForgetReplays": func(ctx context.Context) error { return s.ForgetReplays(ctx, noon) },
-		"Touch":         func(ctx context.Context) error { return s.Touch(ctx, []apikey.Use{{KeyID: id(1), At: noon}}) },
-		"Redigest":      func(ctx context.Context) error { return s.Redigest(ctx, []admin.Redigest{{Version: 2}}) },
-		"Register":      func(ctx context.Context) error { return s.Register(ctx, "r", 1, time.Minute) },
-		"Confirm":       func(ctx context.Context) error { return s.Confirm(ctx, "known", 1, time.Minute) },
-		"Unregister":    func(ctx context.Context) error { return s.Unregister(ctx, "known") },
-		"Replicas":      func(ctx context.Context) error { _, err := s.Replicas(ctx); return err },
+		"SaveQuotaStates": func(ctx context.Context) error {
+			return s.SaveQuotaStates(ctx, []limits.QuotaState{{Until: noon, Counts: []byte{1}}})
+		},
+		"QuotaStates": func(ctx context.Context) error {
+			return s.QuotaStates(ctx, noon, func(limits.QuotaState) bool { return true })
+		},
+		"ForgetQuotaStates": func(ctx context.Context) error { return s.ForgetQuotaStates(ctx, noon) },
+		"Touch":             func(ctx context.Context) error { return s.Touch(ctx, []apikey.Use{{KeyID: id(1), At: noon}}) },
+		"Redigest":          func(ctx context.Context) error { return s.Redigest(ctx, []admin.Redigest{{Version: 2}}) },
+		"Register":          func(ctx context.Context) error { return s.Register(ctx, "r", 1, time.Minute) },
+		"Confirm":           func(ctx context.Context) error { return s.Confirm(ctx, "known", 1, time.Minute) },
+		"Unregister":        func(ctx context.Context) error { return s.Unregister(ctx, "known") },
+		"Replicas":          func(ctx context.Context) error { _, err := s.Replicas(ctx); return err },
 		"Update": func(ctx context.Context) error {
 			_, err := s.Update(ctx, func(tx admin.Tx) error { return tx.Audit(ctx, event) })
 			return err
