@@ -356,14 +356,20 @@ func quotaChanges(before, after []apikey.Quota) []QuotaChange {
 
 // overrides checks what a key of a type is to have instead of quotas of its instance.
 func overrides(quotas []apikey.Quota, t apikey.Type, list map[string]apikey.QuotaOverride) error {
+	if len(list) > apikey.MaxQuotas {
+		return apikey.Invalid("quotas", fmt.Sprintf("has more than %d entries", apikey.MaxQuotas))
+	}
 	var bad faults
+	unknown := false
 	for _, name := range slices.Sorted(maps.Keys(list)) {
-		i := slices.IndexFunc(quotas, named(name))
-		if i < 0 { // it is not repeated: it may be a secret
-			bad.add(apikey.Invalid("quotas", "names a quota that the instance does not have: "+haveQuotas(quotas)))
-			continue
+		if i := slices.IndexFunc(quotas, named(name)); i < 0 {
+			unknown = true
+		} else {
+			bad.add(quotas[i].ValidateOverride("quotas."+name, t, list[name]))
 		}
-		bad.add(quotas[i].ValidateOverride("quotas."+name, t, list[name]))
+	}
+	if unknown { // the name is not repeated: it may be a secret
+		bad.add(apikey.Invalid("quotas", "names a quota that the instance does not have: "+haveQuotas(quotas)))
 	}
 	return bad.err()
 }
@@ -384,7 +390,7 @@ func haveQuotas(quotas []apikey.Quota) string {
 	return "it has " + strings.Join(names, ", ")
 }
 
-// patchQuotas returns the overrides that a patch leaves, and those of them that it says anew.
+// patchQuotas returns the overrides that a patch leaves, and those of them that it makes or changes.
 func patchQuotas(old map[string]apikey.QuotaOverride, patch Member[map[string]*apikey.QuotaOverride]) (left, said map[string]apikey.QuotaOverride) {
 	left, said = map[string]apikey.QuotaOverride{}, map[string]apikey.QuotaOverride{}
 	if !patch.Null {
@@ -393,9 +399,12 @@ func patchQuotas(old map[string]apikey.QuotaOverride, patch Member[map[string]*a
 	for name, own := range patch.Value {
 		if own == nil {
 			delete(left, name)
-		} else {
-			left[name], said[name] = *own, *own
+			continue
 		}
+		if before, ok := old[name]; !ok || before != *own {
+			said[name] = *own
+		}
+		left[name] = *own
 	}
 	switch {
 	case len(left) > 0:
