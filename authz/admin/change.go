@@ -112,6 +112,9 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 		if err := mayChange(old, ifMatch); err != nil {
 			return err
 		}
+		if left, _ := patchQuotas(old.Quotas, patch.Quotas); caller.Role == RoleUser && patch.Quotas.Present && !sameOverrides(left, old.Quotas) {
+			return usersQuotas() // before anything is said of the instance's quotas, which are not the user's to see
+		}
 		if k, err = patch.apply(s.cfg.Format, old, &policy, in.Quotas, at); err != nil {
 			return err
 		}
@@ -120,9 +123,6 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 		}
 		if caller.Role == RoleUser && k.Limits != old.Limits {
 			return usersLimits()
-		}
-		if caller.Role == RoleUser && !sameOverrides(k.Quotas, old.Quotas) {
-			return usersQuotas()
 		}
 		if caller.Role == RoleUser && old.Disabled && !k.Disabled {
 			return &ForbiddenError{Field: "disabled", Reason: "must stay: who disabled the key may have had a reason, so an operator enables it"}
@@ -250,7 +250,7 @@ func (p *KeyPatch) apply(format apikey.Format, k *apikey.Key, policy *apikey.Pol
 	if p.Quotas.Present {
 		var said map[string]apikey.QuotaOverride
 		changed.Quotas, said = patchQuotas(k.Quotas, p.Quotas)
-		bad.add(overrides(quotas, k.Type, said)) // what was said before may be of a quota that is gone
+		bad.add(overrides(quotas, k.Type, said)) // what stays may be of a quota that is gone
 		if len(changed.Quotas) > apikey.MaxQuotas {
 			bad.add(apikey.Invalid("quotas", fmt.Sprintf("has more than %d entries", apikey.MaxQuotas)))
 		}
