@@ -118,11 +118,13 @@ func (h *Holder) appendUPN(dst []byte) []byte {
 	return append(append(append(dst, h.Issuer...), '#'), h.Subject...)
 }
 
-// AppendUPN appends on whose behalf the request counts, in lower case, as names are compared. Nothing for a
-// caller without identity.
+// AppendUPN appends on whose behalf the request counts: users in lower case, as their names are compared.
+// Nothing for a caller without identity.
 func (d *Decision) AppendUPN(dst []byte) []byte {
 	start := len(dst)
 	switch {
+	case d.Key != nil && d.Key.Type != apikey.TypeUser:
+		return d.Key.AppendPrincipal(dst) // its own, by its id
 	case d.Key != nil:
 		dst = d.Key.AppendPrincipal(dst)
 	case d.Holder.Issuer != "":
