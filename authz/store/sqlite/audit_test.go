@@ -160,7 +160,7 @@ func TestEveryTamperingIsFound(t *testing.T) {
 	want("all segments dropped", runs("DELETE FROM audit_segments"))
 	want("everything dropped", runs("DELETE FROM audit_segments", "DELETE FROM audit"))
 	for _, left := range []string{
-		"INSERT INTO peppers VALUES (1, zeroblob(16))", "INSERT INTO instances VALUES ('tenant', '{}', 1, 1)",
+		"INSERT INTO peppers VALUES (1, zeroblob(16))", "INSERT INTO instances (id, policy, created_at, revision) VALUES ('tenant', '{}', 1, 1)",
 		"INSERT INTO tokens (id, name, role, instance_id, hint, created_at, created_by, expires_at, revoked_at, bootstrap) VALUES (zeroblob(16), '', '', '', '', 1, '', 1, 1, 0)",
 	} {
 		want("everything dropped, and the number of changes with it, but: "+left, runs(left, "DELETE FROM audit_segments", "DELETE FROM audit", "UPDATE meta SET revision = 0"))
