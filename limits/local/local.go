@@ -195,7 +195,7 @@ func (l *Limiter) Take(ctx context.Context, d *limits.Demand) (limits.Decision, 
 }
 
 var (
-	errTwice = fmt.Errorf("a demand names a limit twice, or tens of thousands: %w", apikey.ErrUndecided)
+	errTwice = fmt.Errorf("a demand names a limit twice, or more than 32,766 limits: %w", apikey.ErrUndecided)
 	errEnded = fmt.Errorf("the request has ended: %w", apikey.ErrUndecided)
 )
 
