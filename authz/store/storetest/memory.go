@@ -45,7 +45,8 @@ func NewMemory(audit admin.AuditKeys) *Memory {
 		instances: newTable[string, *apikey.Instance](), keys: newTable[apikey.ID, *memoryKey](), digests: newTable[apikey.Digest, apikey.ID](),
 		tokens: newTable[apikey.ID, *memoryToken](), tokenDigests: newTable[apikey.Digest, apikey.ID](),
 		peppers: newTable[uint32, [16]byte](), marks: newTable[string, struct{}](),
-		replays: newTable[admin.ReplayID, memoryReplay](), quotaStates: newTable[limits.Cell, limits.QuotaState](),
+		replays: newTable[admin.ReplayID, memoryReplay](), hashes: newTable[apikey.ID, apikey.AgentHash](),
+		quotaStates: newTable[limits.Cell, limits.QuotaState](),
 	}
 	s.look = func(ctx context.Context) (*memoryView, func(), error) {
 		leave, err := s.enter(ctx)
@@ -161,8 +162,8 @@ func (s *Memory) Touch(ctx context.Context, uses []apikey.Use) error {
 				continue
 			}
 			at, used, now := micros(use.At), *k, micros(time.Now())
-			if at.After(k.LastUsedAt) && k.InactivityDays > 0 && !k.IdleAt(now, at) && !k.overByTime(now) {
-				used.endedAt = time.Time{} // it was held for idle
+			if at.After(k.LastUsedAt) && !k.IdleAt(now, at) && !k.overByTime(now) {
+				used.endedAt = time.Time{} // it was held for over
 			}
 			used.LastUsedAt = later(k.LastUsedAt, at)
 			used.Generations = slices.Clone(k.Generations)
@@ -346,6 +347,7 @@ type memoryView struct {
 	marks        table[string, struct{}]
 	replays      table[admin.ReplayID, memoryReplay]
 	quotaStates  table[limits.Cell, limits.QuotaState]
+	hashes       table[apikey.ID, apikey.AgentHash]
 
 	revision, forgotten apikey.Revision
 	// A transaction appends to these beyond what readers see of them.
@@ -360,6 +362,7 @@ func (v *memoryView) begin() memoryView {
 	next.tokens, next.tokenDigests = v.tokens.begin(), v.tokenDigests.begin()
 	next.peppers, next.marks, next.replays = v.peppers.begin(), v.marks.begin(), v.replays.begin()
 	next.quotaStates = v.quotaStates.begin()
+	next.hashes = v.hashes.begin()
 	return next
 }
 
@@ -369,6 +372,7 @@ func (v *memoryView) commit() memoryView {
 	next.tokens, next.tokenDigests = v.tokens.commit(), v.tokenDigests.commit()
 	next.peppers, next.marks, next.replays = v.peppers.commit(), v.marks.commit(), v.replays.commit()
 	next.quotaStates = v.quotaStates.commit()
+	next.hashes = v.hashes.commit()
 	return next
 }
 
@@ -784,6 +788,7 @@ func (t *memoryTx) DeleteInstance(ctx context.Context, id string) error {
 func (t *memoryTx) dropKey(k *memoryKey) {
 	t.changed(k.InstanceID, k.ID, k.found)
 	t.keys.drop(k.ID)
+	t.hashes.drop(k.ID)
 	for _, m := range k.found {
 		t.digests.drop(m.digest)
 	}
