@@ -67,6 +67,9 @@ type Config struct {
 	LeaseWait     time.Duration
 	ClientAddress ClientAddress
 	TrustedHops   int // with ClientXFF: proxies in front of Envoy that are trusted
+	JWT           JWT
+	// ShowLimits adds to the decisions about allowed requests where their limits stand.
+	ShowLimits bool
 }
 
 // An Authorizer decides requests. Safe for concurrent use.
@@ -79,13 +82,16 @@ type Authorizer struct {
 	redigests Redigests
 	rules     atomic.Pointer[rules]
 	notes     notes
+	quotas    quotaSets
 }
 
 // rules is a Config made ready.
 type rules struct {
 	Config
-	routes  *Routes
-	headers []string
+	routes   *Routes
+	headers  []string
+	claims   []string
+	wantBody bool // of some request
 }
 
 // New returns an Authorizer. All of it is needed.
@@ -139,7 +145,11 @@ func prepare(cfg Config) (*rules, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &rules{Config: cfg, routes: routes}
+	if cfg.JWT, err = cfg.JWT.prepare(); err != nil {
+		return nil, err
+	}
+	r := &rules{Config: cfg, routes: routes, claims: cfg.JWT.claimNames()}
+	r.wantBody = slices.ContainsFunc(cfg.Rules, func(rule Rule) bool { return rule.ReadsBody() })
 	r.headers = slices.Clone(cfg.Credentials.Headers)
 	for i, h := range r.headers {
 		if h != strings.ToLower(h) || h == "authorization" {
@@ -164,6 +174,9 @@ func prepare(cfg Config) (*rules, error) {
 	if cfg.AllowCORS {
 		r.headers = append(r.headers, "origin", "access-control-request-method")
 	}
+	if r.wantBody {
+		r.headers = append(r.headers, bodyHeaders...)
+	}
 	// An adapter that was asked for a header twice would show it twice.
 	slices.Sort(r.headers)
 	r.headers = slices.Compact(r.headers)
@@ -176,6 +189,19 @@ func (a *Authorizer) HeaderNames() []string { return a.rules.Load().headers }
 
 // ExtensionNames lists the context extensions that a decision looks at. Adapters give these and no others.
 func (a *Authorizer) ExtensionNames() []string { return extensionNames[:] }
+
+// bodyHeaders tell a request without a body from one whose body Envoy keeps to itself.
+var bodyHeaders = []string{"content-length", "transfer-encoding"}
+
+// WantsBody reports whether a decision may look at a body. Adapters give it only then.
+func (a *Authorizer) WantsBody() bool { return a.rules.Load().wantBody }
+
+// ClaimNames lists the claims that a decision looks at, and the name of the payload that has them. Adapters
+// give these and no others; none if there are no names.
+func (a *Authorizer) ClaimNames() (payload string, names []string) {
+	r := a.rules.Load()
+	return r.JWT.Payload, r.claims
+}
 
 var extensionNames = [...]string{extensionInstance, extensionAgent, extensionEnvironment, extensionScopes}
 
@@ -241,8 +267,11 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		d.Reason = ReasonPublic
 		return nil
 	case !found.sent && rule.Mode == Optional:
-		d.Reason = ReasonAnonymous
-		return nil
+		if d.Holder = rules.JWT.holder(r); d.Holder == (Holder{}) {
+			d.Reason = ReasonAnonymous
+			return nil
+		}
+		return a.decideToken(ctx, r, d, rules, &question{rule: rule, query: query, mayBlock: mayBlock})
 	case !found.sent:
 		d.Reason = ReasonNoCredential
 		return nil
@@ -283,6 +312,40 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 	return nil
 }
 
+// decideToken decides about a caller whom Envoy knows by a token. What it may do the application says; here
+// the quotas of its instance count it.
+func (a *Authorizer) decideToken(ctx context.Context, r *Request, d *Decision, rules *rules, q *question) error {
+	id := ""
+	if d.Reason = eachSource(q.rule.Instance, extensionInstance, r, q.query, ReasonWrongInstance, func(v string) bool {
+		if id == "" {
+			if canonical, err := apikey.CanonicalInstanceID(v); err == nil {
+				id = canonical
+			}
+		}
+		return id != "" && apikey.IsInstance(id, v)
+	}, nil); d.Reason != ReasonNone {
+		return nil
+	}
+	if d.Reason = q.findAgent(r, func(string) bool { return true }); d.Reason != ReasonNone {
+		return nil
+	}
+	if id == "" {
+		id = rules.JWT.Instance
+	}
+	if id != "" {
+		instance := a.keys.Instance(id)
+		if instance == nil {
+			d.Reason = ReasonWrongInstance // one that does not exist must not be a way around all quotas
+			return nil
+		}
+		if _, err := a.limit(ctx, r, d, rules, q, instance); err != nil || d.Reason != ReasonNone {
+			return err
+		}
+	}
+	d.Reason = ReasonJWT
+	return nil
+}
+
 // A question is a request that carries a secret of the right shape.
 type question struct {
 	rule     *Rule
@@ -292,6 +355,7 @@ type question struct {
 	client   netip.Addr
 	mayBlock bool
 	at       time.Time // when the key's life was judged
+	agent    string    // that the request is for; "": none
 }
 
 // known answers who is calling, and whether they may here: life, place and right.
@@ -328,7 +392,7 @@ func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *ques
 				continue
 			}
 		}
-		if d.Reason = place(k, q.rule, r, q.query); d.Reason != ReasonNone {
+		if d.Reason = place(k, q, r); d.Reason != ReasonNone {
 			return nil, nil
 		}
 		d.Reason = right(d, k, instance, q.rule, r, q.client)
@@ -443,42 +507,63 @@ func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.I
 
 // place compares every source that names an instance, an agent or an environment with the key's.
 // There is no precedence: each of them has to agree.
-func place(k *apikey.Key, rule *Rule, r *Request, query string) Reason {
-	if reason := eachSource(rule.Instance, extensionInstance, r, query, ReasonWrongInstance, func(v string) bool {
+func place(k *apikey.Key, q *question, r *Request) Reason {
+	if reason := eachSource(q.rule.Instance, extensionInstance, r, q.query, ReasonWrongInstance, func(v string) bool {
 		return apikey.IsInstance(k.InstanceID, v)
 	}, nil); reason != ReasonNone {
 		return reason
 	}
-	agentNamed := false
-	if reason := eachSource(rule.Agent, extensionAgent, r, query, ReasonWrongAgent, func(v string) bool {
-		return k.Type != apikey.TypeAgent || v == k.AgentName
-	}, &agentNamed); reason != ReasonNone {
+	if reason := q.findAgent(r, func(v string) bool { return k.Type != apikey.TypeAgent || v == k.AgentName }); reason != ReasonNone {
 		return reason
 	}
-	if rule.AgentRequired && !agentNamed && k.Type == apikey.TypeAgent {
-		return ReasonAgentRequired
+	if q.agent == "" && k.Type == apikey.TypeAgent {
+		if q.rule.AgentRequired {
+			return ReasonAgentRequired
+		}
+		if len(q.rule.Agent) > 0 {
+			q.agent = k.AgentName // the rule is about agents, and the key is for no other
+		}
 	}
-	return eachSource(rule.Environment, extensionEnvironment, r, query, ReasonWrongEnvironment, func(v string) bool {
+	return eachSource(q.rule.Environment, extensionEnvironment, r, q.query, ReasonWrongEnvironment, func(v string) bool {
 		return k.Environment == "" || v == k.Environment
 	}, nil)
 }
 
-// eachSource judges every value that a rule's sources and Envoy's context extension give for one name.
-func eachSource(sources []Source, extension string, r *Request, query string, wrong Reason, agrees func(string) bool, named *bool) Reason {
+// findAgent finds out which agent the request names. All that name one have to name the same, also to a key
+// that may use each: the application will take one of them, and nobody knows which.
+func (q *question) findAgent(r *Request, agrees func(string) bool) Reason {
+	q.agent = ""
+	if reason := eachSource(q.rule.Agent, extensionAgent, r, q.query, ReasonWrongAgent, agrees, &q.agent); reason != ReasonNone {
+		return reason
+	}
+	if q.agent == "" && q.rule.AgentNeeded {
+		return ReasonAgentMissing
+	}
+	return ReasonNone
+}
+
+// eachSource judges every value that a rule's sources and Envoy's context extension give for one name. same,
+// if not nil, holds what the first named, and every other has to be.
+func eachSource(sources []Source, extension string, r *Request, query string, wrong Reason, agrees func(string) bool, same *string) Reason {
 	judge := func(value string) Reason {
-		if named != nil {
-			*named = true
-		}
 		switch {
 		case value == "":
 			return ReasonInvalidRequest
 		case !agrees(value):
 			return wrong
+		case same == nil:
+		case *same == "":
+			*same = value
+		case *same != value:
+			return ReasonInvalidRequest
 		}
 		return ReasonNone
 	}
 	for i := range sources {
-		value, present, ok := sources[i].value(&r.match, query)
+		value, present, ok := sources[i].value(r, query)
+		if !ok && sources[i].from == fromBody {
+			return ReasonInvalidBody
+		}
 		if !ok {
 			return ReasonInvalidRequest
 		}
@@ -503,11 +588,18 @@ func eachSource(sources []Source, extension string, r *Request, query string, wr
 // client's address.
 func right(d *Decision, k *apikey.Key, instance *apikey.Instance, rule *Rule, r *Request, client netip.Addr) Reason {
 	missing := func(want apikey.Scope) bool {
-		return !k.Scopes.Cover(want) || !instance.Policy.AllowedScopes.Cover(want)
+		if k.Scopes.Cover(want) && instance.Policy.AllowedScopes.Cover(want) {
+			return false
+		}
+		d.MissingScope = want
+		if rule.Shadow || instance.Policy.Shadow.Scopes {
+			d.Shadowed |= ShadowedScopes
+			return false
+		}
+		return true
 	}
 	for _, want := range rule.Scopes {
 		if missing(want) {
-			d.MissingScope = want
 			return ReasonMissingScope
 		}
 	}
@@ -519,13 +611,15 @@ func right(d *Decision, k *apikey.Key, instance *apikey.Instance, rule *Rule, r 
 			var word string
 			word, rest = cutWord(rest)
 			if word != "" && missing(apikey.Scope(word)) {
-				d.MissingScope = apikey.Scope(word)
 				return ReasonMissingScope
 			}
 		}
 	}
 	if k.AllowedIPs != nil && !slices.ContainsFunc(k.AllowedIPs, func(p netip.Prefix) bool { return p.Contains(client) }) {
-		return ReasonAddress
+		if !instance.Policy.Shadow.AllowedIPs {
+			return ReasonAddress
+		}
+		d.Shadowed |= ShadowedAddresses
 	}
 	return ReasonNone
 }
@@ -560,11 +654,13 @@ func appendRates(rates []limits.RateDemand, k *apikey.Key, instance *apikey.Inst
 		owner := sha256.Sum256(append(room[:0], instance.ID...))
 		rates = append(rates, limits.RateDemand{
 			Cell: limits.Cell{Owner: [16]byte(owner[:16]), Class: limits.ClassInstance}, Rate: total,
+			Shadow: instance.Policy.Shadow.Total,
 		})
 	}
 	if rate := limits.RateOf(inForce); !rate.IsZero() {
 		rates = append(rates, limits.RateDemand{
 			Cell: limits.Cell{Owner: k.ID, Class: limits.ClassBurst}, Rate: rate,
+			Shadow: instance.Policy.Shadow.Rate,
 		})
 	}
 	return rates
@@ -572,18 +668,22 @@ func appendRates(rates []limits.RateDemand, k *apikey.Key, instance *apikey.Inst
 
 // limit judges and spends. waited says that it took long enough for other things to have changed.
 func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *rules, q *question, instance *apikey.Instance) (waited bool, err error) {
-	k := d.Key
-	inForce := instance.Policy.LimitsOf(k)
-	rates := appendRates(r.rates[:0], k, instance, inForce)
 	demand := &r.demand // in the request, as the digests are
-	*demand = limits.Demand{Rates: rates}
-	if inForce.MaxConcurrent > 0 {
-		demand.Lease = limits.LeaseDemand{
-			Lease: limits.Lease{Cell: LeaseCell(k.ID), Identity: r.Identity, HTTP: r.HTTP},
-			Limit: int64(inForce.MaxConcurrent), Wait: rules.LeaseWait,
-			Connection: r.Connection, Note: note(q.rule, r.Method),
+	*demand = limits.Demand{}
+	if k := d.Key; k != nil {
+		inForce := instance.Policy.LimitsOf(k)
+		demand.Rates = appendRates(r.rates[:0], k, instance, inForce)
+		if inForce.MaxConcurrent > 0 {
+			demand.Lease = limits.LeaseDemand{
+				Lease: limits.Lease{Cell: LeaseCell(k.ID), Identity: r.Identity, HTTP: r.HTTP},
+				Limit: int64(inForce.MaxConcurrent), Wait: rules.LeaseWait,
+				Connection: r.Connection, Note: note(q.rule, r.Method),
+				Shadow: instance.Policy.Shadow.MaxConcurrent,
+			}
 		}
 	}
+	a.appendQuotas(r, d, q, instance)
+	demand.Quotas = r.quotas
 	answer, ok := a.limiter.TryTake(demand)
 	if !ok {
 		if !q.mayBlock {
@@ -593,18 +693,53 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 			return false, err
 		}
 	}
+	d.Shadowed |= Shadowed(answer.Shadowed)
 	if answer.Allowed {
 		d.Leased, d.Lease, d.repeated = demand.Lease.Limit > 0, demand.Lease.Lease, answer.Repeated
+		if rules.ShowLimits {
+			a.look(ctx, r, d)
+		}
 		return answer.Waited > 0, nil
 	}
 	d.Reason, d.Limit, d.RetryAfter = limitReasons[answer.Class], answer.Class, answer.RetryAfter
-	if answer.Class == limits.ClassConcurrency {
+	switch answer.Class {
+	case limits.ClassConcurrency:
 		d.Concurrent = demand.Lease.Limit
+	case limits.ClassGlobalQuota, limits.ClassPrincipalQuota, limits.ClassKeyQuota:
+		d.Quota, d.QuotaLimit = r.inForce[answer.Quota], r.quotas[answer.Quota].Quota
 	}
-	for i := range rates {
-		if rates[i].Cell.Class == answer.Class {
-			d.Rate = rates[i].Rate
+	for i := range demand.Rates {
+		if demand.Rates[i].Cell.Class == answer.Class {
+			d.Rate = demand.Rates[i].Rate
 		}
 	}
 	return false, nil
+}
+
+// look says in d where the limits of the request's demand stand, but for those in shadow. That they cannot be
+// seen is no reason to refuse anybody.
+func (a *Authorizer) look(ctx context.Context, r *Request, d *Decision) {
+	var room [8]limits.Standing
+	seen, err := a.limiter.Look(ctx, &r.demand, room[:0])
+	if err != nil {
+		return
+	}
+	r.standings = r.standings[:0]
+	for _, s := range seen {
+		if s.Shadow {
+			continue
+		}
+		standing := Standing{Standing: s}
+		switch s.Class {
+		case limits.ClassGlobalQuota, limits.ClassPrincipalQuota, limits.ClassKeyQuota:
+			standing.Quota, standing.QuotaLimit = r.inForce[s.Quota], r.quotas[s.Quota].Quota
+		}
+		for i := range r.demand.Rates {
+			if r.demand.Rates[i].Cell.Class == s.Class {
+				standing.Rate = r.demand.Rates[i].Rate
+			}
+		}
+		r.standings = append(r.standings, standing)
+	}
+	d.Standings = r.standings
 }

@@ -85,8 +85,12 @@ func (w *world) Take(_ context.Context, d *limits.Demand) (limits.Decision, erro
 	if w.onTake != nil {
 		w.onTake()
 	}
-	w.demands = append(w.demands, limits.Demand{Rates: append([]limits.RateDemand(nil), d.Rates...), Lease: d.Lease})
+	w.demands = append(w.demands, limits.Demand{Rates: append([]limits.RateDemand(nil), d.Rates...), Quotas: append([]limits.QuotaDemand(nil), d.Quotas...), Lease: d.Lease})
 	return w.answer, nil
+}
+
+func (w *world) Look(context.Context, *limits.Demand, []limits.Standing) ([]limits.Standing, error) {
+	return nil, apikey.ErrUndecided
 }
 
 func (w *world) End(_ context.Context, endings []limits.Ending) error {

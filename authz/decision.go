@@ -51,6 +51,8 @@ const (
 	ReasonGenerationEnded
 	ReasonIdle
 	ReasonInvalidRequest // a place given twice or empty
+	ReasonInvalidBody    // the body should name a place, and cannot be read
+	ReasonAgentMissing   // the rule needs every request to name its agent
 	ReasonWrongInstance
 	ReasonWrongAgent
 	ReasonAgentRequired
@@ -58,12 +60,16 @@ const (
 	ReasonMissingScope
 	ReasonAddress
 	ReasonLimitInstance
+	ReasonLimitQuotaGlobal
+	ReasonLimitQuotaPrincipal
+	ReasonLimitQuotaKey
 	ReasonLimitBurst
 	ReasonLimitConcurrency
 	// ReasonNoFeedback is ReasonLimitConcurrency at a node that never says that a request ended. Adapters,
 	// who know nodes, make the one of the other.
 	ReasonNoFeedback
 	ReasonKey // allowed with a key
+	ReasonJWT // allowed without one, and known by a token, on an optional route
 	reasonCount
 )
 
@@ -90,6 +96,8 @@ var reasons = [reasonCount]struct {
 	ReasonGenerationEnded:     {"generation_ended", Unauthenticated},
 	ReasonIdle:                {"idle", Unauthenticated},
 	ReasonInvalidRequest:      {"invalid_request", Invalid},
+	ReasonInvalidBody:         {"invalid_body", Invalid},
+	ReasonAgentMissing:        {"agent_missing", Invalid},
 	ReasonWrongInstance:       {"wrong_instance", Forbidden},
 	ReasonWrongAgent:          {"wrong_agent", Forbidden},
 	ReasonAgentRequired:       {"agent_required", Forbidden},
@@ -97,10 +105,14 @@ var reasons = [reasonCount]struct {
 	ReasonMissingScope:        {"missing_scope", Forbidden},
 	ReasonAddress:             {"address", Forbidden},
 	ReasonLimitInstance:       {"limit_instance", Limited},
+	ReasonLimitQuotaGlobal:    {"limit_quota_global", Limited},
+	ReasonLimitQuotaPrincipal: {"limit_quota_principal", Limited},
+	ReasonLimitQuotaKey:       {"limit_quota_key", Limited},
 	ReasonLimitBurst:          {"limit_burst", Limited},
 	ReasonLimitConcurrency:    {"limit_concurrency", Limited},
 	ReasonNoFeedback:          {"concurrency_no_feedback", Limited},
 	ReasonKey:                 {"key", Allowed},
+	ReasonJWT:                 {"jwt", Allowed},
 }
 
 func (r Reason) String() string { return reasons[r].name }
@@ -122,7 +134,49 @@ var limitReasons = map[limits.Class]Reason{
 	limits.ClassInstance: ReasonLimitInstance,
 	limits.ClassBurst:    ReasonLimitBurst,
 
+	limits.ClassGlobalQuota:    ReasonLimitQuotaGlobal,
+	limits.ClassPrincipalQuota: ReasonLimitQuotaPrincipal,
+	limits.ClassKeyQuota:       ReasonLimitQuotaKey,
+
 	limits.ClassConcurrency: ReasonLimitConcurrency,
+}
+
+// Shadowed says what would have refused a request, were it not in shadow: a bit for each class of limits, as
+// limits.Decision has them, and two more.
+type Shadowed uint16
+
+// The bits beside those of limits.
+const (
+	ShadowedScopes    Shadowed = 1 << 14
+	ShadowedAddresses Shadowed = 1 << 15
+)
+
+// ShadowedNames are the words for the bits in logs, metadata and metrics; several classes may have one word.
+var ShadowedNames = [16]string{
+	limits.ClassInstance:       "instance",
+	limits.ClassGlobalQuota:    "quota",
+	limits.ClassPrincipalQuota: "quota",
+	limits.ClassKeyQuota:       "quota",
+	limits.ClassBurst:          "burst",
+	limits.ClassConcurrency:    "concurrency",
+	14:                         "scopes",
+	15:                         "addresses",
+}
+
+// Append appends the words for what is set, each once, separated by commas.
+func (s Shadowed) Append(dst []byte) []byte {
+	last := ""
+	for bit, name := range ShadowedNames { // the same word stands in neighbours only
+		if s>>bit&1 == 0 || name == "" || name == last {
+			continue
+		}
+		if last != "" {
+			dst = append(dst, ',')
+		}
+		dst = append(dst, name...)
+		last = name
+	}
+	return dst
 }
 
 // An ID names one decision, in answers, logs and metadata. It is random, not secret.
@@ -146,8 +200,11 @@ type Decision struct {
 	Reason Reason
 
 	// Key is the caller's key as soon as it is known, for denials too; nil otherwise. On an allowed
-	// request it is the identity to hand on; nil then means a caller without identity.
+	// request it is the identity to hand on; nil then means a caller without identity, or with [ReasonJWT] one
+	// who is known by a token.
 	Key *apikey.Key
+	// Holder is who is known by a token.
+	Holder Holder
 	// allowed are the rights that the policy leaves to keys.
 	allowed apikey.Scopes
 
@@ -167,15 +224,35 @@ type Decision struct {
 	// a secret of ours stands. It has to be removed from there.
 	InAuthorization, InQuery bool
 
-	MissingScope apikey.Scope  // with ReasonMissingScope
-	Limit        limits.Class  // with Limited
-	Rate         limits.Rate   // the rate that refuses; zero where none does
-	Concurrent   int64         // the number of running requests that refuses; 0 where it does not
-	RetryAfter   time.Duration // with Limited; above 0
+	MissingScope apikey.Scope // with ReasonMissingScope
+	// Shadowed is what would have refused the request, whatever became of it.
+	Shadowed Shadowed
+
+	Limit      limits.Class  // with Limited
+	Quota      *apikey.Quota // the quota that refuses; nil where none does
+	QuotaLimit limits.Quota  // as it is judged, with what the key has instead
+	Rate       limits.Rate   // the rate that refuses; zero where none does
+	Concurrent int64         // the number of running requests that refuses; 0 where it does not
+	RetryAfter time.Duration // with Limited; above 0
+	// Standings are where the limits of an allowed request stand after it, in the order of their classes; only
+	// with [Config].ShowLimits.
+	Standings []Standing
+}
+
+// A Standing is where one limit stands.
+type Standing struct {
+	limits.Standing
+	Quota *apikey.Quota // nil for a limit that is no quota
+	// What the limit is: one of them is set; of running requests none is.
+	QuotaLimit limits.Quota
+	Rate       limits.Rate
 }
 
 // Outcome is what the caller learns.
 func (d *Decision) Outcome() Outcome { return d.Reason.Outcome() }
+
+// HasIdentity reports whether it is known on whose behalf the request counts.
+func (d *Decision) HasIdentity() bool { return d.Key != nil || d.Holder != (Holder{}) }
 
 // AppendScopes appends the rights in force of a request that is allowed with a key: the key's, capped by
 // the policy, separated by spaces; "*" for all.

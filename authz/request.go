@@ -32,13 +32,24 @@ type Request struct {
 	// Extensions are what the route's configuration in Envoy says about the request: those that
 	// Authorizer.ExtensionNames names.
 	Extensions []Pair
+	// Claims are of a token that Envoy has verified: those that Authorizer.ClaimNames names and that are text.
+	Claims []Pair
+	// Body is the request's body, if Authorizer.WantsBody. BodySent says that it is, empty or not; BodyCut that
+	// it is longer.
+	Body              []byte
+	BodySent, BodyCut bool
 
 	// What a decision needs room for while it is made.
-	match   match
-	scratch []byte
-	digests [2]apikey.Digest // under the current pepper and the previous one
-	rates   [2]limits.RateDemand
-	demand  limits.Demand
+	match     match
+	scratch   []byte
+	digests   [2]apikey.Digest // under the current pepper and the previous one
+	rates     [2]limits.RateDemand
+	quotas    []limits.QuotaDemand
+	inForce   []*apikey.Quota // of quotas
+	upn       []byte          // of the caller, once somebody needed it
+	userID    []byte          // the same
+	standings []Standing
+	demand    limits.Demand
 }
 
 // A Pair is a name and a value.
@@ -46,19 +57,29 @@ type Pair struct{ Name, Value string }
 
 // Reset empties the request for another use.
 func (r *Request) Reset() {
-	if cap(r.Headers)+cap(r.Extensions) > keepPairs || cap(r.scratch) > keepScratch {
+	if cap(r.Headers)+cap(r.Extensions)+cap(r.Claims) > keepPairs || cap(r.scratch) > keepScratch || cap(r.quotas) > keepQuotas {
 		*r = Request{} // one large request should not make every later one large
 		return
 	}
 	clear(r.Headers)
 	clear(r.Extensions)
+	clear(r.Claims)
 	clear(r.scratch)
-	*r = Request{Headers: r.Headers[:0], Extensions: r.Extensions[:0], scratch: r.scratch[:0]}
+	clear(r.inForce)
+	clear(r.standings)
+	clear(r.upn)
+	clear(r.userID)
+	*r = Request{
+		Headers: r.Headers[:0], Extensions: r.Extensions[:0], Claims: r.Claims[:0], scratch: r.scratch[:0],
+		quotas: r.quotas[:0], inForce: r.inForce[:0], standings: r.standings[:0],
+		upn: r.upn[:0], userID: r.userID[:0],
+	}
 }
 
 const (
 	keepPairs   = 128
 	keepScratch = 4 << 10 // bytes
+	keepQuotas  = 64
 )
 
 // Format shows nothing that could be a secret.
@@ -73,6 +94,23 @@ func (r *Request) header(name string) (value string, n int) {
 		}
 	}
 	return value, n
+}
+
+// member returns the text of one member of the body. ok is false if the body cannot be read, or only the
+// beginning of it: what is not there could name another.
+func (r *Request) member(name string) (value string, present, ok bool) {
+	switch {
+	case r.BodyCut:
+		return "", false, false
+	case len(r.Body) > 0:
+		return bodyMember(r.Body, name)
+	case r.BodySent:
+		return "", false, true
+	}
+	// Envoy sends none where there is none, and where it was not told to.
+	length, n := r.header("content-length")
+	_, chunked := r.header("transfer-encoding")
+	return "", false, chunked == 0 && (n == 0 || length == "0")
 }
 
 // trimSpace trims what HTTP calls optional white space.

@@ -37,10 +37,10 @@ func ParseMode(s string) (Mode, error) {
 func (m Mode) String() string { return modes[m] }
 
 // A Source is one place that names an instance, an agent or an environment: a fixed name, a wildcard of
-// the rule's path or a query parameter.
+// the rule's path, a query parameter or a member of the JSON object that the body is.
 type Source struct {
 	from sourceKind
-	name string // of the wildcard or parameter, or the fixed name itself
+	name string // of the wildcard, parameter or member, or the fixed name itself
 }
 
 type sourceKind uint8
@@ -49,20 +49,27 @@ const (
 	fromLiteral sourceKind = iota
 	fromPath
 	fromQuery
+	fromBody
 )
 
-// ParseSource reads a source: "{name}" is a wildcard of the path, "?name" a query parameter, anything
-// else the name itself.
+// ParseSource reads a source: "{name}" is a wildcard of the path, "?name" a query parameter, "$.name" a
+// member of the body, anything else the name itself.
 func ParseSource(s string) (Source, error) {
 	source := Source{name: s}
 	if name, ok := strings.CutPrefix(s, "?"); ok {
 		source = Source{from: fromQuery, name: name}
+	} else if name, ok := strings.CutPrefix(s, "$"); ok {
+		name, ok = strings.CutPrefix(name, ".")
+		if !ok || strings.ContainsAny(name, ".[]$\"\\") {
+			return Source{}, fmt.Errorf("source %q is not $.member: a member of the body is named by itself, such as $.agent_name", s)
+		}
+		source = Source{from: fromBody, name: name}
 	} else if name, ok := strings.CutPrefix(s, "{"); ok && strings.HasSuffix(name, "}") {
 		name = strings.TrimSuffix(strings.TrimSuffix(name, "}"), "...")
 		source = Source{from: fromPath, name: name}
 	}
 	if source.name == "" || strings.ContainsAny(source.name, "{}?&= ") {
-		return Source{}, fmt.Errorf("source %q is not {wildcard}, ?parameter or a plain name", s)
+		return Source{}, fmt.Errorf("source %q is not {wildcard}, ?parameter, $.member or a plain name", s)
 	}
 	return source, nil
 }
@@ -73,17 +80,24 @@ func (s Source) String() string {
 		return "{" + s.name + "}"
 	case fromQuery:
 		return "?" + s.name
+	case fromBody:
+		return "$." + s.name
 	}
 	return s.name
 }
 
+// InBody reports whether the source is a member of the body.
+func (s Source) InBody() bool { return s.from == fromBody }
+
 // value returns what the source names in a request that matched its rule. ok is false if the request
-// names it twice or cannot be read. It allocates only where a query is escaped.
-func (s *Source) value(m *match, query string) (value string, present, ok bool) {
+// names it twice or cannot be read. It allocates only where a query or a body is escaped.
+func (s *Source) value(r *Request, query string) (value string, present, ok bool) {
 	switch s.from {
 	case fromPath:
-		value, present = m.value(s.name)
+		value, present = r.match.value(s.name)
 		return value, present, true
+	case fromBody:
+		return r.member(s.name)
 	case fromQuery:
 		value, n, ok := queryValue(query, s.name)
 		return value, n > 0, ok && n < 2
@@ -108,8 +122,16 @@ type Rule struct {
 
 	// Instance, Agent and Environment are where a request names its place; all that do must agree.
 	Instance, Agent, Environment []Source
-	// AgentRequired refuses agent keys where the request names no agent.
-	AgentRequired bool
+	// AgentRequired refuses agent keys where the request names no agent, AgentNeeded any caller who counts.
+	AgentRequired, AgentNeeded bool
+
+	// Context is that of the quotas that count the rule's requests, {service}:{controller}. Where a request
+	// has an agent, those of {service}:{controller}:{agent} count it too. "": no quota does.
+	Context string
+	// Cost is how many units of each quota a request spends; 0: 1.
+	Cost int
+	// Shadow says that scopes which a caller lacks here are reported, and refuse nobody.
+	Shadow bool
 
 	note uint32 // number of its pattern, see notes
 }
@@ -132,8 +154,20 @@ func (r *Rule) validate(wildcards []string) error {
 	if r.Mode > Public {
 		return fmt.Errorf("mode %d does not exist", r.Mode)
 	}
-	if r.Mode == Public && (len(r.Scopes)+len(r.Instance)+len(r.Agent)+len(r.Environment) > 0 || r.AgentRequired) {
-		return errors.New("a public rule looks at no credential, so it cannot ask for scopes, instance, agent or environment")
+	if r.Mode == Public && (len(r.Scopes)+len(r.Instance)+len(r.Agent)+len(r.Environment) > 0 || r.AgentRequired || r.AgentNeeded || r.Context != "") {
+		return errors.New("a public rule looks at no credential, so it cannot ask for scopes, instance, agent or environment, and no quota counts it")
+	}
+	if r.Context != "" && !isContext(r.Context) {
+		return fmt.Errorf("context %q is not {service}:{controller}, each of letters, digits, . _ and -, such as CoreAPI:Completions; the agent is added where the rule says where requests name it", r.Context)
+	}
+	if r.Cost < 0 || r.Cost > maxCost {
+		return fmt.Errorf("cost %d is not from 1 to %d", r.Cost, maxCost)
+	}
+	if r.Cost > 1 && r.Context == "" {
+		return errors.New("a cost needs a context: it is spent of the context's quotas")
+	}
+	if r.AgentNeeded && len(r.Agent) == 0 {
+		return errors.New("agentMissing: require needs agent: say where requests name theirs")
 	}
 	for _, field := range []struct {
 		name    string
@@ -151,6 +185,25 @@ func (r *Rule) validate(wildcards []string) error {
 		}
 	}
 	return nil
+}
+
+// maxCost is the most that one request can cost.
+const maxCost = 1_000_000
+
+// isContext reports whether s is a service and a controller.
+func isContext(s string) bool {
+	service, controller, ok := strings.Cut(s, ":")
+	return ok && isWord(service) && isWord(controller)
+}
+
+func isWord(s string) bool {
+	const word = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
+	return s != "" && len(s) <= 64 && strings.Trim(s, word) == ""
+}
+
+// ReadsBody reports whether the rule needs the request's body.
+func (r *Rule) ReadsBody() bool {
+	return slices.ContainsFunc(r.Instance, Source.InBody) || slices.ContainsFunc(r.Agent, Source.InBody) || slices.ContainsFunc(r.Environment, Source.InBody)
 }
 
 // isRuleHost reports whether a rule can have this host; "" is any.

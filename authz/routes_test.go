@@ -363,7 +363,7 @@ func TestSource(t *testing.T) {
 			t.Errorf("ParseSource(%q) = %q, %v", c.source, source, err)
 			continue
 		}
-		value, present, ok := source.value(&m, query)
+		value, present, ok := source.value(&Request{match: m}, query)
 		if value != c.want || present != c.present || ok != c.ok {
 			t.Errorf("%s: got %q, %t, %t, want %q, %t, %t", c.source, value, present, ok, c.want, c.present, c.ok)
 		}
@@ -632,10 +632,11 @@ func TestMatchAllocatesNothing(t *testing.T) {
 	}
 	sources := []Source{{from: fromPath, name: "agent"}, {from: fromQuery, name: "agent"}, {name: "sales"}}
 	r := newRoutes(t, false, manyRules(10)...)
-	r.match(&m, "GET", "", "/service0/instances/42/agents/sales/completions")
+	var request Request
+	r.match(&request.match, "GET", "", "/service0/instances/42/agents/sales/completions")
 	wantNoAllocs(t, func() {
 		for i := range sources {
-			if v, present, ok := sources[i].value(&m, "a=b&agent=sales"); v != "sales" || !present || !ok {
+			if v, present, ok := sources[i].value(&request, "a=b&agent=sales"); v != "sales" || !present || !ok {
 				t.Fatalf("%s: got %q, %t, %t", sources[i], v, present, ok)
 			}
 		}

@@ -12,7 +12,7 @@ type Self struct {
 	Key    *apikey.Key
 	Scopes apikey.Scopes // the key's, capped by the policy; nil: every right
 	Limits apikey.Limits // with what the key inherits; [apikey.Unlimited] where there is none
-	// Left is what of the limits nobody uses now; nil where the limiter cannot tell without spending.
+	// Left is what of the limits nobody uses now; nil where the limiter cannot tell.
 	Left *Left
 }
 
@@ -20,12 +20,6 @@ type Self struct {
 type Left struct {
 	Burst   int64 // that may come at once, of the key and of its instance together
 	Running int64 // that may run beside those that do
-}
-
-// A looker is a limiter that can tell what is left.
-type looker interface {
-	Left(cell limits.Cell, rate limits.Rate) int64
-	Live(cell limits.Cell) int64
 }
 
 // Self answers the holder of a key who asks about it. Only Headers and Peer of the request count, and only
@@ -64,21 +58,28 @@ func (a *Authorizer) Self(ctx context.Context, r *Request) (Self, Reason, error)
 	if allowed := instance.Policy.AllowedScopes; allowed != nil {
 		self.Scopes = k.Scopes.Intersect(apikey.Scopes{}, allowed)
 	}
-	if limiter, ok := a.limiter.(looker); ok {
-		self.Left = leftOf(limiter, k, instance, self.Limits)
-	}
+	self.Left = leftOf(ctx, a.limiter, k, instance, self.Limits)
 	return self, ReasonKey, nil
 }
 
-func leftOf(limiter looker, k *apikey.Key, instance *apikey.Instance, inForce apikey.Limits) *Left {
-	left := &Left{Burst: apikey.Unlimited, Running: apikey.Unlimited}
-	for _, r := range appendRates(nil, k, instance, inForce) {
-		if n := limiter.Left(r.Cell, r.Rate); left.Burst == apikey.Unlimited || n < left.Burst {
-			left.Burst = n
-		}
-	}
+// leftOf looks at the limits of a key; nil: they cannot be seen, which is no reason to say nothing of the key.
+func leftOf(ctx context.Context, limiter limits.Limiter, k *apikey.Key, instance *apikey.Instance, inForce apikey.Limits) *Left {
+	demand := limits.Demand{Rates: appendRates(nil, k, instance, inForce)}
 	if most := int64(inForce.MaxConcurrent); most > 0 {
-		left.Running = max(0, most-limiter.Live(LeaseCell(k.ID)))
+		demand.Lease = limits.LeaseDemand{Lease: limits.Lease{Cell: LeaseCell(k.ID)}, Limit: most}
+	}
+	standings, err := limiter.Look(ctx, &demand, nil)
+	if err != nil {
+		return nil
+	}
+	left := &Left{Burst: apikey.Unlimited, Running: apikey.Unlimited}
+	for _, s := range standings {
+		switch {
+		case s.Class == limits.ClassConcurrency:
+			left.Running = s.Remaining
+		case left.Burst == apikey.Unlimited || s.Remaining < left.Burst:
+			left.Burst = s.Remaining
+		}
 	}
 	return left
 }

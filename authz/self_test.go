@@ -1,6 +1,7 @@
 package authz_test
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"testing"
@@ -22,8 +23,15 @@ type lookable struct {
 	left map[limits.Class]int64
 }
 
-func (l lookable) Left(cell limits.Cell, _ limits.Rate) int64 { return l.left[cell.Class] }
-func (l lookable) Live(limits.Cell) int64                     { return l.left[limits.ClassConcurrency] }
+func (l lookable) Look(_ context.Context, d *limits.Demand, standings []limits.Standing) ([]limits.Standing, error) {
+	for _, r := range d.Rates {
+		standings = append(standings, limits.Standing{Class: r.Cell.Class, Remaining: l.left[r.Cell.Class]})
+	}
+	if d.Lease.Limit > 0 {
+		standings = append(standings, limits.Standing{Class: limits.ClassConcurrency, Remaining: l.left[limits.ClassConcurrency]})
+	}
+	return standings, nil
+}
 
 // TestHolderLearnsWhatIsInForceAndSpendsNothing asks as somebody who may use the key, and as all who may not.
 func TestHolderLearnsWhatIsInForceAndSpendsNothing(t *testing.T) {
@@ -46,7 +54,7 @@ func TestHolderLearnsWhatIsInForceAndSpendsNothing(t *testing.T) {
 		k := apikey.Key{InstanceID: "capped", Scopes: apikey.Scopes{"bills:read", "orders:read"}, Limits: apikey.Limits{Burst: 7, MaxConcurrent: 5},
 			AllowedIPs: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}}
 		good := w.issue(k)
-		room := lookable{w, map[limits.Class]int64{limits.ClassBurst: 6, limits.ClassInstance: 4, limits.ClassConcurrency: 2}}
+		room := lookable{w, map[limits.Class]int64{limits.ClassBurst: 6, limits.ClassInstance: 4, limits.ClassConcurrency: 3}}
 		got, reason, err := ask(room, key(good))
 		want := authz.Self{
 			Scopes: apikey.Scopes{"orders:read"}, Left: &authz.Left{Burst: 4, Running: 3},

@@ -12,8 +12,9 @@ import (
 	"time"
 )
 
-// A Class is the sort of a limit. Where several limits refuse with the same wait, the one whose class
-// comes first is reported.
+// A Class is the sort of a limit. Where several limits refuse, the one that refuses longest is reported: that
+// of a quota that begins a lockout is the longer of its lockout and of what it would wait without one. Of
+// those that refuse equally long it is the one whose class comes first, and then the first in the demand.
 type Class uint8
 
 // The classes, in the order in which ties are reported.
@@ -57,12 +58,12 @@ type Decision struct {
 	Waited time.Duration
 	// Repeated: the same lease lives already, so nothing was spent again.
 	Repeated bool
-	// Shadowed has the bit of every class whose limit would have refused and is in shadow: 1 << Class.
+	// Shadowed has the bit of every class of which a limit has no room and is in shadow: 1 << Class.
 	Shadowed uint16
 	// What follows is set on a refusal only.
-	Class      Class         // of the limit that refuses longest
+	Class      Class         // of the limit that is reported
 	Quota      int           // position in Demand.Quotas of the one that refuses, if that is a quota
-	RetryAfter time.Duration // above 0: when the same demand would pass, if nobody else came
+	RetryAfter time.Duration // above 0: when the same demand would pass, if nobody else came; see [Never]
 }
 
 // A Limiter holds the state of limits and decides demands. The clock is its own. Safe for concurrent use.
@@ -74,4 +75,8 @@ type Limiter interface {
 	// TryTake is the part of Take that never blocks. ok is false if only Take can decide; nothing has
 	// been spent then.
 	TryTake(d *Demand) (decision Decision, ok bool)
+	// Look appends where every limit of a demand stands: rates, quotas and the lease, in the order of the
+	// demand and all at one instant. A limit that is none is left out. Nothing is spent.
+	// Errors: those of Take.
+	Look(ctx context.Context, d *Demand, standings []Standing) ([]Standing, error)
 }

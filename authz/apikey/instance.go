@@ -34,6 +34,18 @@ type Policy struct {
 	OnLeak OnLeak `json:"onLeak,omitzero"`
 	// KeepRevoked is how long revoked keys are kept before they are removed with their digests.
 	KeepRevoked Duration `json:"keepRevoked,omitempty"`
+	// Shadow says what is judged and reported, and refuses nobody.
+	Shadow Shadow `json:"shadow,omitzero"`
+}
+
+// Shadow names limits and rights that are judged, counted and reported, but not enforced: to see what they
+// would do before they do it. Quotas and routes say it for themselves.
+type Shadow struct {
+	Rate          bool `json:"rate,omitempty" doc:"Every key's rate and burst."`
+	MaxConcurrent bool `json:"maxConcurrent,omitempty" doc:"Every key's running requests."`
+	Total         bool `json:"total,omitempty" doc:"The rate and burst of all keys together."`
+	Scopes        bool `json:"scopes,omitempty" doc:"The scopes that routes require."`
+	AllowedIPs    bool `json:"allowedIps,omitempty" doc:"The addresses that keys may be used from."`
 }
 
 // Caps bound the keys that are neither revoked nor expired, disabled ones included. Zero inherits,

@@ -55,8 +55,8 @@ var actions = map[string]bool{
 	"applyQuotas": true,
 }
 
-// versioned are the operations that answer with a key, an instance or its quotas and an ETag, conditional those that
-// heed If-Match.
+// versioned are the operations that answer with a key, an instance or quotas and their ETag, conditional those
+// that heed If-Match.
 var (
 	versioned = map[string]bool{
 		"createKey": true, "getKey": true, "updateKey": true, "rotateKey": true, "revokeGeneration": true,
@@ -72,7 +72,7 @@ const ifMatchHeader = "If-Match"
 
 var ifMatchParameter = &huma.Param{
 	Name: ifMatchHeader, In: "header", Schema: &huma.Schema{Type: huma.TypeString},
-	Description: "The ETag of the key, instance or quotas as the caller saw it: 412 if it has changed since. Absent: whatever it is now; *: the same, if it is there.",
+	Description: "The ETag of the key, the instance or the quotas as the caller saw it: 412 if it has changed since. Absent: whatever it is now; *: the same, if it is there.",
 }
 
 // keyLife registers the routes of what happens to a key after it was made.
@@ -114,7 +114,7 @@ func (orNull[T]) Schema(r huma.Registry) *huma.Schema {
 	return &huma.Schema{AnyOf: []*huma.Schema{r.Schema(reflect.TypeFor[T](), true, ""), {Type: "null"}}}
 }
 
-// etag is the version of a key or an instance: what was decided of it, not when it was last used.
+// etag is the version of a key, an instance or its quotas: what was decided of it, not when it was last used.
 func etag(r apikey.Revision) string { return `"` + strconv.FormatInt(int64(r), 10) + `"` }
 
 var (

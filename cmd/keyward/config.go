@@ -32,6 +32,8 @@ type Config struct {
 	IdentityHeaders IdentityHeaders `yaml:"identityHeaders"`
 	Cache           Cache           `yaml:"cache"`
 	Concurrency     Concurrency     `yaml:"concurrency"`
+	JWT             JWT             `yaml:"jwt"` // callers without a key whom Envoy knows by a token
+	RateLimit       RateLimit       `yaml:"rateLimitHeaders"`
 	Errors          string          `yaml:"errors"` // rpc | error_response
 	Envoy           EnvoyFacts      `yaml:"envoy"`
 	OIDC            []OIDCIssuer    `yaml:"oidc"` // who else than holders of a token may use the Management API
@@ -110,10 +112,32 @@ type Route struct {
 	Path   string  `yaml:"path"`
 	Mode   string  `yaml:"mode"` // required | optional | public
 	Scopes strList `yaml:"scopes"`
-	// Where the request names its place: "{wildcard}" of the path, "?parameter" of the query, or a literal.
+	// Where the request names its place: "{wildcard}" of the path, "?parameter" of the query, "$.member" of the
+	// body, or a literal.
 	Instance    strList `yaml:"instance"`
 	Agent       strList `yaml:"agent"` // "required": an agent key needs a request that names its agent
 	Environment strList `yaml:"environment"`
+	// AgentMissing says what becomes of a request that names no agent: require | ignore. By default it is
+	// required where the body should name it, and otherwise not.
+	AgentMissing string `yaml:"agentMissing"`
+	Context      string `yaml:"context"` // of the quotas that count the requests: service:controller
+	Cost         int    `yaml:"cost"`    // units of these quotas for each request; 1 if absent
+	Shadow       bool   `yaml:"shadow"`  // scopes that are missing are reported, and refuse nobody
+}
+
+// JWT says whose tokens make a principal of a caller without a key, on optional routes.
+type JWT struct {
+	Issuer   string  `yaml:"issuer"`   // as tokens name it; "": nobody's
+	Payload  string  `yaml:"payload"`  // payload_in_metadata of Envoy's jwt_authn provider
+	UPNClaim string  `yaml:"upnClaim"` // who is calling
+	IDClaim  strList `yaml:"idClaim"`  // its identifier: the first of these that the token has
+	Instance string  `yaml:"instance"` // of requests that name none
+}
+
+// RateLimit says which headers tell clients of their limits, besides those of a refusal.
+type RateLimit struct {
+	OnSuccess bool `yaml:"onSuccess"` // RateLimit and RateLimit-Policy on what is let through as well
+	Legacy    bool `yaml:"legacy"`    // X-RateLimit-Limit, -Remaining and -Reset beside them
 }
 
 // IdentityHeaders name the headers that tell an upstream who is calling; "off" sends none.
@@ -125,6 +149,8 @@ type IdentityHeaders struct {
 	User       string `yaml:"user"`
 	Scopes     string `yaml:"scopes"`
 	DecisionID string `yaml:"decisionId"`
+	// UserIdentity is FoundationaLLM's JSON; "off" unless it is named, and never taken from clients.
+	UserIdentity string `yaml:"userIdentity"`
 }
 
 // Cache bounds what is kept in memory and what unknown keys may cost.
@@ -197,6 +223,8 @@ func (c Concurrency) leases() local.Config {
 // EnvoyFacts is what keyward has to know of the Envoys that ask it.
 type EnvoyFacts struct {
 	MinVersion string `yaml:"minVersion"` // e.g. "1.37"; needed for errors: error_response
+	// MaxRequestBytes is how much of a body Envoy sends, on routes that look at it. A longer one cannot be judged.
+	MaxRequestBytes int `yaml:"maxRequestBytes"`
 }
 
 // An OIDCIssuer is who may say, in signed tokens, who a caller of the Management API is.
@@ -253,10 +281,12 @@ func defaultConfig() Config {
 			KeyID: check.DefaultIdentity.KeyID, KeyType: check.DefaultIdentity.KeyType,
 			InstanceID: check.DefaultIdentity.InstanceID, Agent: check.DefaultIdentity.Agent,
 			User: check.DefaultIdentity.User, Scopes: check.DefaultIdentity.Scopes,
-			DecisionID: check.DefaultIdentity.DecisionID,
+			DecisionID: check.DefaultIdentity.DecisionID, UserIdentity: check.Off,
 		},
 		Cache:       Cache{Records: 1_000_000, Unknown: 65_536, Grace: &grace, WarmUp: &warmUp},
 		Concurrency: Concurrency{Feedback: string(generate.FeedbackALS), RenewEvery: apikey.Duration(generate.DefaultRenewEvery)},
+		JWT:         JWT{UPNClaim: authz.DefaultUPNClaim, IDClaim: authz.DefaultIDClaims},
+		Envoy:       EnvoyFacts{MaxRequestBytes: generate.DefaultMaxRequestBytes},
 
 		Errors: "rpc",
 		Log:    Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
@@ -265,6 +295,9 @@ func defaultConfig() Config {
 		Runtime: Runtime{GCPercent: 400, MemoryLimit: "90%"},
 	}
 }
+
+// maxRequestBytes keeps a Check far below what gRPC takes.
+const maxRequestBytes = 1 << 20
 
 // validate reports every fault at once.
 func (c *Config) validate() error {
@@ -313,6 +346,9 @@ func (c *Config) validate() error {
 	if v := c.Envoy.MinVersion; v != "" && !atLeast(v, 0, 0) {
 		fault("envoy.minVersion", "must be a version such as \"1.37\"")
 	}
+	if n := c.Envoy.MaxRequestBytes; n < 1 || n > maxRequestBytes {
+		fault("envoy.maxRequestBytes", "must be from 1 to 1048576")
+	}
 	if keep := c.Audit.Keep.Std(); keep != 0 && keep < 24*time.Hour {
 		fault("audit.keep", "must be at least 1d, or 0 to keep it for good")
 	}
@@ -346,7 +382,8 @@ func (c *Config) validate() error {
 	// authz stops at its first fault, so it is asked about one thing at a time.
 	cfg, err := c.authorizer()
 	faults = append(faults, err,
-		authz.Config{ClientAddress: cfg.ClientAddress, TrustedHops: cfg.TrustedHops}.Validate())
+		authz.Config{ClientAddress: cfg.ClientAddress, TrustedHops: cfg.TrustedHops}.Validate(),
+		authz.Config{JWT: cfg.JWT}.Validate())
 	if err == nil {
 		faults = append(faults, authz.Config{Rules: cfg.Rules, IgnoreCase: cfg.IgnoreCase}.Validate())
 	}
@@ -383,6 +420,10 @@ func (c *Config) authorizer() (authz.Config, error) {
 		ClientAddress: authz.ClientAddress(c.Client.Address),
 		TrustedHops:   c.Client.TrustedHops,
 		LeaseWait:     c.Concurrency.wait(),
+		ShowLimits:    c.RateLimit.OnSuccess,
+	}
+	if c.JWT.Issuer != "" || c.JWT.Payload != "" || c.JWT.Instance != "" {
+		out.JWT = authz.JWT{Issuer: c.JWT.Issuer, Payload: c.JWT.Payload, UPNClaim: c.JWT.UPNClaim, IDClaims: c.JWT.IDClaim, Instance: c.JWT.Instance}
 	}
 	var faults []error
 	for i, route := range c.Routes {
@@ -396,7 +437,7 @@ func (c *Config) authorizer() (authz.Config, error) {
 }
 
 func (r Route) rule() (authz.Rule, error) {
-	rule := authz.Rule{Host: r.Host, Method: r.Method, Path: r.Path}
+	rule := authz.Rule{Host: r.Host, Method: r.Method, Path: r.Path, Context: r.Context, Cost: r.Cost, Shadow: r.Shadow}
 	var faults []error
 	var err error
 	if rule.Mode, err = authz.ParseMode(r.Mode); err != nil {
@@ -423,6 +464,15 @@ func (r Route) rule() (authz.Rule, error) {
 	rule.Instance = sources("instance", r.Instance)
 	rule.Agent = sources("agent", agents)
 	rule.Environment = sources("environment", r.Environment)
+	switch r.AgentMissing {
+	case "":
+		rule.AgentNeeded = slices.ContainsFunc(rule.Agent, authz.Source.InBody)
+	case "require":
+		rule.AgentNeeded = true
+	case "ignore":
+	default:
+		faults = append(faults, errors.New("agentMissing must be require or ignore"))
+	}
 	return rule, errors.Join(faults...)
 }
 
@@ -460,8 +510,11 @@ func (c *Config) checkConfig() check.Config {
 		Format:        c.format(),
 		ErrorResponse: c.Errors == "error_response",
 		Deprecation:   c.Credentials.Deprecation,
-		LogPerSecond:  *c.Log.DecisionsPerSecond,
-		Timeout:       c.Concurrency.wait() + time.Second, // a wait that was asked for is not cut short
+		MaxBody:       c.Envoy.MaxRequestBytes,
+
+		LegacyRateLimit: c.RateLimit.Legacy,
+		LogPerSecond:    *c.Log.DecisionsPerSecond,
+		Timeout:         c.Concurrency.wait() + time.Second, // a wait that was asked for is not cut short
 	}
 }
 

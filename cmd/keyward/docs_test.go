@@ -90,12 +90,12 @@ func generated() map[string]string {
 		),
 		"revocation": table("`reason` | Meaning", reasons...),
 		"leaks":      table("Type | What a report does | Policy", leak(apikey.TypeInstance), leak(apikey.TypeAgent), leak(apikey.TypeUser)),
-		"quota":      table("Field | Needed | What it is", quotaRows()...),
+		"errors":     table("Status | Code | Meaning", errorsOfManage...), "holdersErrors": table("Status | Code | Meaning", errorsOfHolders...),
+		"quota": table("Field | Needed | What it is", quotaRows()...),
 		"quotabounds": table("Limit | Value",
 			fmt.Sprintf("Quotas of an instance, at most | %d", apikey.MaxQuotas),
 			fmt.Sprintf("Window of a smoothed quota, in which its share is counted | %s", apikey.Duration(apikey.SmoothedWindow)),
 		),
-		"errors": table("Status | Code | Meaning", errorsOfManage...), "holdersErrors": table("Status | Code | Meaning", errorsOfHolders...),
 		"pattern": "```\n" + apikey.Format{}.Pattern() + "\n```\n",
 	}
 }

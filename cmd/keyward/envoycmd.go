@@ -112,6 +112,15 @@ func (c *Config) envoy(g *generate.Config) {
 		// Room for the wait, and for the decision.
 		g.CheckTimeout = c.Concurrency.wait() + generate.DefaultCheckTimeout
 	}
+	g.TokenClaims = c.JWT.Issuer != ""
+	g.MaxRequestBytes = c.Envoy.MaxRequestBytes
+	if decisions, err := c.authorizer(); err == nil { // which was validated
+		for _, rule := range decisions.Rules {
+			if rule.ReadsBody() {
+				g.Bodies = append(g.Bodies, generate.Body{Method: rule.Method, Path: rule.Path, IgnoreCase: c.IgnoreCase})
+			}
+		}
+	}
 	g.CORSPreflight = c.CORSPreflight == "allow"
 	if g.Keyward == "" {
 		g.Keyward = c.Listen.Check.Address

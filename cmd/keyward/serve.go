@@ -83,6 +83,7 @@ type service struct {
 	authorizer *authz.Authorizer
 	admin      *admin.Service
 	limiter    *local.Limiter
+	quotas     *quotaKeeper
 	leases     *authz.LeaseIDs
 	accessLogs *accesslog.Server
 	replica    string
@@ -144,6 +145,10 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.limiter = local.New(cfg.Concurrency.leases(), s.registry)
+	s.quotas = &quotaKeeper{store: s.store, limiter: s.limiter, log: s.log}
+	if err := s.quotas.restore(ctx); err != nil {
+		return nil, err
+	}
 	s.leases = authz.NewLeaseIDs(peppers)
 	s.accessLogs = accesslog.New(s.limiter, s.leases, s.registry, s.log)
 	issuers, err := cfg.oidc()
@@ -327,6 +332,7 @@ func (s *service) run(ctx context.Context) error {
 	group, failed := errgroup.WithContext(behind)
 	group.Go(func() error { return s.cache.Run(behind) })
 	group.Go(func() error { return s.lastUsed.Run(behind) })
+	group.Go(func() error { return s.quotas.run(behind) })
 	group.Go(func() error { return s.redigester.Run(behind) })
 	group.Go(func() error { return s.settler.Run(behind) })
 	group.Go(func() error { return s.admin.Run(behind) })
@@ -597,6 +603,7 @@ func (s *service) reload(next *Config) error {
 	taken := *s.live
 	taken.Routes, taken.IgnoreCase, taken.DefaultRoute = next.Routes, next.IgnoreCase, next.DefaultRoute
 	taken.CORSPreflight, taken.Client, taken.Log.Level = next.CORSPreflight, next.Client, next.Log.Level
+	taken.JWT = next.JWT
 	taken.Credentials.Headers, taken.Credentials.Bearer, taken.Credentials.Query = next.Credentials.Headers, next.Credentials.Bearer, next.Credentials.Query
 	// From what is taken, not from next: a new credentials.prefix here, and the old one where keys are
 	// made, would refuse every new key.
@@ -617,7 +624,7 @@ func (s *service) reload(next *Config) error {
 }
 
 // reloaded lists what a SIGHUP takes over.
-const reloaded = "routes, ignoreCase, defaultRoute, corsPreflight, client, credentials.headers, credentials.bearer, credentials.query, log.level"
+const reloaded = "routes, ignoreCase, defaultRoute, corsPreflight, client, jwt, credentials.headers, credentials.bearer, credentials.query, log.level"
 
 func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}

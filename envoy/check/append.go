@@ -1,6 +1,9 @@
 package check
 
 import (
+	"unicode/utf16"
+	"unicode/utf8"
+
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/encoding/protowire"
 )
@@ -107,4 +110,27 @@ func appendJSON[S string | []byte](dst []byte, s S) []byte {
 		}
 	}
 	return dst
+}
+
+// appendJSONText appends a JSON string in ASCII, its quotes included.
+func appendJSONText[S string | []byte](dst []byte, s S) []byte {
+	dst = append(dst, '"')
+	for _, r := range string(s) {
+		switch {
+		case r < utf8.RuneSelf:
+			dst = appendJSON(dst, string(r))
+		case r < 1<<16:
+			dst = appendUnit(dst, r)
+		default:
+			high, low := utf16.EncodeRune(r)
+			dst = appendUnit(appendUnit(dst, high), low)
+		}
+	}
+	return append(dst, '"')
+}
+
+// appendUnit appends the escape of a UTF-16 code unit.
+func appendUnit(dst []byte, unit rune) []byte {
+	const digits = "0123456789abcdef"
+	return append(dst, '\\', 'u', digits[unit>>12], digits[unit>>8&15], digits[unit>>4&15], digits[unit&15])
 }

@@ -87,7 +87,11 @@ func newStack(t testing.TB, n int) *stack {
 	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
 	store := cachetest.NewStore()
 	format := apikey.Format{}
-	store.PutInstance(&apikey.Instance{ID: "demo"})
+	store.PutInstance(&apikey.Instance{ID: "demo", Quotas: []apikey.Quota{
+		{Name: "global", Context: "Core:Metered", Partition: apikey.PartitionNone, Limit: 1e9, Period: apikey.PeriodDay},
+		{Name: "per-key", Context: "Core:Metered", Partition: apikey.PartitionKey, Limit: 1e9, Window: time.Hour},
+		{Name: "per-user", Context: "Core:Metered", Partition: apikey.PartitionUPN, Limit: 1e9, Window: time.Hour, Lockout: time.Minute},
+	}})
 	s := &stack{peppers: peppers, ids: map[string]apikey.ID{}}
 	var digests []apikey.Digest
 	number := 0
@@ -160,7 +164,9 @@ func newStack(t testing.TB, n int) *stack {
 	s.limiter = local.New(local.Config{RenewEvery: time.Hour}, s.counted)
 	uses := usage.NewLastUsed(touch{}, slog.New(slog.DiscardHandler))
 	known := cached{facts}
-	a, err := authz.New(authz.Config{LeaseWait: 500 * time.Millisecond}, known, s.limiter, peppers, uses, known)
+	a, err := authz.New(authz.Config{LeaseWait: 500 * time.Millisecond, Rules: []authz.Rule{
+		{Path: "/v1/agents/sales/quotacounts", Context: "Core:Metered"},
+	}}, known, s.limiter, peppers, uses, known)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -204,6 +210,18 @@ func newAsked(t testing.TB, secret string) *asked {
 	return &asked{message: message, secret: part(secret), id: part(id), at: part("\x10\x80\x80\x80\x80\x01")[1:5]}
 }
 
+// metered makes the message one whose route has quotas.
+func (a *asked) metered() *asked {
+	const plain, metered = "sales/completions?", "sales/quotacounts?"
+	for {
+		i := bytes.Index(a.message, []byte(plain))
+		if i < 0 {
+			return a
+		}
+		copy(a.message[i:], metered)
+	}
+}
+
 // next makes another request of the message, with a secret of the same length.
 func (a *asked) next(secret string) []byte {
 	a.n++
@@ -235,6 +253,7 @@ var sorts = []struct {
 	secrets func(*stack) []string
 }{
 	{"allowed", 0, func(s *stack) []string { return s.free }},
+	{"quotas", 0, func(s *stack) []string { return s.free }}, // "allowed", and counted by three quotas
 	{"allowed_lease", 0, func(s *stack) []string { return s.leased }},
 	{"allowed_old", 0, func(s *stack) []string { return s.old }}, // answered with Deprecation and Sunset
 	{"denied_burst", 8, func(s *stack) []string { return s.spent }},
@@ -308,6 +327,9 @@ func TestCheckAllocatesNothing(t *testing.T) {
 			lookedUp = 0 // nothing is looked up
 		}
 		a, dst := newAsked(t, secrets[0]), make([]byte, 0, 2048)
+		if sort.name == "quotas" {
+			a.metered()
+		}
 		n := 0
 		var answer []byte
 		check := func() {
@@ -463,6 +485,9 @@ func BenchmarkCheck(b *testing.B) {
 		secrets := sort.secrets(s)
 		b.Run(sort.name, func(b *testing.B) {
 			a, dst := newAsked(b, secrets[0]), make([]byte, 0, 2048)
+			if sort.name == "quotas" {
+				a.metered()
+			}
 			var answer []byte
 			b.ReportAllocs()
 			for n := 0; b.Loop(); n++ {

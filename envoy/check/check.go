@@ -49,6 +49,8 @@ type Config struct {
 	// that only a limit refuses, are answered with a Deprecation header and, where the secret's end is known,
 	// a Sunset.
 	Deprecation bool
+	// LegacyRateLimit adds X-RateLimit-Limit, -Remaining and -Reset to wherever RateLimit is.
+	LegacyRateLimit bool
 	// Timeout bounds a decision that has to wait; 1 s if zero. Some platforms give Envoy's own call ten
 	// minutes.
 	Timeout time.Duration
@@ -56,6 +58,8 @@ type Config struct {
 	Leases *authz.LeaseIDs
 	// Format is how secrets look: what looks like one in a path is not logged.
 	Format apikey.Format
+	// MaxBody is how much of a body Envoy sends where a rule needs it, in bytes.
+	MaxBody int
 	// LogPerSecond is how many decisions are logged at most; the rest are counted. 0: none.
 	LogPerSecond int
 }
@@ -71,6 +75,7 @@ type Server struct {
 	authorizer *authz.Authorizer
 	answers    answers
 	timeout    time.Duration
+	maxMessage int
 	calls      sync.Pool // of *call
 	log        *decisionLog
 	metrics    *metrics
@@ -89,6 +94,7 @@ func New(a *authz.Authorizer, cfg Config, reg prometheus.Registerer, log *slog.L
 		authorizer: a,
 		answers:    answers,
 		timeout:    cfg.Timeout,
+		maxMessage: maxMessage + cfg.MaxBody,
 		calls:      sync.Pool{New: func() any { return new(call) }},
 		log:        newDecisionLog(log, cfg.LogPerSecond, cfg.Format),
 		metrics:    newMetrics(reg),
@@ -111,10 +117,10 @@ func (c *call) reset() {
 	c.message.Free()
 }
 
-// maxMessage is far above any Check that Envoy sends without bodies.
+// maxMessage is far above any Check that Envoy sends, besides the body.
 const maxMessage = 256 << 10 // bytes
 
-var errTooLong = status.Error(codes.ResourceExhausted, "a Check of more than 256 KiB: let Envoy send fewer headers (allowed_headers) and no body")
+var errTooLong = status.Error(codes.ResourceExhausted, "a Check of more than 256 KiB beside its body: let Envoy send fewer headers (allowed_headers), and no larger a body than envoy.maxRequestBytes")
 
 // check is the method of the service, for a server with the codec of package wire. The bytes of the
 // request stay referenced until the answer is written, and are given back once, whatever happens.
@@ -159,12 +165,14 @@ func (s *Server) answer(ctx context.Context, from Connection, c *call, message, 
 			out, err = nil, status.Error(codes.Internal, "keyward failed to decide; its log says more")
 		}
 	}()
-	if len(message) > maxMessage {
+	if len(message) > s.maxMessage {
 		s.metrics.malformed.Inc()
 		return nil, errTooLong
 	}
 	r.At, r.Connection = start, from.ConnectionID()
 	c.reader.to, c.reader.headers, c.reader.extensions = r, s.authorizer.HeaderNames(), s.authorizer.ExtensionNames()
+	c.reader.payload, c.reader.claims = s.authorizer.ClaimNames()
+	c.reader.body = s.authorizer.WantsBody()
 	about, err := c.reader.read(message)
 	if err != nil {
 		s.metrics.malformed.Inc()

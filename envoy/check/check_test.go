@@ -71,6 +71,9 @@ func (f *facts) End(_ context.Context, endings []limits.Ending) error {
 	return nil
 }
 func (f *facts) TryTake(*limits.Demand) (limits.Decision, bool) { return f.limits, true }
+func (f *facts) Look(context.Context, *limits.Demand, []limits.Standing) ([]limits.Standing, error) {
+	return nil, apikey.ErrUndecided
+}
 func (f *facts) Take(context.Context, *limits.Demand) (limits.Decision, error) {
 	return f.limits, nil
 }
@@ -196,7 +199,7 @@ func TestAllowedRequestsCarryIdentityAndNoSecret(t *testing.T) {
 		t.Errorf("headers (-want +got):\n%s", diff)
 	}
 	// The switched-off name, the default name of a renamed one and the empty one are removed.
-	wantRemoved := []string{"x-keyward-agent", "x-keyward-key-type", "x-keyward-user", "x-api-key", "x-agent-access-token", "authorization"}
+	wantRemoved := []string{"x-keyward-agent", "x-keyward-key-type", "x-keyward-user", "x-user-identity", "x-api-key", "x-agent-access-token", "authorization"}
 	if diff := cmp.Diff(wantRemoved, ok.GetHeadersToRemove()); diff != "" {
 		t.Errorf("removed (-want +got):\n%s", diff)
 	}

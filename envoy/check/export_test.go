@@ -26,8 +26,8 @@ func (s *Server) Handle(ctx context.Context, decode func(any) error) (any, error
 }
 
 // Read reads a message as a Check does.
-func Read(r *authz.Request, message []byte, headers, extensions []string) (grpc bool, err error) {
-	c := reader{to: r, headers: headers, extensions: extensions}
+func Read(r *authz.Request, message []byte, headers, extensions []string, payload string, claims []string, body bool) (grpc bool, err error) {
+	c := reader{to: r, headers: headers, extensions: extensions, payload: payload, claims: claims, body: body}
 	about, err := c.read(message)
 	return about.grpc, err
 }

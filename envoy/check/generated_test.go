@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/descriptorpb"
 	"google.golang.org/protobuf/types/dynamicpb"
+	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"keyward/authz"
@@ -39,6 +40,14 @@ var (
 	wantedExtensions = []string{"instance", "agent", "environment", "required_scopes"}
 )
 
+// wanted is all there is to want, or, with one header, nothing else.
+func wanted(headers []string) checktest.Wanted {
+	if len(headers) == 1 {
+		return checktest.Wanted{Headers: headers, Extensions: wantedExtensions}
+	}
+	return checktest.Wanted{Headers: headers, Extensions: wantedExtensions, Payload: "claims", Claims: []string{"iss", "oid", "sub"}, Body: true}
+}
+
 // A reading is what a message says.
 type reading struct {
 	Request   authz.Request
@@ -50,7 +59,8 @@ type reading struct {
 func ours(message []byte, headers []string) reading {
 	var r reading
 	var err error
-	r.GRPC, err = check.Read(&r.Request, message, headers, wantedExtensions)
+	want := wanted(headers)
+	r.GRPC, err = check.Read(&r.Request, message, want.Headers, want.Extensions, want.Payload, want.Claims, want.Body)
 	r.Code, r.Malformed = status.Code(err), errors.Is(err, check.ErrMalformed)
 	return r
 }
@@ -59,13 +69,13 @@ func ours(message []byte, headers []string) reading {
 // spellings, and it is up to chance which comes first.
 func generated(in *authv3.CheckRequest, headers []string) (r reading, ambiguous bool) {
 	var err error
-	r.GRPC, err = checktest.Fill(&r.Request, in, headers, wantedExtensions)
+	r.GRPC, err = checktest.Fill(&r.Request, in, wanted(headers))
 	r.Code = status.Code(err)
 	spellings := map[string]int{}
 	for name := range in.GetAttributes().GetRequest().GetHttp().GetHeaders() {
 		name = strings.ToLower(name)
 		spellings[name]++
-		ambiguous = ambiguous || spellings[name] > 1 && name == "content-type"
+		ambiguous = ambiguous || spellings[name] > 1 && (name == "content-type" || name == "x-envoy-auth-partial-body")
 	}
 	return r, ambiguous
 }
@@ -158,13 +168,13 @@ func lookedDescriptor() protoreflect.MessageDescriptor {
 		file.MessageType = append(file.MessageType, &descriptorpb.DescriptorProto{Name: proto.String(name), Field: fields})
 	}
 	define("Check", message(1, "Attributes", false))
-	define("Attributes", message(1, "Peer", false), message(4, "Request", false), message(10, "Entry", true))
+	define("Attributes", message(1, "Peer", false), message(4, "Request", false), message(10, "Entry", true), scalar(11, raw))
 	define("Peer", message(1, "Address", false))
 	define("Address", message(1, "Socket", false))
 	define("Socket", scalar(2, text), scalar(3, uint32s), scalar(4, raw))
 	define("Request", message(1, "Time", false), message(2, "HTTP", false))
 	define("Time", scalar(1, number64), scalar(2, number32))
-	define("HTTP", scalar(1, text), scalar(2, text), message(3, "Entry", true), scalar(4, text), scalar(5, text), message(13, "List", false))
+	define("HTTP", scalar(1, text), scalar(2, text), message(3, "Entry", true), scalar(4, text), scalar(5, text), scalar(11, raw), scalar(12, raw), message(13, "List", false))
 	define("Entry", scalar(1, raw), scalar(2, raw))
 	define("List", message(1, "Header", true))
 	define("Header", scalar(1, raw), scalar(2, raw), scalar(3, raw))
@@ -206,6 +216,18 @@ func fullRequest(key string) *authv3.CheckRequest {
 	}}
 }
 
+// withToken adds a body, and the claims of a token as Envoy's jwt_authn filter writes them.
+func withToken(in *authv3.CheckRequest, claims map[string]any) *authv3.CheckRequest {
+	payload, err := structpb.NewStruct(map[string]any{"claims": claims})
+	if err != nil {
+		panic(err)
+	}
+	in.Attributes.MetadataContext = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{"envoy.filters.http.jwt_authn": payload}}
+	in.Attributes.Request.Http.RawBody = []byte(`{"agent_name":"sales"}`)
+	in.Attributes.Request.Http.Headers["x-envoy-auth-partial-body"] = "false"
+	return in
+}
+
 func marshal(t testing.TB, m proto.Message) []byte {
 	t.Helper()
 	b, err := proto.Marshal(m)
@@ -233,6 +255,18 @@ func oddMessages() map[string][]byte {
 	entry := func(key, value string) []byte { return slices.Concat(field(1, []byte(key)), field(2, []byte(value))) }
 	socket := field(1, field(2, []byte("203.0.113.9")), number(3, 4711))
 	start := field(1, field(4, field(1, number(1, 1_700_000_000), number(2, 5000)), field(2)), field(1, field(1, socket)))
+	claims := func(value ...[]byte) []byte {
+		value = [][]byte{field(1, field(1, []byte("sub")), field(2, value...))}
+		value = [][]byte{field(1, field(1, []byte("claims")), field(2, field(5, value...)))}
+		return field(1, field(4, field(2)), field(11, field(1, field(1, []byte("envoy.filters.http.jwt_authn")), field(2, value...))))
+	}
+	deep := func(n int) []byte {
+		b := field(3, []byte("me"))
+		for range n {
+			b = field(6, field(1, b)) // a list of one
+		}
+		return b
+	}
 	group := []byte{0x9b, 0x06, 0x9c, 0x06} // field 99
 	return map[string][]byte{
 		"empty":                     {},
@@ -277,7 +311,26 @@ func oddMessages() map[string][]byte {
 		"start before 1970":         field(1, field(4, field(1, number(1, 1<<64-5)), field(2)), field(1, field(1, socket))),
 		"extensions":                field(1, field(10, entry("agent", "a")), field(10, entry("agent", "b")), field(10, entry("team", "c")), field(4, field(2))),
 		"id":                        http(field(1, []byte("not a number"))),
-		"long length of length":     {0x0a, 0x80, 0x80, 0x80, 0x00},
+		"a body":                    http(field(11, []byte("{}")), field(3, entry("x-envoy-auth-partial-body", "false"))),
+		"a body that is cut":        http(field(12, []byte("{\xff")), field(13, field(1, entry("x-envoy-auth-partial-body", "true")))),
+		"no body":                   http(field(3, entry("x-envoy-auth-partial-body", "false"))),
+		"two bodies":                http(field(11, []byte("a")), field(12, []byte("b")), field(11, []byte("c")), field(12)),
+		"not UTF-8 in a body":       http(field(11, []byte("\xff"))),
+		"claims":                    claims(field(3, []byte("me"))),
+		"claims, another namespace": field(1, field(4, field(2)), field(11, field(1, entry("other", "x")))),
+		"claims, a number":          claims([]byte{0x11, 1, 2, 3, 4, 5, 6, 7, 8}),
+		"claims, null":              claims(number(1, 0)),
+		"claims, a struct":          claims(field(5, field(1, entry("a", "")))),
+		"claims, text and then not": claims(field(3, []byte("me")), number(4, 1)),
+		"claims, text twice":        claims(field(3, []byte("me")), field(3, []byte("you"))),
+		"claims, not UTF-8":         claims(field(3, []byte("\xff"))),
+		"claims in two":             slices.Concat(claims(field(3, []byte("me"))), field(1, field(11, field(2, []byte("?")))), claims(field(3, []byte("you")))),
+		"claims, cut":               field(1, field(4, field(2)), field(11, field(1, field(1, []byte("envoy.filters.http.jwt_authn")), field(2, []byte{0x0a, 9})))),
+		"claims, merged": field(1, field(4, field(2)), field(11, field(1, field(1, []byte("envoy.filters.http.jwt_authn")),
+			field(2, field(1, field(1, []byte("claims")), field(2, field(5, field(1, field(1, []byte("iss")), field(2, field(3, []byte("a")))))),
+				field(2, field(5, field(1, field(1, []byte("sub")), field(2, field(3, []byte("b"))))))))))),
+		"claims, deep":          claims(deep(2000)),
+		"long length of length": {0x0a, 0x80, 0x80, 0x80, 0x00},
 	}
 }
 
@@ -293,7 +346,10 @@ func TestReadsAsGeneratedCodeDoes(t *testing.T) {
 	}
 	full.Attributes.Request.Http.Headers, full.Attributes.Request.Http.HeaderMap = nil, list
 	compare(t, marshal(t, full))
+	compare(t, marshal(t, withToken(fullRequest(secret), tokenClaims)))
 }
+
+var tokenClaims = map[string]any{"iss": "https://login.example", "sub": "s", "oid": 7, "aud": []any{"a", map[string]any{"b": nil}}}
 
 // TestListKeepsItsOrder: which address counts depends on it.
 func TestListKeepsItsOrder(t *testing.T) {
@@ -305,7 +361,7 @@ func TestListKeepsItsOrder(t *testing.T) {
 	in.Attributes.Request.Http.HeaderMap = list
 	message := marshal(t, in)
 	var r authz.Request
-	if _, err := check.Read(&r, message, wantedHeaders, nil); err != nil {
+	if _, err := check.Read(&r, message, wantedHeaders, nil, "", nil, false); err != nil {
 		t.Fatal(err)
 	}
 	var got []string
@@ -335,7 +391,7 @@ func TestSpellingsAreBounded(t *testing.T) {
 			headers[spelling(n*2)] = "v"
 		}
 		var r authz.Request
-		_, err := check.Read(&r, marshal(t, request("/", headers)), wantedHeaders, nil)
+		_, err := check.Read(&r, marshal(t, request("/", headers)), wantedHeaders, nil, "", nil, false)
 		if refused := errors.Is(err, check.ErrMalformed); refused != (len(headers) > 64) {
 			t.Errorf("%d spellings: %v", len(headers), err)
 		}
@@ -344,7 +400,7 @@ func TestSpellingsAreBounded(t *testing.T) {
 
 // TestDamagedMessages cuts and changes a real one everywhere.
 func TestDamagedMessages(t *testing.T) {
-	message := marshal(t, fullRequest(secret))
+	message := marshal(t, withToken(fullRequest(secret), tokenClaims))
 	random := rand.New(rand.NewPCG(1, 2))
 	step := 1
 	if raceEnabled {
@@ -365,6 +421,7 @@ func FuzzCheckRequest(f *testing.F) {
 		f.Add(message)
 	}
 	f.Add(marshal(f, fullRequest(secret)))
+	f.Add(marshal(f, withToken(fullRequest(secret), tokenClaims)))
 	s := newAnswering(f)
 	f.Fuzz(func(t *testing.T, message []byte) {
 		compare(t, message)
@@ -386,7 +443,14 @@ func FuzzCheckRequest(f *testing.F) {
 func newAnswering(t testing.TB) *check.Server {
 	t.Helper()
 	f, peppers := newFacts(), apikey.Peppers{Current: apikey.NewPepper(1, false)}
-	a, err := authz.New(authz.Config{AllowCORS: true, Credentials: authz.Credentials{QueryParameter: "key"}}, f, f, peppers, f, f)
+	body, err := authz.ParseSource("$.agent_name")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := authz.New(authz.Config{
+		AllowCORS: true, Credentials: authz.Credentials{QueryParameter: "key"}, JWT: authz.JWT{Issuer: "https://login.example", Payload: "claims"},
+		Rules: []authz.Rule{{Path: "/", Agent: []authz.Source{body}, Mode: authz.Optional, Context: "a:b"}},
+	}, f, f, peppers, f, f)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -403,7 +467,7 @@ func TestWritesAsGeneratedCodeDoes(t *testing.T) {
 	ids := authz.NewLeaseIDs(apikey.Peppers{Current: apikey.NewPepper(1, false)})
 	for _, cfg := range []check.Config{
 		{Leases: ids},
-		{Leases: ids, ErrorResponse: true, Deprecation: true, Realm: "a realm", Identity: check.Identity{Agent: "x-a", User: check.Off, Scopes: "x-keyward-user"}},
+		{Leases: ids, ErrorResponse: true, Deprecation: true, Realm: "a realm", Identity: check.Identity{Agent: "x-a", User: check.Off, Scopes: "x-keyward-user", UserIdentity: "x-user-identity"}, LegacyRateLimit: true},
 	} {
 		s, err := check.New(nil, cfg, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
 		if err != nil {
@@ -506,6 +570,13 @@ func sameAnswer(t *testing.T, want *authv3.CheckResponse, message []byte) {
 		t.Fatalf("%x: %v", message, err)
 	}
 	for _, m := range []*authv3.CheckResponse{want, got} { // there are several ways to escape a character
+		for _, h := range m.GetOkResponse().GetHeaders() {
+			var identity any
+			if h.GetHeader().GetKey() == "x-user-identity" && json.Unmarshal([]byte(h.GetHeader().GetValue()), &identity) == nil {
+				again, _ := json.Marshal(identity)
+				h.Header.Value = string(again)
+			}
+		}
 		for _, refused := range []*authv3.DeniedHttpResponse{m.GetDeniedResponse(), m.GetErrorResponse()} {
 			var body any
 			if refused != nil && json.Unmarshal([]byte(refused.GetBody()), &body) == nil {
@@ -543,9 +614,33 @@ func randomDecision(random *rand.Rand) *authz.Decision {
 	d := &authz.Decision{
 		CredentialHeaders: []string{"x-api-key", "x-agent-access-token"}, CredentialQuery: "key",
 		CredentialSent: random.IntN(2) == 0, InAuthorization: random.IntN(2) == 0, InQuery: random.IntN(2) == 0,
-		MissingScope: apikey.Scope(text()), Limit: limits.Class(1 + random.IntN(3)),
+		MissingScope: apikey.Scope(text()), Limit: limits.Class(1 + random.IntN(6)),
 		Rate:       limits.Rate{Burst: random.Int64N(1000), Interval: time.Duration(random.Int64N(1e10))},
 		RetryAfter: time.Duration(random.Int64N(1e12)), Leased: random.IntN(2) == 0,
+	}
+	if random.IntN(4) == 0 {
+		d.Shadowed = authz.Shadowed(random.Uint32())
+	}
+	quota := func() (*apikey.Quota, limits.Quota) {
+		judged := limits.Quota{Limit: random.Int64N(1e9), Window: time.Duration(random.Int64N(1e15)), Lockout: time.Minute}
+		if random.IntN(3) == 0 {
+			judged.Window, judged.Period = 0, limits.Day+limits.Period(random.IntN(2))
+		}
+		return &apikey.Quota{Name: text(), Context: text()}, judged
+	}
+	if d.Limit == limits.ClassGlobalQuota || d.Limit == limits.ClassPrincipalQuota || d.Limit == limits.ClassKeyQuota {
+		d.Quota, d.QuotaLimit = quota()
+	}
+	for range random.IntN(4) {
+		one := authz.Standing{Standing: limits.Standing{
+			Class: limits.Class(1 + random.IntN(6)), Limit: random.Int64N(1e9), Remaining: random.Int64N(100), ResetsIn: time.Duration(random.Int64N(1e12)),
+		}}
+		if one.Class == limits.ClassInstance || one.Class == limits.ClassBurst {
+			one.Rate = d.Rate
+		} else if one.Class != limits.ClassConcurrency {
+			one.Quota, one.QuotaLimit = quota()
+		}
+		d.Standings = append(d.Standings, one)
 	}
 	for i := range d.ID {
 		d.ID[i] = byte(random.Uint32())
@@ -554,7 +649,7 @@ func randomDecision(random *rand.Rand) *authz.Decision {
 		d.Concurrent = 1 + random.Int64N(1e6)
 	}
 	if random.IntN(4) != 0 {
-		d.Key = &apikey.Key{ID: apikey.ID(d.ID), InstanceID: text(), Type: apikey.TypeUser, AgentName: text(), UserPrincipalName: text()}
+		d.Key = &apikey.Key{ID: apikey.ID(d.ID), InstanceID: text(), Type: []apikey.Type{apikey.TypeUser, apikey.TypeAgent, apikey.TypeInstance}[random.IntN(3)], AgentName: text(), UserPrincipalName: text()}
 		for n := range random.IntN(3) {
 			d.Key.Generations = append(d.Key.Generations, apikey.Generation{Number: n + 1, CreatedAt: time.Unix(random.Int64N(1e10), 0)})
 			if random.IntN(2) == 0 {
@@ -568,6 +663,9 @@ func randomDecision(random *rand.Rand) *authz.Decision {
 		d.Lease = limits.Lease{Cell: authz.LeaseCell(d.Key.ID), HTTP: random.Uint64()}
 	} else {
 		d.Leased = false
+		if random.IntN(2) == 0 {
+			d.Holder = authz.Holder{Issuer: "https://login.example", Subject: text(), UPN: text(), ID: text()}
+		}
 	}
 	return d
 }

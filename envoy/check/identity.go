@@ -12,6 +12,9 @@ import (
 // "off" sends none. Whatever a client sends under these names, and under the default ones, is removed.
 type Identity struct {
 	KeyID, KeyType, InstanceID, Agent, User, Scopes, DecisionID string
+	// UserIdentity is the JSON by which FoundationaLLM's servers tell each other who is calling. It is sent
+	// only if it is named, and removed under its default name always: they believe whoever sends it.
+	UserIdentity string
 }
 
 // Off is the name of an identity header that is not sent.
@@ -26,11 +29,13 @@ var DefaultIdentity = Identity{
 	User:       "x-keyward-user",
 	Scopes:     "x-keyward-scopes",
 	DecisionID: "x-keyward-decision-id",
+
+	UserIdentity: "x-user-identity",
 }
 
 // names returns the names in a fixed order.
 func (i *Identity) names() []*string {
-	return []*string{&i.KeyID, &i.KeyType, &i.InstanceID, &i.Agent, &i.User, &i.Scopes, &i.DecisionID}
+	return []*string{&i.KeyID, &i.KeyType, &i.InstanceID, &i.Agent, &i.User, &i.Scopes, &i.DecisionID, &i.UserIdentity}
 }
 
 // Names lists every header name that carries identity, in lower case: those in use and the defaults.
@@ -52,6 +57,9 @@ func (i Identity) Names() []string {
 // Errors: *apikey.InvalidError for names that no header can have or that two of them share.
 func (i Identity) Resolve() (Identity, error) {
 	defaults := DefaultIdentity
+	if i.UserIdentity == "" {
+		i.UserIdentity = Off
+	}
 	seen := map[string]bool{}
 	for n, name := range i.names() {
 		if *name == "" {

@@ -19,6 +19,7 @@ type metrics struct {
 	failures  prometheus.Counter
 	panics    prometheus.Counter
 	malformed prometheus.Counter
+	shadowed  [16]prometheus.Counter // by bit; nil for those that mean nothing
 	seconds   prometheus.Histogram
 }
 
@@ -50,12 +51,30 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	for _, r := range authz.Reasons() {
 		m.byReason[r] = decisions.WithLabelValues(r.Outcome().String(), r.String())
 	}
-	reg.MustRegister(decisions, m.failures, m.panics, m.malformed, m.seconds)
+	shadowed := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "keyward_shadow_refusals_total",
+		Help: "Requests that a limit, scope or address in shadow would have refused, by which.",
+	}, []string{"limit"})
+	for bit, name := range authz.ShadowedNames {
+		if name != "" {
+			m.shadowed[bit] = shadowed.WithLabelValues(name)
+		}
+	}
+	reg.MustRegister(decisions, shadowed, m.failures, m.panics, m.malformed, m.seconds)
 	return m
 }
 
 func (m *metrics) decided(d *authz.Decision, took time.Duration) {
 	m.byReason[d.Reason].Inc()
+	if d.Shadowed != 0 {
+		var last prometheus.Counter // quotas of several classes have one counter, and are neighbours
+		for bit, c := range m.shadowed {
+			if d.Shadowed>>bit&1 != 0 && c != nil && c != last {
+				c.Inc()
+				last = c
+			}
+		}
+	}
 	m.seconds.Observe(took.Seconds())
 }
 
@@ -157,6 +176,12 @@ func (l *decisionLog) describe(r *authz.Request, d *authz.Decision) []any {
 		slog.String("method", l.clean(cut(r.Method, 32))),
 		slog.String("path", path),
 		slog.String("peer", r.Peer),
+	}
+	if d.Shadowed != 0 {
+		attrs = append(attrs, slog.String("shadow", string(d.Shadowed.Append(nil))))
+	}
+	if d.Quota != nil {
+		attrs = append(attrs, slog.String("quota", d.Quota.Name))
 	}
 	if d.Key != nil {
 		attrs = append(attrs, slog.String("keyId", d.Key.ID.String()), slog.String("instance", d.Key.InstanceID))

@@ -38,6 +38,9 @@ type reader struct {
 	to         *authz.Request
 	headers    []string // wanted, in lower case
 	extensions []string // wanted
+	payload    string   // of the token's claims in Envoy's metadata
+	claims     []string // wanted; none: metadata is not looked at
+	body       bool     // is wanted
 
 	attributes, http bool // there are such messages
 	address          string
@@ -45,6 +48,9 @@ type reader struct {
 	seconds          int64 // of the request's start
 	nanos            int32
 	id               string
+	metadata         []byte // of the request, merged
+	rawBody          []byte
+	partial          string // whether the body is cut: "true", "false" or not said
 
 	// The list of headers comes after the map, whichever stands first in the message.
 	mapped, listed []taken
@@ -59,7 +65,13 @@ type reader struct {
 // its entries apart.
 type taken struct{ name, sent, value string }
 
-const contentType = "content-type"
+const (
+	contentType = "content-type"
+	// partialBody is what Envoy adds where it sends a body; from clients it does not come through.
+	partialBody = "x-envoy-auth-partial-body"
+	// jwtNamespace is where Envoy's jwt_authn filter writes.
+	jwtNamespace = "envoy.filters.http.jwt_authn"
+)
 
 // mapTag is that of HttpRequest.headers, whose entries begin with entryKey and entryValue.
 const mapTag = 3<<3 | bytesOf
@@ -68,6 +80,9 @@ const mapTag = 3<<3 | bytesOf
 // Errors: InvalidArgument, Unimplemented for connections that are not HTTP.
 func (c *reader) read(message []byte) (about, error) {
 	c.sizes = sizeBit(len(contentType))
+	if c.body {
+		c.sizes |= sizeBit(len(partialBody))
+	}
 	for _, name := range c.headers {
 		c.sizes |= sizeBit(len(name))
 	}
@@ -91,6 +106,13 @@ func (c *reader) read(message []byte) (about, error) {
 	r.Peer = c.address
 	r.Identity = authz.NewIdentity(c.address, c.port, time.Unix(c.seconds, int64(c.nanos)))
 	r.HTTP = authz.HTTPID(c.id)
+	if len(c.claims) > 0 && !c.readClaims() {
+		return about{}, errMalformed
+	}
+	if len(c.rawBody) > 0 {
+		r.Body = c.rawBody
+	}
+	r.BodySent, r.BodyCut = len(r.Body) > 0 || c.partial != "", c.partial == "true"
 	for _, list := range [...][]taken{c.mapped, c.listed} {
 		for _, h := range list {
 			r.Headers = append(r.Headers, authz.Pair{Name: h.name, Value: h.value})
@@ -140,6 +162,10 @@ func (c *reader) readAttributes(b []byte) bool {
 			ok = c.readRequest(content)
 		case wire.Bytes(10): // context_extensions
 			ok = c.readExtension(content)
+		case wire.Bytes(11): // metadata_context
+			if len(c.claims) > 0 {
+				c.metadata = merged(c.metadata, content)
+			}
 		}
 		if !ok {
 			return false
@@ -251,6 +277,15 @@ func (c *reader) readHTTP(b []byte) bool {
 			ok = text(&c.to.Path, content)
 		case wire.Bytes(5):
 			ok = text(&c.to.Host, content)
+		case wire.Bytes(11): // body
+			if c.body {
+				c.to.Body = content
+				ok = utf8.Valid(content)
+			}
+		case wire.Bytes(12): // raw_body
+			if c.body {
+				c.rawBody = content
+			}
 		case wire.Bytes(13): // header_map
 			ok = c.readList(content)
 		}
@@ -282,6 +317,9 @@ func (c *reader) readMapped(b []byte) bool {
 		return ok
 	}
 	if !c.typeListed && isNamed(key, contentType) && !text(&c.contentType, value) {
+		return false
+	}
+	if c.body && isNamed(key, partialBody) && !text(&c.partial, value) {
 		return false
 	}
 	h := taken{name: c.wanted(key), sent: wire.Text(key)}
@@ -336,9 +374,9 @@ func (c *reader) readListed(b []byte) bool {
 		return true
 	}
 	h := taken{name: c.wanted(key), sent: wire.Text(key)}
-	isType := isNamed(key, contentType)
+	isType, isPartial := isNamed(key, contentType), c.body && isNamed(key, partialBody)
 	switch {
-	case h.name == "" && !isType:
+	case h.name == "" && !isType && !isPartial:
 		return true
 	case !text(&h.value, value):
 		return false
@@ -347,6 +385,9 @@ func (c *reader) readListed(b []byte) bool {
 	}
 	if isType {
 		c.contentType, c.typeListed = h.value, true
+	}
+	if isPartial {
+		c.partial = h.value
 	}
 	if h.name != "" {
 		c.listed = append(c.listed, h)
@@ -423,6 +464,107 @@ func readEntry(b []byte) (key, value []byte, ok bool) {
 		}
 	}
 	return key, value, true
+}
+
+// readClaims reads the wanted claims out of the request's metadata:
+//
+//	filter_metadata[jwtNamespace].fields[payload].struct_value.fields[claim].string_value
+//
+// Whatever stands there instead, of any type and depth, is no claim.
+func (c *reader) readClaims() bool {
+	metadata, ok := lookUp(c.metadata, jwtNamespace)
+	if !ok {
+		return false
+	}
+	payload, ok := lookUp(metadata, c.payload)
+	if !ok {
+		return false
+	}
+	claims, _, ok := choose(payload, wire.Bytes(5)) // struct_value
+	if !ok {
+		return false
+	}
+	for _, name := range c.claims {
+		value, ok := lookUp(claims, name)
+		if !ok {
+			return false
+		}
+		value, isText, ok := choose(value, wire.Bytes(3)) // string_value
+		if !ok {
+			return false
+		}
+		if !isText {
+			continue
+		}
+		claim := authz.Pair{Name: name}
+		if !text(&claim.Value, value) {
+			return false
+		}
+		c.to.Claims = append(c.to.Claims, claim)
+	}
+	return true
+}
+
+// lookUp finds what a map from text to messages, which is field 1 of b, has for a key: nothing if it has
+// none, and of several the last.
+func lookUp(b []byte, key string) (found []byte, ok bool) {
+	for len(b) > 0 {
+		tag, entry, rest, ok := cutField(b)
+		if !ok {
+			return nil, false
+		}
+		b = rest
+		if tag != wire.Bytes(1) {
+			continue
+		}
+		var name, value []byte
+		for len(entry) > 0 {
+			tag, content, rest, ok := cutField(entry)
+			if !ok {
+				return nil, false
+			}
+			switch entry = rest; tag {
+			case wire.Bytes(1):
+				name = content
+			case wire.Bytes(2):
+				value = merged(value, content)
+			}
+		}
+		if string(name) == key {
+			found = value
+		}
+	}
+	return found, true
+}
+
+// choose returns the content of a google.protobuf.Value if that is of the wanted kind. The last kind that
+// stands there counts, and messages of one kind are one.
+func choose(b []byte, want wire.Tag) (content []byte, chosen, ok bool) {
+	for len(b) > 0 {
+		tag, value, rest, ok := cutField(b)
+		if !ok {
+			return nil, false, false
+		}
+		b = rest
+		switch {
+		case tag == want && chosen && want == wire.Bytes(5):
+			content = merged(content, value)
+		case tag == want:
+			content, chosen = value, true
+		case tag == wire.Varint(1), tag == wire.Fixed64(2), tag == wire.Bytes(3), tag == wire.Varint(4), tag == wire.Bytes(5), tag == wire.Bytes(6):
+			content, chosen = nil, false
+		}
+	}
+	return content, chosen, true
+}
+
+// merged is two messages of one field as one: that is what their bytes are one after the other. Envoy sends
+// one.
+func merged(a, b []byte) []byte {
+	if len(a) == 0 {
+		return b
+	}
+	return append(a[:len(a):len(a)], b...)
 }
 
 // isGRPC recognises application/grpc and application/grpc+proto, not application/grpc-web, which Envoy

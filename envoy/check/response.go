@@ -27,6 +27,7 @@ type answers struct {
 	realm         string
 	errorResponse bool
 	deprecation   bool
+	legacy        bool
 	leases        *authz.LeaseIDs
 }
 
@@ -47,7 +48,7 @@ func newAnswers(cfg Config) (answers, error) {
 	if err != nil {
 		return answers{}, err
 	}
-	a := answers{realm: cfg.Realm, errorResponse: cfg.ErrorResponse, deprecation: cfg.Deprecation, leases: cfg.Leases}
+	a := answers{realm: cfg.Realm, errorResponse: cfg.ErrorResponse, deprecation: cfg.Deprecation, legacy: cfg.LegacyRateLimit, leases: cfg.Leases}
 	remove := identity.Names()
 	for _, name := range remove {
 		a.remove = append(a.remove, appendText(nil, okRemove, name))
@@ -69,6 +70,7 @@ const (
 	identityUser
 	identityScopes
 	identityDecisionID
+	identityUserIdentity
 	identityCount
 )
 
@@ -87,6 +89,14 @@ func (a *answers) allow(dst []byte, d *authz.Decision) []byte {
 		var scopes [256]byte
 		dst = identify(dst, &a.identity[identityScopes], &set, d.AppendScopes(scopes[:0]))
 		dst = identify(dst, &a.identity[identityDecisionID], &set, text.decision[:])
+	} else if d.Holder != (authz.Holder{}) { // nothing that only a key could say
+		var user [256]byte
+		dst = identify(dst, &a.identity[identityUser], &set, d.AppendUser(user[:0]))
+		dst = identify(dst, &a.identity[identityDecisionID], &set, text.decision[:])
+	}
+	if a.identity[identityUserIdentity].name != "" && d.HasIdentity() {
+		var room [512]byte
+		dst = identify(dst, &a.identity[identityUserIdentity], &set, appendUserIdentity(room[:0], d))
 	}
 	for i, name := range a.remove {
 		if set&(1<<i) == 0 {
@@ -105,6 +115,9 @@ func (a *answers) allow(dst []byte, d *authz.Decision) []byte {
 	}
 	if a.deprecation && d.Key != nil {
 		dst = deprecate(dst, okToClient, d.Key)
+	}
+	if len(d.Standings) > 0 {
+		dst = a.appendStandings(dst, d.Standings)
 	}
 	dst = shut(dst, ok)
 
@@ -127,6 +140,53 @@ func identify[S ~string | []byte](dst []byte, h *identityHeader, set *uint64, va
 	*set |= h.remove
 	return appendHeader(dst, okHeaders, h.name, value)
 }
+
+// appendUserIdentity appends who is calling as FoundationaLLM's servers tell each other: in ASCII, so that a
+// header can carry it.
+//
+// Source: reference/foundationallm.md §2.4 and §2.7. A key that is no user's is its own user.
+func appendUserIdentity(dst []byte, d *authz.Decision) []byte {
+	var upnRoom, idRoom [256]byte
+	upn, id := d.AppendUPN(upnRoom[:0]), d.AppendUserID(idRoom[:0])
+	name := upn
+	if d.Key != nil {
+		name = id // of a user's key, the name of the user
+	}
+	dst = appendJSONText(append(dst, `{"name":`...), name)
+	dst = appendJSONText(append(dst, `,"user_name":`...), name)
+	dst = appendJSONText(append(dst, `,"user_id":`...), id)
+	dst = appendJSONText(append(dst, `,"upn":`...), upn)
+	byToken := d.Key != nil && d.Key.Type == apikey.TypeAgent
+	dst = strconv.AppendBool(append(dst, `,"associated_with_access_token":`...), byToken)
+	return append(dst, `,"group_ids":[]}`...)
+}
+
+// appendStandings says where the limits of a request that passed stand, all of them.
+func (a *answers) appendStandings(dst []byte, standings []authz.Standing) []byte {
+	var policyRoom, stateRoom [512]byte
+	policy, state, least := policyRoom[:0], stateRoom[:0], &standings[0]
+	for i := range standings {
+		s := &standings[i]
+		if i > 0 {
+			policy, state = append(policy, ", "...), append(state, ", "...)
+		}
+		l := limit{class: s.Class, quota: s.Quota, quotaLimit: s.QuotaLimit, rate: s.Rate, concurrent: s.Limit}
+		policy = l.appendPolicy(policy)
+		state = appendState(state, l.name(), s.Remaining, resets(s))
+		if s.Remaining < least.Remaining {
+			least = s
+		}
+	}
+	dst = appendHeader(dst, okToClient, "ratelimit-policy", policy)
+	dst = appendHeader(dst, okToClient, "ratelimit", state)
+	if a.legacy {
+		dst = appendLegacy(dst, okToClient, least.Limit, least.Remaining, resets(least))
+	}
+	return dst
+}
+
+// resets is in how many seconds a limit is as if nobody had used it.
+func resets(s *authz.Standing) int64 { return int64(math.Ceil(s.ResetsIn.Seconds())) }
 
 // deprecate tells a client whose secret is not its key's newest when that came, and when its own ends. It goes
 // with allows and 429s: advice to who may come (again) with this secret. A client that is mostly limited has to
@@ -166,10 +226,94 @@ var (
 
 // limitNames are the words of error.limit and of the RateLimit headers.
 var limitNames = [...]string{
-	limits.ClassInstance:    "instance",
-	limits.ClassBurst:       "burst",
-	limits.ClassConcurrency: "concurrency",
+	limits.ClassInstance:       "instance",
+	limits.ClassGlobalQuota:    "quota",
+	limits.ClassPrincipalQuota: "quota",
+	limits.ClassKeyQuota:       "quota",
+	limits.ClassBurst:          "burst",
+	limits.ClassConcurrency:    "concurrency",
 }
+
+// A limit is one that headers speak of.
+type limit struct {
+	class      limits.Class
+	quota      *apikey.Quota // of the classes of quotas
+	quotaLimit limits.Quota
+	rate       limits.Rate
+	concurrent int64
+}
+
+// name is a quota's own, or the word for the class. It needs no escape in a header.
+func (l *limit) name() string {
+	if l.quota != nil && isPlain(l.quota.Name) {
+		return l.quota.Name
+	}
+	return limitNames[l.class]
+}
+
+// size is how many requests, or units, the limit lets through.
+func (l *limit) size() int64 {
+	switch {
+	case l.quota != nil:
+		return l.quotaLimit.Limit
+	case l.class == limits.ClassConcurrency:
+		return l.concurrent
+	}
+	return l.rate.Burst
+}
+
+// window is in how many seconds it does so; 0: that cannot be said in seconds.
+func (l *limit) window() int64 {
+	switch {
+	case l.quota != nil && l.quotaLimit.Period == limits.Day:
+		return 24 * 60 * 60
+	case l.quota != nil && l.quotaLimit.Window == 0: // a month, or running requests
+		return 0
+	case l.quota != nil:
+		return seconds(l.quotaLimit.Window)
+	case l.class == limits.ClassConcurrency:
+		return 0
+	}
+	return seconds(time.Duration(l.rate.Burst) * l.rate.Interval)
+}
+
+// appendPolicy appends an item of the header RateLimit-Policy.
+//
+// Source: draft-ietf-httpapi-ratelimit-headers.
+func (l *limit) appendPolicy(dst []byte) []byte {
+	dst = append(append(append(dst, '"'), l.name()...), `";q=`...)
+	dst = strconv.AppendInt(dst, l.size(), 10)
+	if l.class == limits.ClassConcurrency {
+		return append(dst, `;qu="concurrent-requests"`...)
+	}
+	if w := l.window(); w > 0 {
+		dst = strconv.AppendInt(append(dst, ";w="...), w, 10)
+	}
+	return dst
+}
+
+// appendState appends an item of the header RateLimit.
+func appendState(dst []byte, name string, remaining, resets int64) []byte {
+	dst = append(append(append(dst, '"'), name...), `";r=`...)
+	dst = strconv.AppendInt(dst, remaining, 10)
+	return strconv.AppendInt(append(dst, ";t="...), resets, 10)
+}
+
+// appendLegacy writes the headers that clients looked for before there was a draft.
+func appendLegacy(dst []byte, tag byte, size, remaining, resets int64) []byte {
+	var room [20]byte
+	dst = appendHeader(dst, tag, "x-ratelimit-limit", strconv.AppendInt(room[:0], size, 10))
+	dst = appendHeader(dst, tag, "x-ratelimit-remaining", strconv.AppendInt(room[:0], remaining, 10))
+	return appendHeader(dst, tag, "x-ratelimit-reset", strconv.AppendInt(room[:0], resets, 10))
+}
+
+// isPlain reports whether a name can stand between quotes as it is, in headers and in JSON.
+func isPlain(name string) bool {
+	return name != "" && len(name) <= maxName && isVisible(name) && !strings.ContainsAny(name, "\"\\")
+}
+
+// maxName is the longest name of a quota, and about half the longest of a context.
+const maxName = 128
 
 // deny refuses a request.
 func (a *answers) deny(dst []byte, d *authz.Decision, about about) []byte {
@@ -181,7 +325,6 @@ func (a *answers) deny(dst []byte, d *authz.Decision, about about) []byte {
 	dst, denied := open(dst, responseDenied)
 	dst = appendHTTPStatus(dst, how.http)
 	var retry int64
-	limit := ""
 	switch d.Outcome() {
 	case authz.Unauthenticated:
 		var room [192]byte
@@ -191,15 +334,15 @@ func (a *answers) deny(dst []byte, d *authz.Decision, about about) []byte {
 		}
 		dst = appendHeader(dst, deniedHeaders, "www-authenticate", challenge)
 	case authz.Limited:
-		retry, limit = seconds(d.RetryAfter), limitNames[d.Limit]
-		dst = appendLimit(dst, d, retry, limit)
+		retry = seconds(d.RetryAfter)
+		dst = a.appendLimit(dst, d, retry)
 		if a.deprecation && d.Key != nil {
 			dst = deprecate(dst, deniedHeaders, d.Key)
 		}
 	}
 	var room [512]byte
 	text := textOf(d)
-	dst = appendBody(dst, how, about, appendMessage(room[:0], d), retry, limit, &text)
+	dst = appendBody(dst, how, about, appendMessage(room[:0], d), retry, d, &text)
 	dst = shut(dst, denied)
 
 	dst, metadata := open(dst, responseMetadata)
@@ -209,20 +352,16 @@ func (a *answers) deny(dst []byte, d *authz.Decision, about about) []byte {
 }
 
 // appendLimit says which limit refuses, how large it is and when to come again.
-func appendLimit(dst []byte, d *authz.Decision, retry int64, limit string) []byte {
-	var room [96]byte
-	number := strconv.AppendInt(room[:0], retry, 10)
-	dst = appendHeader(dst, deniedHeaders, "retry-after", number)
-	policy := append(append(append(room[:0], '"'), limit...), `";q=`...)
-	if d.Concurrent != 0 {
-		policy = append(strconv.AppendInt(policy, d.Concurrent, 10), `;qu="concurrent-requests"`...)
-	} else {
-		policy = append(strconv.AppendInt(policy, d.Rate.Burst, 10), ";w="...)
-		policy = strconv.AppendInt(policy, seconds(time.Duration(d.Rate.Burst)*d.Rate.Interval), 10)
+func (a *answers) appendLimit(dst []byte, d *authz.Decision, retry int64) []byte {
+	l := limit{class: d.Limit, quota: d.Quota, quotaLimit: d.QuotaLimit, rate: d.Rate, concurrent: d.Concurrent}
+	var room [256]byte
+	dst = appendHeader(dst, deniedHeaders, "retry-after", strconv.AppendInt(room[:0], retry, 10))
+	dst = appendHeader(dst, deniedHeaders, "ratelimit-policy", l.appendPolicy(room[:0]))
+	dst = appendHeader(dst, deniedHeaders, "ratelimit", appendState(room[:0], l.name(), 0, retry))
+	if a.legacy {
+		dst = appendLegacy(dst, deniedHeaders, l.size(), 0, retry)
 	}
-	dst = appendHeader(dst, deniedHeaders, "ratelimit-policy", policy)
-	state := append(append(append(room[:0], '"'), limit...), `";r=0;t=`...)
-	return appendHeader(dst, deniedHeaders, "ratelimit", strconv.AppendInt(state, retry, 10))
+	return dst
 }
 
 // failure says that keyward could not decide. Nothing was granted.
@@ -248,7 +387,7 @@ func (a *answers) failure(dst []byte, d *authz.Decision, about about, err error)
 	var room [20]byte
 	dst = appendHeader(dst, deniedHeaders, "retry-after", strconv.AppendInt(room[:0], retry, 10))
 	text := textOf(d)
-	dst = appendBody(dst, &unavailable, about, "The key could not be checked right now. Retry shortly.", retry, "", &text)
+	dst = appendBody(dst, &unavailable, about, "The key could not be checked right now. Retry shortly.", retry, nil, &text)
 	dst = shut(dst, denied)
 	if a.errorResponse {
 		return dst, nil
@@ -260,8 +399,9 @@ func (a *answers) failure(dst []byte, d *authz.Decision, about about, err error)
 	return shut(dst, metadata), nil
 }
 
-// appendBody writes the last headers of a refusal and its body: text for gRPC callers, JSON for others.
-func appendBody[S string | []byte](dst []byte, how *refusal, about about, message S, retry int64, limit string, text *ids) []byte {
+// appendBody writes the last headers of a refusal and its body: text for gRPC callers, JSON for others. d is
+// the decision, nil if there is none.
+func appendBody[S string | []byte](dst []byte, how *refusal, about about, message S, retry int64, d *authz.Decision, text *ids) []byte {
 	dst = appendHeader(dst, deniedHeaders, "cache-control", "no-store")
 	if about.grpc {
 		// Without it Envoy makes UNAVAILABLE of a 429, which many clients retry at once.
@@ -282,11 +422,16 @@ func appendBody[S string | []byte](dst []byte, how *refusal, about about, messag
 	} else {
 		dst = append(dst, '"')
 	}
-	if limit != "" {
-		dst = append(append(append(dst, `,"limit":"`...), limit...), '"')
+	if d != nil && d.Outcome() == authz.Limited {
+		dst = append(append(append(dst, `,"limit":"`...), limitNames[d.Limit]...), '"')
 	}
-	dst = append(append(append(dst, `,"decisionId":"`...), text.decision[:]...), `"}}`...)
-	return shut(dst, body)
+	dst = append(append(append(dst, `,"decisionId":"`...), text.decision[:]...), `"}`...)
+	if d != nil && d.Quota != nil { // what FoundationaLLM's clients read
+		dst = appendJSONText(append(dst, `,"quota_name":`...), cut(d.Quota.Name, maxName))
+		dst = appendJSONText(append(dst, `,"quota_context":`...), cut(d.Quota.Context, 2*maxName))
+		dst = strconv.AppendInt(append(dst, `,"quota_exceeded":true,"time_until_retry_seconds":`...), retry, 10)
+	}
+	return shut(append(dst, '}'), body)
 }
 
 // appendMessage tells the caller what is wrong and what to do, and nothing that helps whoever guesses
@@ -307,6 +452,10 @@ func appendMessage(dst []byte, d *authz.Decision) []byte {
 		return append(dst, "The path is ambiguous. Send it without dot segments, empty segments, backslashes, semicolons and needless escapes."...)
 	case authz.ReasonInvalidRequest:
 		return append(dst, "The request names an instance, agent, environment or key twice, emptily or in an escaped spelling."...)
+	case authz.ReasonInvalidBody:
+		return append(dst, "The body does not say once and plainly which agent, instance or environment it is for, or is too long to be looked at: send a JSON object."...)
+	case authz.ReasonAgentMissing:
+		return append(dst, "The request does not say which agent it is for."...)
 	case authz.ReasonNoRoute:
 		return append(dst, "No route allows this request."...)
 	case authz.ReasonWrongInstance:
@@ -355,6 +504,10 @@ func textOf(d *authz.Decision) (text ids) {
 func appendFacts(dst []byte, d *authz.Decision, text *ids) []byte {
 	dst = appendFact(dst, "keyward.reason", d.Reason.String())
 	dst = appendFact(dst, "keyward.decision_id", text.decision[:])
+	if d.Shadowed != 0 {
+		var room [64]byte
+		dst = appendFact(dst, "keyward.shadow", d.Shadowed.Append(room[:0]))
+	}
 	switch {
 	case d.Key != nil:
 		return appendKey(dst, d.Key, text)

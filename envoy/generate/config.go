@@ -20,6 +20,8 @@ const (
 	DefaultKeyward      = "127.0.0.1:9191"
 	DefaultCheckTimeout = 250 * time.Millisecond
 	DefaultStatPrefix   = "keyward"
+	// DefaultMaxRequestBytes is how much of a body is looked at.
+	DefaultMaxRequestBytes = 64 << 10
 	// DefaultRequestTimeout and its like are the ones that Envoy's guide for edge proxies recommends.
 	DefaultRequestTimeout  = 5 * time.Minute
 	DefaultResponseTimeout = 5 * time.Minute
@@ -35,7 +37,7 @@ func DefaultCredentialHeaders() []string {
 func DefaultIdentityHeaders() []string {
 	return []string{
 		"x-keyward-key-id", "x-keyward-key-type", "x-keyward-instance-id", "x-keyward-agent",
-		"x-keyward-user", "x-keyward-scopes", "x-keyward-decision-id",
+		"x-keyward-user", "x-keyward-scopes", "x-keyward-decision-id", "x-user-identity",
 	}
 }
 
@@ -81,6 +83,13 @@ type Config struct {
 	CORSPreflight bool          // keyward lets CORS preflights pass, and so must see what makes one
 	// InternalCIDRs are the networks whose clients may steer Envoy by x-envoy-* headers. None: nobody may.
 	InternalCIDRs []netip.Prefix
+	// TokenClaims tells keyward what Envoy's jwt_authn filter, which has to stand before it, knows of a caller.
+	TokenClaims bool
+
+	// Bodies are the requests whose bodies keyward looks at: Envoy sends it no other. MaxRequestBytes is how much
+	// of one it sends at most; 0: DefaultMaxRequestBytes.
+	Bodies          []Body
+	MaxRequestBytes int
 
 	// Feedback is how Envoy says that requests ended; "": FeedbackALS. RenewEvery is how often it says that
 	// one still runs, as keyward's own configuration has it; 0: DefaultRenewEvery.
@@ -117,6 +126,7 @@ func (c Config) withDefaults() Config {
 	c.RequestTimeout = cmp.Or(c.RequestTimeout, DefaultRequestTimeout)
 	c.ResponseTimeout = cmp.Or(c.ResponseTimeout, DefaultResponseTimeout)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, DefaultIdleTimeout)
+	c.MaxRequestBytes = cmp.Or(c.MaxRequestBytes, DefaultMaxRequestBytes)
 	c.Feedback = cmp.Or(c.Feedback, FeedbackALS)
 	c.RenewEvery = cmp.Or(c.RenewEvery, DefaultRenewEvery)
 	if len(c.CredentialHeaders) == 0 {
@@ -186,6 +196,9 @@ func (c Config) validate(fragment bool) error {
 	}
 	if !slices.Contains(Feedbacks(), c.Feedback) {
 		bad("feedback", "%q is none of als, alsBatched, otlp, otlpBatched, none", c.Feedback)
+	}
+	if c.MaxRequestBytes < 1 || c.MaxRequestBytes > 1<<20 {
+		bad("maxRequestBytes", "%d is not from 1 to 1048576", c.MaxRequestBytes)
 	}
 	if c.RenewEvery < time.Millisecond {
 		bad("renewEvery", "%v is not a duration of at least 1ms", c.RenewEvery)

@@ -94,7 +94,7 @@ func bootstrap(c Config) (*bootstrapv3.Bootstrap, error) {
 			Listeners: []*listenerv3.Listener{{
 				Name:                          Listener,
 				Address:                       listenAddress(c.Listen),
-				PerConnectionBufferLimitBytes: wrapperspb.UInt32(connectionBuffer),
+				PerConnectionBufferLimitBytes: wrapperspb.UInt32(downstreamBuffer(c)),
 				FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{{
 					Name:       wellknown.HTTPConnectionManager,
 					ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: packedManager},
@@ -148,9 +148,13 @@ func connectionManager(c Config) (*hcmv3.HttpConnectionManager, error) {
 			AddressPrefix: p.Addr().String(), PrefixLen: wrapperspb.UInt32(uint32(p.Bits())),
 		})
 	}
+	routes, err := routes(c)
+	if err != nil {
+		return nil, err
+	}
 	m := &hcmv3.HttpConnectionManager{
 		StatPrefix:     Listener,
-		RouteSpecifier: &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: routes(c)},
+		RouteSpecifier: &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: routes},
 		HttpFilters:    filters,
 
 		// The address of the other end counts, so x-forwarded-for and x-envoy-external-address are Envoy's
@@ -193,24 +197,33 @@ func connectionManager(c Config) (*hcmv3.HttpConnectionManager, error) {
 	return m, addFeedback(m, c)
 }
 
+// downstreamBuffer leaves room for the bodies that are looked at.
+func downstreamBuffer(c Config) uint32 {
+	if len(c.Bodies) == 0 {
+		return connectionBuffer
+	}
+	return max(connectionBuffer, uint32(c.MaxRequestBytes))
+}
+
 // timeout is in Envoy's terms, where 0 means none.
 func timeout(d time.Duration) *durationpb.Duration { return durationpb.New(max(d, 0)) }
 
-func routes(c Config) *routev3.RouteConfiguration {
-	return &routev3.RouteConfiguration{
-		Name: Listener,
-		VirtualHosts: []*routev3.VirtualHost{{
-			Name:    "all",
-			Domains: []string{"*"},
-			Routes: []*routev3.Route{{
-				Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
-				Action: &routev3.Route_Route{Route: &routev3.RouteAction{
-					ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: upstreamCluster},
-					Timeout:          timeout(c.ResponseTimeout),
-				}},
-			}},
-		}},
+func routes(c Config) (*routev3.RouteConfiguration, error) {
+	all, err := bodyRoutes(c)
+	if err != nil {
+		return nil, err
 	}
+	all = append(all, &routev3.Route{Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}}})
+	for _, r := range all {
+		r.Action = &routev3.Route_Route{Route: &routev3.RouteAction{
+			ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: upstreamCluster},
+			Timeout:          timeout(c.ResponseTimeout),
+		}}
+	}
+	return &routev3.RouteConfiguration{
+		Name:         Listener,
+		VirtualHosts: []*routev3.VirtualHost{{Name: "all", Domains: []string{"*"}, Routes: all}},
+	}, nil
 }
 
 // httpFilters returns the filters in their order: what clients may not send is gone before keyward is
@@ -270,6 +283,9 @@ func extAuthz(c Config) *extauthzv3.ExtAuthz {
 	if c.CORSPreflight {
 		headers = append(headers, "origin", "access-control-request-method")
 	}
+	if len(c.Bodies) > 0 { // by which keyward knows a request without a body from one whose body it was not sent
+		headers = append(headers, "content-length", "transfer-encoding")
+	}
 	headers = append(headers, c.CheckHeaders...)
 	allowed := &matcherv3.ListStringMatcher{}
 	seen := map[string]bool{}
@@ -279,7 +295,13 @@ func extAuthz(c Config) *extauthzv3.ExtAuthz {
 			allowed.Patterns = append(allowed.Patterns, &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Exact{Exact: h}})
 		}
 	}
+	var known []string
+	if c.TokenClaims {
+		known = []string{"envoy.filters.http.jwt_authn"}
+	}
 	return &extauthzv3.ExtAuthz{
+		MetadataContextNamespaces: known,
+
 		StatPrefix:          c.StatPrefix,
 		TransportApiVersion: corev3.ApiVersion_V3,
 		// No retry policy: a request must not be counted twice.

@@ -40,8 +40,18 @@ const hcmNote = `#
 # this order; the router stays last. Do not add failure_mode_allow or retries of Check.
 `
 
+const jwtNote = `#
+# Before ext_authz your own envoy.filters.http.jwt_authn: with payload_in_metadata as keyward's jwt.payload has
+# it, and a requirement that lets requests without a token pass (requires_any: your provider, allow_missing).
+`
+
 const clustersNote = `#
 # 2. Into static_resources.clusters.
+`
+
+const routesNote = `#
+# 3. keyward looks at the bodies of these requests. Into the typed_per_filter_config of each route that takes
+# them; routes without it send none, and keyward refuses what it cannot look at.
 `
 
 // Envoy returns a complete configuration for an Envoy between clients, c.Upstreams and keyward, as YAML
@@ -77,13 +87,29 @@ func EnvoyFragment(c Config) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("generate fragment: %w", err)
 	}
-	out := bytes.NewBufferString(fragmentNote + hcmNote + "http_connection_manager:\n")
+	note := hcmNote
+	if c.TokenClaims {
+		note += jwtNote
+	}
+	out := bytes.NewBufferString(fragmentNote + note + "http_connection_manager:\n")
 	if err := appendIndented(out, "  ", "  ", manager); err != nil {
 		return nil, fmt.Errorf("generate fragment: %w", err)
 	}
 	out.WriteString(clustersNote + "clusters:\n")
 	if err := appendIndented(out, "- ", "  ", cluster); err != nil {
 		return nil, fmt.Errorf("generate fragment: %w", err)
+	}
+	bodies, err := bodyRoutes(c)
+	if err != nil {
+		return nil, fmt.Errorf("generate fragment: %w", err)
+	}
+	if len(bodies) > 0 {
+		out.WriteString(routesNote + "routes:\n")
+	}
+	for _, r := range bodies {
+		if err := appendIndented(out, "- ", "  ", r); err != nil {
+			return nil, fmt.Errorf("generate fragment: %w", err)
+		}
 	}
 	return out.Bytes(), nil
 }

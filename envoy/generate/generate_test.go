@@ -38,7 +38,7 @@ var configs = map[string]generate.Config{
 		KeywardTLS:        &generate.TLS{CAFile: "/etc/envoy/ca.pem", CertFile: "/etc/envoy/envoy.pem", KeyFile: "/etc/envoy/envoy.key"},
 		CheckTimeout:      300 * time.Millisecond,
 		CredentialHeaders: []string{"X-API-Key"},
-		IdentityHeaders:   append(generate.DefaultIdentityHeaders(), "X-User-Identity", "x-keyward-key-environment", "x-keyward-organisation-unit"),
+		IdentityHeaders:   append(generate.DefaultIdentityHeaders(), "X-Other-Identity", "x-keyward-key-environment", "x-keyward-organisation-unit"),
 		CheckHeaders:      []string{"x-tenant", "content-type"},
 		ClientAddress:     generate.ClientForwardedFor, TrustedHops: 2, CORSPreflight: true,
 		InternalCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("fd00::/8")},
@@ -51,7 +51,16 @@ var configs = map[string]generate.Config{
 	"als_batched":  {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackALSBatched, RenewEvery: time.Second},
 	"otlp":         {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackOTLP},
 	"otlp_batched": {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackOTLPBatched, AccessLog: true},
-	"no_feedback":  {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackNone},
+	"bodies": {
+		Upstreams: []string{"127.0.0.1:8080"}, TokenClaims: true, MaxRequestBytes: 100_000, IdentityHeaders: []string{"x-user"},
+		Bodies: []generate.Body{
+			{Method: "POST", Path: "/instances/{id}/completions", IgnoreCase: true},
+			{Path: "/files/{rest...}"}, {Path: "/a b.é/(x)/{$}"}, {Path: "/{$}"}, {Path: "/all/"},
+			{Path: "/all/"}, // of another host
+			{Method: "PUT", Path: "/" + strings.Repeat("long/", 30) + "{id}"},
+		},
+	},
+	"no_feedback": {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackNone},
 }
 
 // manyNames are 80 names with few beginnings in common and many hyphens.

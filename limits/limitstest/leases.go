@@ -93,6 +93,11 @@ var leaseCases = []struct {
 	{"WaitOnlyWhereNothingElseRefuses", waitOnlyWhereNothingElseRefuses},
 	{"SameLeaseWaitsTwice", sameLeaseWaitsTwice},
 	{"EndedWaiterGetsNothing", endedWaiterGetsNothing},
+	{"QuotasAreSpentWithTheLease", quotasAreSpentWithTheLease},
+	{"TurnRefusedByQuotaPassesOn", turnRefusedByQuotaPassesOn},
+	{"LongestWaitWithQuotas", longestWaitWithQuotas},
+	{"ShadowGrantsAboveTheLimit", shadowGrantsAboveTheLimit},
+	{"LookAtLeases", lookAtLeases},
 	{"RaisedLimitWakes", raisedLimitWakes},
 	{"LoweredLimitGrantsNone", loweredLimitGrantsNone},
 	{"QueuesAreBounded", queuesAreBounded},
@@ -1230,4 +1235,128 @@ func throng(t failer, s *crowd) {
 		t.Fatalf("%d grants: nobody was let in", grants.Load())
 	}
 	s.wantLive(c, 0)
+}
+
+// hourly asks for a unit of a quota over an hour.
+func (s *crowd) hourly(class limits.Class, limit int64, lockout time.Duration) limits.QuotaDemand {
+	return limits.QuotaDemand{Cell: s.cell(class), Quota: limits.Quota{Limit: limit, Window: time.Hour, Lockout: lockout}, Cost: 1}
+}
+
+func with(d *limits.Demand, quotas ...limits.QuotaDemand) *limits.Demand {
+	d.Quotas = quotas
+	return d
+}
+
+// used says how much of the limits of a demand is used.
+func (s *crowd) used(d *limits.Demand, want ...int64) {
+	s.t.Helper()
+	standings, err := s.Leaser.Look(context.Background(), d, nil)
+	var got []int64
+	for _, standing := range standings {
+		got = append(got, standing.Used)
+	}
+	if err != nil || !slices.Equal(got, want) {
+		s.t.Fatalf("%v used (%v), want %v", got, err, want)
+	}
+}
+
+// A wait holds nothing of a quota, a repeat spends nothing again, and a refusal neither.
+func quotasAreSpentWithTheLease(_ failer, s *crowd) {
+	c := s.cell(limits.ClassConcurrency)
+	quota := s.hourly(limits.ClassKeyQuota, 3, 0)
+	first := s.lease(c)
+	s.want(with(asking(first, 1), quota), granted)
+	s.want(with(asking(first, 1), quota), repeated)
+	s.want(with(asking(s.lease(c), 1), quota), tooMany)
+	w := s.start(with(patient(time.Hour, s.lease(c), 1), quota))
+	w.wantWaiting()
+	s.used(with(asking(first, 1), quota), 1, 1)
+	s.end(first)
+	w.want(granted)
+	s.used(with(asking(first, 1), quota), 2, 1)
+}
+
+func turnRefusedByQuotaPassesOn(_ failer, s *crowd) {
+	c := s.cell(limits.ClassConcurrency)
+	quota, other := s.hourly(limits.ClassKeyQuota, 1, 3*time.Hour), s.hourly(limits.ClassGlobalQuota, 5, 0)
+	running := s.grant(c, 1)
+	first := s.start(with(patient(time.Hour, s.lease(c), 1), other, quota))
+	second := s.start(with(patient(time.Hour, s.lease(c), 1), other))
+	s.want(with(demand(), quota), granted)
+	first.wantWaiting()
+	s.end(running)
+	// The refusal of one who has waited begins the lockout like any other.
+	first.want(limits.Decision{Class: limits.ClassKeyQuota, Quota: 1, RetryAfter: 3 * time.Hour})
+	second.want(granted)
+	s.used(with(demand(), other, quota), 1, 0)
+	s.Advance(aWhile)
+	s.want(with(demand(), quota), limits.Decision{Class: limits.ClassKeyQuota, RetryAfter: 3*time.Hour - aWhile})
+}
+
+// Where running requests are what is reported, no quota locks.
+func longestWaitWithQuotas(_ failer, s *crowd) {
+	c := s.cell(limits.ClassConcurrency)
+	brief := limits.QuotaDemand{Cell: s.cell(limits.ClassKeyQuota), Quota: limits.Quota{Limit: 1, Window: aWhile, Lockout: 2 * aWhile}, Cost: 1}
+	running := s.lease(c)
+	s.want(with(asking(running, 1), brief), granted)
+	s.want(with(asking(s.lease(c), 1), brief), tooMany)
+	s.want(with(patient(time.Hour, s.lease(c), 1), brief), tooMany) // no wait where another limit refuses
+	s.used(with(demand(), brief), 1)
+	s.end(running)
+	s.want(with(asking(s.lease(c), 1), brief), limits.Decision{Class: limits.ClassKeyQuota, RetryAfter: 2 * aWhile})
+	s.used(with(asking(running, 1), brief), 0, 0)
+}
+
+func shadowGrantsAboveTheLimit(_ failer, s *crowd) {
+	c := s.cell(limits.ClassConcurrency)
+	shadow := func(d *limits.Demand) *limits.Demand {
+		d.Lease.Shadow = true
+		return d
+	}
+	const bit = 1 << limits.ClassConcurrency
+	over := limits.Decision{Allowed: true, Shadowed: bit}
+	s.want(shadow(asking(s.lease(c), 2)), granted)
+	s.want(shadow(asking(s.lease(c), 2)), granted)
+	s.want(shadow(patient(time.Hour, s.lease(c), 2)), over)
+	s.wantLive(c, 3)
+	s.want(asking(s.lease(c), 2), tooMany)
+	quota := s.hourly(limits.ClassKeyQuota, 1, 0)
+	s.want(shadow(with(asking(s.lease(c), 2), quota)), over)
+	s.want(shadow(with(asking(s.lease(c), 2), quota)), limits.Decision{Class: limits.ClassKeyQuota, RetryAfter: time.Hour, Shadowed: bit})
+	s.wantLive(c, 4)
+	// In shadow nobody needs to wait, nor does who waits already.
+	w := s.start(patient(time.Hour, s.lease(c), 2))
+	w.wantWaiting()
+	s.Advance(aWhile)
+	s.want(shadow(asking(s.lease(c), 2)), over)
+	w.want(after(aWhile, granted))
+	s.wantLive(c, 6)
+}
+
+func lookAtLeases(t failer, s *crowd) {
+	c := s.cell(limits.ClassConcurrency)
+	ask := asking(s.lease(c), 2)
+	want := func(want limits.Standing) {
+		t.Helper()
+		want.Class, want.Limit = limits.ClassConcurrency, 2
+		got, err := s.Leaser.Look(context.Background(), ask, nil)
+		if err != nil || len(got) != 1 || got[0] != want {
+			t.Fatalf("got %+v, %v, want %+v", got, err, want)
+		}
+	}
+	want(limits.Standing{Remaining: 2})
+	first := s.grant(c, 2)
+	want(limits.Standing{Used: 1, Remaining: 1})
+	s.grant(c, 2)
+	want(limits.Standing{Used: 2, RefusesFor: retryHint})
+	s.grant(c, 9) // the limit was lowered since
+	want(limits.Standing{Used: 3, RefusesFor: retryHint})
+	s.end(first)
+	want(limits.Standing{Used: 2, RefusesFor: retryHint})
+	s.Advance(s.TTL)
+	want(limits.Standing{Remaining: 2})
+	standings := []limits.Standing{{Class: limits.ClassBurst}}
+	if got, err := s.Leaser.Look(context.Background(), ask, standings); err != nil || len(got) != 2 || got[0] != standings[0] {
+		t.Fatalf("got %+v, %v, want one more standing", got, err)
+	}
 }

@@ -118,6 +118,15 @@ const (
 	waitsForever        = "has no bound for all queues"
 	grantsInTwoSteps    = "judges and grants under two locks"
 	grantsToGone        = "grants a turn to one whose request ended"
+	quotasAreForgotten  = "does not look at quotas again after a wait"
+	lockoutIsForgotten  = "begins no lockout after a wait"
+	locksUnreported     = "begins a lockout where running requests are reported"
+	quotasAreHeld       = "spends quotas before it waits"
+	shadowRefusesLeases = "refuses leases in shadow"
+	shadowLeaseIsSilent = "says nothing of leases in shadow"
+	shadowLeavesWaiting = "leaves those waiting who came before the shadow"
+	looksAtNoLeases     = "does not see leases when it looks"
+	looksAtDead         = "sees leases that expired when it looks"
 )
 
 func (l *ledger) is(mistake string) bool { return l.mistake == mistake }
@@ -234,13 +243,31 @@ func (l *ledger) TryTake(d *limits.Demand) (limits.Decision, bool) {
 	return decision, true
 }
 
+func (l *ledger) Look(ctx context.Context, d *limits.Demand, standings []limits.Standing) ([]limits.Standing, error) {
+	standings, err := l.rates.Look(ctx, d, standings)
+	if err != nil || d.Lease.Limit == 0 || l.is(looksAtNoLeases) {
+		return standings, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.is(looksAtDead) {
+		l.serve()
+	}
+	c := d.Lease.Lease.Cell
+	s := limits.Standing{Class: c.Class, Limit: d.Lease.Limit, Used: l.liveOf(c), Shadow: d.Lease.Shadow}
+	if s.Remaining = max(0, s.Limit-s.Used-l.cell(c).turns); s.Remaining == 0 {
+		s.RefusesFor = retryHint
+	}
+	return append(standings, s), nil
+}
+
 // judge decides, and spends what passes, for one that comes or that waited and has a turn or not. waits:
 // only the leases refuse.
 func (l *ledger) judge(d *limits.Demand, w *ledgerWaiter, turn bool) (decision limits.Decision, waits bool, err error) {
 	l.expire()
 	ask := d.Lease
 	if ask.Limit == 0 && !l.is(leasesNoLimit) {
-		decision, err = l.rates.Take(context.Background(), &limits.Demand{Rates: d.Rates})
+		decision, err = l.rates.Take(context.Background(), &limits.Demand{Rates: d.Rates, Quotas: d.Quotas})
 		return decision, false, err
 	}
 	for _, r := range d.Rates {
@@ -250,7 +277,7 @@ func (l *ledger) judge(d *limits.Demand, w *ledgerWaiter, turn bool) (decision l
 	}
 	if e := l.find(ask.Lease); e != nil && !l.is(repeatIsNew) {
 		if l.is(repeatSpends) {
-			_, _ = l.rates.Take(context.Background(), &limits.Demand{Rates: d.Rates})
+			_, _ = l.rates.Take(context.Background(), &limits.Demand{Rates: d.Rates, Quotas: d.Quotas})
 		}
 		if !l.is(repeatKeepsTime) {
 			e.until, e.orphaned = l.now()+ledgerTTL, 0
@@ -266,6 +293,9 @@ func (l *ledger) judge(d *limits.Demand, w *ledgerWaiter, turn bool) (decision l
 	c := l.cell(ask.Lease.Cell)
 	if w == nil && (!l.is(ignoresRaised) || len(c.queue)+int(c.turns) == 0) {
 		c.limit = ask.Limit
+		if ask.Shadow && !l.is(shadowLeavesWaiting) {
+			c.limit = 1 << 40
+		}
 		l.serve()
 	}
 	limit := c.limit
@@ -277,33 +307,49 @@ func (l *ledger) judge(d *limits.Demand, w *ledgerWaiter, turn bool) (decision l
 		counted += c.turns
 	}
 	full := counted >= limit || !turn && len(c.queue) > 0
+	var shadowed uint16
+	if ask.Shadow && !l.is(shadowRefusesLeases) {
+		full = false
+		if l.liveOf(ask.Lease.Cell) >= ask.Limit && !l.is(shadowLeaseIsSilent) {
+			shadowed = 1 << limits.ClassConcurrency
+		}
+	}
 	if !full && l.is(grantsInTwoSteps) {
 		l.mu.Unlock()
 		runtime.Gosched()
 		l.mu.Lock()
 	}
 
-	// What the rates say is found by taking; a copy is put back where that must not be.
-	before := make(map[limits.Cell]int64)
-	for c, f := range l.rates.full {
-		before[c] = f
+	// What the rates and quotas say is found by taking; a copy is put back where that must not be.
+	putBack := l.rates.copied()
+	rest := &limits.Demand{Rates: d.Rates, Quotas: d.Quotas}
+	if w != nil && l.is(ignoresRates) {
+		rest.Rates = nil
 	}
-	decision = granted
-	if !l.is(ignoresRates) || w == nil {
-		if decision, err = l.rates.Take(context.Background(), &limits.Demand{Rates: d.Rates}); err != nil {
-			return limits.Decision{}, false, err
-		}
+	if w != nil && l.is(quotasAreForgotten) {
+		rest.Quotas = nil
 	}
-	if full && decision.Allowed && !l.is(spendsAnyway) && !l.is(holdsWhileWaiting) {
-		l.rates.full = before
+	if decision, err = l.rates.Take(context.Background(), rest); err != nil {
+		return limits.Decision{}, false, err
+	}
+	if !decision.Allowed && w != nil && l.is(lockoutIsForgotten) {
+		putBack(true)
 	}
 	if full {
 		waits = decision.Allowed || l.is(waitsForNothing)
+		if !l.is(spendsAnyway) && !l.is(holdsWhileWaiting) {
+			if decision.Allowed {
+				putBack(!l.is(quotasAreHeld))
+			} else if decision.RetryAfter < retryHint && !l.is(locksUnreported) {
+				putBack(true)
+			}
+		}
 		if decision.RetryAfter < retryHint && (decision.Allowed || !l.is(hintsNothing)) {
 			decision = tooMany
 		}
 		return decision, waits, nil
 	}
+	decision.Shadowed |= shadowed
 	if decision.Allowed || l.is(leasesAnyway) {
 		l.live = append(l.live, &entry{until: l.now() + ledgerTTL, Running: limits.Running{
 			Lease: ask.Lease, Note: ask.Note, Connection: ask.Connection, Granted: l.base.Add(l.now()),
@@ -602,6 +648,16 @@ func TestMistakesWithLeasesAreCaught(t *testing.T) {
 		{waitsForever, "QueuesAreBounded"},
 		{grantsInTwoSteps, "Throng"},
 		{grantsToGone, "EndedWaiterGetsNothing"},
+		{repeatSpends, "QuotasAreSpentWithTheLease"},
+		{quotasAreHeld, "QuotasAreSpentWithTheLease"},
+		{quotasAreForgotten, "TurnRefusedByQuotaPassesOn"},
+		{lockoutIsForgotten, "TurnRefusedByQuotaPassesOn"},
+		{locksUnreported, "LongestWaitWithQuotas"},
+		{shadowRefusesLeases, "ShadowGrantsAboveTheLimit"},
+		{shadowLeaseIsSilent, "ShadowGrantsAboveTheLimit"},
+		{shadowLeavesWaiting, "ShadowGrantsAboveTheLimit"},
+		{looksAtNoLeases, "LookAtLeases"},
+		{looksAtDead, "LookAtLeases"},
 	} {
 		t.Run(tt.caughtBy+"/"+tt.mistake, func(t *testing.T) {
 			failed := firstLeaseFailure(t, tt.mistake, tt.caughtBy)

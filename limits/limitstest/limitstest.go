@@ -32,6 +32,8 @@ type Subject struct {
 	// Resolution is the limiter's smallest step of time; 0: a nanosecond. Every interval and every time
 	// of the suite is a multiple of it.
 	Resolution time.Duration
+	// Now is the limiter's wall clock, which goes with the other one; nil: time.Now.
+	Now func() time.Time
 }
 
 // Run holds the subjects that open returns to the contract, a fresh one for each case. The end of t is
@@ -76,6 +78,30 @@ var cases = []struct {
 	{"DemandBelongsToItsCaller", demandBelongsToItsCaller},
 	{"RetryAfterIsTrue", retryAfterIsTrue},
 	{"ExactlyTheOracle", exactlyTheOracle},
+	{"ShadowRefusesNothing", shadowRefusesNothing},
+	{"QuotaAdmitsItsLimit", quotaAdmitsItsLimit},
+	{"QuotaSlides", quotaSlides},
+	{"QuotaCosts", quotaCosts},
+	{"QuotaOfTwentySeconds", quotaOfTwentySeconds},
+	{"LockoutNeitherCountsNorIsExtended", lockoutNeitherCountsNorIsExtended},
+	{"LockoutShorterThanItsWindow", lockoutShorterThanItsWindow},
+	{"OnlyTheReportedQuotaLocks", onlyTheReportedQuotaLocks},
+	{"ChangedLockoutClamps", changedLockoutClamps},
+	{"AllOrNothingWithQuotas", allOrNothingWithQuotas},
+	{"TiesOfQuotas", tiesOfQuotas},
+	{"QuotaAndRateShareNoCell", quotaAndRateShareNoCell},
+	{"CalendarDays", calendarDays},
+	{"CalendarMonths", calendarMonths},
+	{"ManyUnitsInHundredths", manyUnitsInHundredths},
+	{"ChangedQuotaKeepsItsCount", changedQuotaKeepsItsCount},
+	{"ChangedWindow", changedWindow},
+	{"QuotaBecomesCalendar", quotaBecomesCalendar},
+	{"ManyUnitsBecomeFew", manyUnitsBecomeFew},
+	{"LookSpendsNothing", lookSpendsNothing},
+	{"LookSaysWhatTakeDoes", lookSaysWhatTakeDoes},
+	{"RetryAfterIsTrueForAll", retryAfterIsTrueForAll},
+	{"QuotasAreTheOracle", func(t failer, s *table) { sequences(t, 500, 1, func() *table { return s }) }},
+	{"ExactlyLimitAtOneInstant", exactlyLimitAtOneInstant},
 	{"ExactlyBurstAtOneInstant", exactlyBurstAtOneInstant},
 	{"RefusedDemandIsInNobodysWay", refusedDemandIsInNobodysWay},
 	{"CrossingDemandsEnd", crossingDemandsEnd},
@@ -91,6 +117,9 @@ type table struct {
 func newTable(s Subject) *table {
 	if s.Resolution == 0 {
 		s.Resolution = time.Nanosecond
+	}
+	if s.Now == nil {
+		s.Now = time.Now
 	}
 	return &table{Subject: s}
 }
@@ -125,7 +154,7 @@ func (s *table) take(t failer, d *limits.Demand) limits.Decision {
 // sane checks that an allowance says nothing of a refusal, and a refusal everything.
 func (s *table) sane(t failer, d limits.Decision) limits.Decision {
 	t.Helper()
-	if d.Allowed && d != (limits.Decision{Allowed: true}) || !d.Allowed && (d.Class == 0 || d.RetryAfter <= 0) {
+	if d.Allowed && d != (limits.Decision{Allowed: true, Shadowed: d.Shadowed}) || !d.Allowed && (d.Class == 0 || d.RetryAfter <= 0) {
 		t.Fatalf("got %+v: neither an allowance nor a refusal with class and wait", d)
 	}
 	return d

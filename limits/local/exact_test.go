@@ -13,10 +13,10 @@ import (
 	"keyward/limits"
 )
 
-// TestExactInAStorm sends hundreds of callers at once at random mixes of a total, a key's rate and its
-// running requests, and holds what came of it to the promises of DESIGN §11 (P5, P7): in any window at
-// most burst + rate·w, never more running than the limit, and not a nanosecond of any limit's state spent
-// by a refusal.
+// TestExactInAStorm sends hundreds of callers at once at random mixes of a total, a key's rate, its quota and
+// its running requests, and holds what came of it to the promises of DESIGN §11 (P5, P7, P8): in any window
+// at most burst + rate·w and a quota's limit, never more running than the limit, and not a nanosecond or a
+// unit of any limit's state spent by a refusal.
 //
 // In a bubble the clock stands still while anybody runs, so a caller reads the very time that the limiter
 // judged it by: there is no slack.
@@ -34,6 +34,7 @@ func TestExactInAStorm(t *testing.T) {
 			}
 			return limits.Rate{Interval: 2 * time.Millisecond, Burst: 7}
 		}
+		quota := limits.Quota{Limit: 14, Window: 30 * time.Millisecond}
 		limitOf := func(key uint64) int64 { return 1 + int64(key%4) }
 
 		var running [keys]atomic.Int64
@@ -53,6 +54,9 @@ func TestExactInAStorm(t *testing.T) {
 				slices.Reverse(d.Rates)
 			}
 			if dice.IntN(4) > 0 {
+				d.Quotas = []limits.QuotaDemand{quotaOf(key, quota)}
+			}
+			if dice.IntN(4) > 0 {
 				d.Lease = limits.LeaseDemand{Lease: leaseOf(key, requests.Add(1)), Limit: limitOf(key), Wait: wait}
 			}
 			got, err := l.Take(t.Context(), d)
@@ -69,6 +73,9 @@ func TestExactInAStorm(t *testing.T) {
 			defer mu.Unlock()
 			for _, r := range d.Rates {
 				admitted[r.Cell] = append(admitted[r.Cell], now)
+			}
+			for _, q := range d.Quotas {
+				admitted[q.Cell] = append(admitted[q.Cell], now)
 			}
 			return key, d.Lease.Lease, d.Lease.Limit > 0
 		}
@@ -112,6 +119,18 @@ func TestExactInAStorm(t *testing.T) {
 				slices.Sort(times)
 				// The state is that of a limiter that only ever saw what passed.
 				full, now := int64(0), l.now()
+				if cell.Class == limits.ClassKeyQuota {
+					used := int64(0)
+					for _, at := range times {
+						if at+int64(quota.Window) > now {
+							used++
+						}
+					}
+					if got := mustLook(t, l, demandQuotas(limits.QuotaDemand{Cell: cell, Quota: quota}))[0]; got.Used != used {
+						t.Errorf("%d units used, want %d: a refusal was in it", got.Used, used)
+					}
+					continue
+				}
 				for _, at := range times {
 					full, _ = rateOf(cell).Take(full, at)
 				}
@@ -125,11 +144,19 @@ func TestExactInAStorm(t *testing.T) {
 			mustEnd(t, l, endings(limits.CauseLog, left...)...)
 		}
 		for cell, times := range admitted {
-			wantWindows(t, rateOf(cell), times)
+			if cell.Class != limits.ClassKeyQuota {
+				wantWindows(t, rateOf(cell), times)
+				continue
+			}
+			for i := range times[min(quota.Limit, int64(len(times))):] {
+				if took := times[int64(i)+quota.Limit] - times[i]; took < int64(quota.Window) {
+					t.Fatalf("%d passed in %v, want at most %d in %v", quota.Limit+1, time.Duration(took), quota.Limit, quota.Window)
+				}
+			}
 		}
-		t.Logf("refused by the total %d times, by the burst %d, by concurrency %d", refused[limits.ClassInstance].Load(),
-			refused[limits.ClassBurst].Load(), refused[limits.ClassConcurrency].Load())
-		for _, class := range []limits.Class{limits.ClassInstance, limits.ClassBurst, limits.ClassConcurrency} {
+		t.Logf("refused by the total %d times, by the quota %d, by the burst %d, by concurrency %d", refused[limits.ClassInstance].Load(),
+			refused[limits.ClassKeyQuota].Load(), refused[limits.ClassBurst].Load(), refused[limits.ClassConcurrency].Load())
+		for _, class := range []limits.Class{limits.ClassInstance, limits.ClassKeyQuota, limits.ClassBurst, limits.ClassConcurrency} {
 			if refused[class].Load() < int64(rounds*asks) {
 				t.Errorf("class %d refused %d times: too rarely to prove anything", class, refused[class].Load())
 			}
@@ -196,6 +223,10 @@ func TestRefusalLeavesEverythingAsItWas(t *testing.T) {
 				{Cell: cellOf(key, limits.ClassBurst), Rate: limits.Rate{Interval: 3 * time.Millisecond, Burst: 2}},
 			}}
 			d.Rates = d.Rates[dice.IntN(3):]
+			if dice.IntN(2) == 0 {
+				d.Quotas = []limits.QuotaDemand{quotaOf(key, limits.Quota{Limit: 3, Window: 10 * time.Millisecond})}
+				d.Quotas[0].Cost = 1 + dice.Int64N(3)
+			}
 			if dice.IntN(3) == 0 || len(d.Rates) == 0 {
 				d.Lease = limits.LeaseDemand{Lease: lease, Limit: 1 + int64(key%2)}
 			}
@@ -209,7 +240,7 @@ func TestRefusalLeavesEverythingAsItWas(t *testing.T) {
 				}
 				return all
 			}
-			before := look()
+			before, standings := look(), mustLook(t, l, &limits.Demand{Quotas: d.Quotas})
 			got, ok := l.TryTake(d)
 			if !ok {
 				t.Fatal("TryTake did not decide")
@@ -221,12 +252,13 @@ func TestRefusalLeavesEverythingAsItWas(t *testing.T) {
 				continue
 			}
 			refusals[got.Class]++
-			if after := look(); !slices.Equal(before, after) {
+			if after := look(); !slices.Equal(before, after) || !slices.Equal(standings, mustLook(t, l, &limits.Demand{Quotas: d.Quotas})) {
 				t.Fatalf("seed %d: %+v refused %+v: state was %+v, is %+v", seed, got, d, before, after)
 			}
 		}
-		t.Logf("refusals: total %d, burst %d, concurrency %d", refusals[limits.ClassInstance], refusals[limits.ClassBurst], refusals[limits.ClassConcurrency])
-		if least := min(refusals[limits.ClassInstance], refusals[limits.ClassBurst], refusals[limits.ClassConcurrency]); least < demands/500 {
+		t.Logf("refusals: total %d, quota %d, burst %d, concurrency %d", refusals[limits.ClassInstance], refusals[limits.ClassKeyQuota],
+			refusals[limits.ClassBurst], refusals[limits.ClassConcurrency])
+		if least := min(refusals[limits.ClassInstance], refusals[limits.ClassKeyQuota], refusals[limits.ClassBurst], refusals[limits.ClassConcurrency]); least < demands/500 {
 			t.Errorf("a limit refused only %d times of %d", least, demands)
 		}
 	})

@@ -163,7 +163,7 @@ func (l *Limiter) grant(t *taking, ids *identities, now int64) {
 	c := &t.cells[t.cell]
 	s := &l.shards[c.shard]
 	if c.slot == missing {
-		c.slot = l.add(s, c.cell)
+		c.slot = l.add(s, &t.lease.Lease.Cell)
 	}
 	l.insert(place{c.shard, c.slot}, ids, t.hash, now, lease{
 		Lease: t.lease.Lease, note: t.lease.Note, connection: t.lease.Connection, granted: now,

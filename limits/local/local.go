@@ -5,10 +5,12 @@
 // given back: a request that is refused is at no moment in the way of one that is not.
 //
 // Running requests are counted by leases: lease.go has their life, wait.go those who wait for one to
-// end, identity.go how a lease is found, and what is remembered of those that are gone.
+// end, identity.go how a lease is found, and what is remembered of those that are gone. Quotas are counted
+// in quota.go; save.go is how those with long windows outlive the process.
 //
-// Trade-off: nothing is shared with other processes, and a restart forgets what was spent: every bucket
-// is full again. Leases come back by adoption. Replicas that must count together use another limiter.
+// Trade-off: nothing is shared with other processes, and a restart forgets what was spent but for quotas that
+// were saved: every bucket is full again. Leases come back by adoption. Replicas that must count together
+// use another limiter.
 package local
 
 import (
@@ -17,6 +19,7 @@ import (
 	"context"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -40,6 +43,10 @@ type Config struct {
 	// Started is when the process began, by the wall clock. For 45 s from then, leases of older requests
 	// are adopted. Zero: when the limiter is made.
 	Started time.Time
+	// QuotaCells is how many quota cells there may be, one for each quota of each partition that has counted
+	// something which still counts; 0: 1,000,000, which is some 300 MB where windows hold little. None is
+	// ever dropped for another: a demand that needs one more is undecided, and counted.
+	QuotaCells int64
 }
 
 const (
@@ -48,7 +55,9 @@ const (
 	// sweepStep cells take a few microseconds, which a request that meets the sweep can wait for.
 	sweepStep = 64
 	// usualLimits in one demand are judged without allocation. More are no error.
-	usualLimits = 8
+	usualLimits = 12
+	// usualQuotaCells is Config.QuotaCells where that says nothing.
+	usualQuotaCells = 1_000_000
 )
 
 // A Limiter is a [limits.Leaser] whose state is in this process. Make one with [New]. Its clock is
@@ -64,7 +73,9 @@ const (
 // Memory: a cell is made when it is first spent and costs about 90 bytes, a lease about 200. Cells that
 // have no leases and whose bucket is full again say nothing and are swept, a few at a time, by the
 // requests that come; room once used is kept for the next. A cell that still matters is never evicted:
-// only authenticated callers have cells, so their number is bounded by that of keys.
+// only authenticated callers have cells, so their number is bounded by that of keys. Cells of quotas have a
+// table of their own: about 250 bytes each, and 16 for every instant of which a unit counts. Callers that
+// are known by somebody else's word have those as well, so their number has a bound, Config.QuotaCells.
 type Limiter struct {
 	seed       maphash.Seed // random: nobody can choose ids that meet in one shard
 	base       time.Time    // the clock counts from here
@@ -80,12 +91,18 @@ type Limiter struct {
 	sweepDue  atomic.Int64 // when the next step of the sweep may be taken
 	sweepNext atomic.Uint32
 
+	quotaCells atomic.Int64
+	quotaBound int64
+	errFull    error // for a demand that needs more
+
 	waiting atomic.Int64 // in all queues
 	waiters sync.Pool    // of *waiter
 
 	cells  prometheus.Gauge
 	swept  prometheus.Counter
 	waited prometheus.Histogram
+
+	quotasSwept, quotasFull, quotasLocked prometheus.Counter
 }
 
 // A shard is a part of the table under its own lock.
@@ -98,7 +115,8 @@ type shard struct {
 	leases leaseTable
 	queues queueTable
 	counts counts
-	_      [24]byte
+	quotas quotaTable
+	_      [16]byte
 }
 
 // A slot is the state of one cell. It holds no pointer.
@@ -123,6 +141,9 @@ func New(c Config, reg prometheus.Registerer) *Limiter {
 	if c.TTL <= 0 {
 		c.TTL = c.RenewEvery * 7 / 2
 	}
+	if c.QuotaCells <= 0 {
+		c.QuotaCells = usualQuotaCells
+	}
 	now := time.Now()
 	if c.Started.IsZero() {
 		c.Started = now
@@ -136,6 +157,8 @@ func New(c Config, reg prometheus.Registerer) *Limiter {
 		youngUntil: int64(adoptFor - now.Sub(c.Started)),
 		olderUntil: c.Started.Add(skew).UnixMicro(),
 		waiters:    sync.Pool{New: newWaiter},
+		quotaBound: c.QuotaCells,
+		errFull:    fmt.Errorf("all %d quota cells are in use, and none is dropped for another: %w", c.QuotaCells, apikey.ErrUndecided),
 	}
 	for i := range l.shards {
 		l.shards[i].index = make(map[limits.Cell]int32)
@@ -146,8 +169,8 @@ func New(c Config, reg prometheus.Registerer) *Limiter {
 
 // Take decides a demand. It blocks only where nothing but the limit of running requests refuses, and
 // for no longer than the demand's Wait or until 20 ms before the deadline of ctx.
-// Errors: apikey.ErrUndecided for a demand that names a cell twice, for a request that has ended, and
-// if ctx is done before the wait is over.
+// Errors: apikey.ErrUndecided for a demand that names a cell twice, for a request that has ended, if ctx is
+// done before the wait is over, and for a demand that needs more quota cells than there may be.
 func (l *Limiter) Take(ctx context.Context, d *limits.Demand) (limits.Decision, error) {
 	var usual [usualLimits]involved
 	t, ok := l.involve(usual[:0], d)
@@ -162,6 +185,8 @@ func (l *Limiter) Take(ctx context.Context, d *limits.Demand) (limits.Decision, 
 	switch verdict {
 	case ended:
 		return limits.Decision{}, errEnded
+	case overfull:
+		return limits.Decision{}, l.errFull
 	case crowded:
 		return l.await(ctx, &t, w)
 	}
@@ -169,7 +194,7 @@ func (l *Limiter) Take(ctx context.Context, d *limits.Demand) (limits.Decision, 
 }
 
 var (
-	errTwice = fmt.Errorf("a demand names a limit twice: %w", apikey.ErrUndecided)
+	errTwice = fmt.Errorf("a demand names a limit twice, or tens of thousands: %w", apikey.ErrUndecided)
 	errEnded = fmt.Errorf("the request has ended: %w", apikey.ErrUndecided)
 )
 
@@ -194,45 +219,87 @@ func (l *Limiter) TryTake(d *limits.Demand) (decision limits.Decision, ok bool) 
 
 // A taking is a demand on its way through the table.
 type taking struct {
-	cells []involved          // in the order in which they are locked
-	lease *limits.LeaseDemand // nil: it asks for none
+	demand *limits.Demand
+	cells  []involved          // in the order in which they are locked
+	quotas bool                // there are any
+	lease  *limits.LeaseDemand // nil: it asks for none
 	// What follows is set where it asks for one.
 	cell int    // position in cells
 	hash uint64 // of the identity
 }
 
-// An involved cell is one that a decision is about.
+// An involved cell is one that a decision is about. It is small: its like are sorted for every request.
 type involved struct {
-	cell  *limits.Cell
-	rate  *limits.Rate // nil: the limit of running requests
-	shard int32
-	slot  int32 // position in the shard while its lock is held, or missing
-	full  int64 // as it will be once spent
+	full     int64 // of a rate: as it will be once spent
+	shard    int32
+	slot     int32 // position in the shard's table while its lock is held, or missing
+	position int32 // in Demand.Rates or Demand.Quotas
+	place    int16 // among all the demand's limits
+	sort     sort
+	noRoom   bool // judged, but in shadow, so that nothing of it is spent
 }
 
-const missing = -1
+type sort uint8
+
+const (
+	aRate sort = iota
+	aQuota
+	theLease
+)
+
+const (
+	missing = -1
+	// mostLimits is more than any demand has.
+	mostLimits = math.MaxInt16
+)
+
+func (t *taking) rate(c *involved) *limits.RateDemand   { return &t.demand.Rates[c.position] }
+func (t *taking) quota(c *involved) *limits.QuotaDemand { return &t.demand.Quotas[c.position] }
+
+func (t *taking) cellOf(c *involved) *limits.Cell {
+	switch c.sort {
+	case aRate:
+		return &t.rate(c).Cell
+	case aQuota:
+		return &t.quota(c).Cell
+	}
+	return &t.lease.Lease.Cell
+}
 
 // involve lists the cells of a demand in the order in which they are locked. It reports whether each
 // is named once.
 func (l *Limiter) involve(cells []involved, d *limits.Demand) (t taking, once bool) {
+	t.demand = d
+	if len(d.Rates)+len(d.Quotas) >= mostLimits {
+		return t, false
+	}
 	for i := range d.Rates {
 		if r := &d.Rates[i]; !r.Rate.IsZero() {
-			cells = append(cells, involved{cell: &r.Cell, rate: &r.Rate, shard: l.shardOf(&r.Cell)})
+			cells = append(cells, involved{sort: aRate, shard: l.shardOf(&r.Cell), position: int32(i), place: int16(len(cells))})
+		}
+	}
+	for i := range d.Quotas {
+		if q := &d.Quotas[i]; !q.Quota.IsZero() {
+			cells = append(cells, involved{sort: aQuota, shard: l.shardOf(&q.Cell), position: int32(i), place: int16(len(cells))})
+			t.quotas = true
 		}
 	}
 	if d.Lease.Limit > 0 {
 		t.lease = &d.Lease
 		t.hash = l.hashOf(&d.Lease.Lease)
-		cells = append(cells, involved{cell: &d.Lease.Lease.Cell, shard: l.shardOf(&d.Lease.Lease.Cell)})
+		cells = append(cells, involved{sort: theLease, shard: l.shardOf(&d.Lease.Lease.Cell), place: int16(len(cells))})
 	}
 	slices.SortFunc(cells, func(a, b involved) int {
-		return cmp.Or(cmp.Compare(a.shard, b.shard), compareCells(a.cell, b.cell))
+		if a.shard != b.shard {
+			return int(a.shard - b.shard)
+		}
+		return compareCells(t.cellOf(&a), t.cellOf(&b))
 	})
 	for i := range cells {
-		if i > 0 && *cells[i].cell == *cells[i-1].cell {
+		if i > 0 && cells[i].shard == cells[i-1].shard && *t.cellOf(&cells[i]) == *t.cellOf(&cells[i-1]) {
 			return t, false
 		}
-		if cells[i].rate == nil {
+		if cells[i].sort == theLease {
 			t.cell = i
 		}
 	}
@@ -254,9 +321,10 @@ func (l *Limiter) shardOf(c *limits.Cell) int32 {
 type verdict uint8
 
 const (
-	decided verdict = iota // the decision says it all
-	crowded                // only the limit of running requests refuses, and one may end in time
-	ended                  // the request has ended: nobody needs a decision
+	decided  verdict = iota // the decision says it all
+	crowded                 // only the limit of running requests refuses, and one may end in time
+	ended                   // the request has ended: nobody needs a decision
+	overfull                // it needs more quota cells than there may be
 )
 
 // decide judges a demand's cells, and spends them all if all have room. Where the demand may wait, it
@@ -268,17 +336,18 @@ func (l *Limiter) decide(t *taking, wait time.Duration, join bool) (d limits.Dec
 	// time from before the wait for a lock would be earlier than what has happened to the cell since. It
 	// would count a cell that was swept meanwhile as full from before it was, and the wait that a
 	// refusal reports would be too long by the wait for the lock.
-	now = l.now()
+	at := l.instant(t.quotas)
+	now = at.clock
 	if t.lease == nil {
-		d = l.judgeRates(t, now)
-		if d.Allowed {
-			l.spendRates(t)
+		r := l.judgeLimits(t, at)
+		if !r.refuses() && !l.spend(t, at) {
+			return d, overfull, nil, now
 		}
-		return d, decided, nil, now
+		return l.conclude(t, &r, at), decided, nil, now
 	}
 	s := &l.shards[t.cells[t.cell].shard]
 	l.expire(s, now)
-	d, v = l.judge(t, now, nil)
+	d, v = l.judge(t, at, nil)
 	if v == crowded {
 		switch {
 		case wait <= 0 || !l.mayWait(s, &t.lease.Lease.Cell):
@@ -296,66 +365,136 @@ func (l *Limiter) decide(t *taking, wait time.Duration, join bool) (d limits.Dec
 // judge decides a demand for a lease whose cells are locked and whose shard has no expired lease left,
 // and spends it if it passes. w is nil for a demand that comes, otherwise the waiter that has left its
 // queue to be judged.
-func (l *Limiter) judge(t *taking, now int64, w *waiter) (limits.Decision, verdict) {
+func (l *Limiter) judge(t *taking, at instant, w *waiter) (limits.Decision, verdict) {
 	ids := l.identitiesOf(t.hash)
 	ids.mu.Lock()
 	defer ids.mu.Unlock()
 	c := &t.cells[t.cell]
 	s := &l.shards[c.shard]
-	if at := l.find(ids, t.hash, c.shard, &t.lease.Lease); at != none {
-		l.renew(s, at, now)
-		s.leases.setConnection(at, t.lease.Connection)
+	if found := l.find(ids, t.hash, c.shard, &t.lease.Lease); found != none {
+		l.renew(s, found, at.clock)
+		s.leases.setConnection(found, t.lease.Connection)
 		return limits.Decision{Allowed: true, Repeated: true}, decided
 	}
-	if ids.gone.has(t.hash, &t.lease.Lease, now) {
+	if ids.gone.has(t.hash, &t.lease.Lease, at.clock) {
 		return limits.Decision{}, ended
 	}
-	d := l.judgeRates(t, now)
-	if !l.roomFor(s, t, w) {
-		v := decided
-		if d.Allowed {
+	r := l.judgeLimits(t, at)
+	v := decided
+	switch room, over := l.roomFor(s, t, w); {
+	case !room:
+		if !r.refuses() {
 			v = crowded
 		}
-		if d.RetryAfter < concurrencyRetry {
-			d = limits.Decision{Class: limits.ClassConcurrency, RetryAfter: concurrencyRetry}
+		r.refuse(t, t.cell, concurrencyRetry, 0)
+	case over:
+		r.shadowed |= 1 << t.lease.Lease.Cell.Class
+	}
+	if !r.refuses() {
+		if !l.spend(t, at) {
+			return limits.Decision{}, overfull
 		}
-		return d, v
+		l.grant(t, ids, at.clock)
 	}
-	if d.Allowed {
-		l.spendRates(t)
-		l.grant(t, ids, now)
-	}
-	return d, decided
+	return l.conclude(t, &r, at), v
 }
 
-// judgeRates judges all rates of a demand. It spends nothing.
-func (l *Limiter) judgeRates(t *taking, now int64) limits.Decision {
-	d := limits.Decision{Allowed: true}
-	for i := range t.cells {
-		c := &t.cells[i]
-		wait := c.judge(&l.shards[c.shard], now)
-		if wait > d.RetryAfter || wait > 0 && wait == d.RetryAfter && c.cell.Class < d.Class {
-			d = limits.Decision{Class: c.cell.Class, RetryAfter: wait}
-		}
+// A ruling is what judging every limit of a demand comes to.
+type ruling struct {
+	shadowed uint16
+	// What follows is set where a limit refuses.
+	longest time.Duration // that the reported limit may refuse
+	own     time.Duration // how long it refuses if it is the one reported
+	others  time.Duration // how long those refuse that are not
+	wait    time.Duration // how long it would, were it one of those
+	trips   bool          // it begins its lockout
+	cell    int           // position in the taking
+	class   limits.Class
+	place   int16
+}
+
+func (r *ruling) refuses() bool { return r.longest > 0 }
+
+// refuse adds a limit that refuses for so long, and for its lockout if that is above 0 and the limit is the
+// one that is reported.
+func (r *ruling) refuse(t *taking, cell int, wait, lockout time.Duration) {
+	c, longest := &t.cells[cell], max(wait, lockout)
+	class := t.cellOf(c).Class
+	if longest < r.longest || longest == r.longest && (class > r.class || class == r.class && c.place > r.place) {
+		r.others = max(r.others, wait)
+		return
+	}
+	r.others = max(r.others, r.wait)
+	r.longest, r.wait, r.own, r.trips = longest, wait, wait, lockout > 0
+	if r.trips {
+		r.own = lockout
+	}
+	r.cell, r.class, r.place = cell, class, c.place
+}
+
+// conclude makes the decision of a ruling. Of a refusal that is final it begins the lockout.
+func (l *Limiter) conclude(t *taking, r *ruling, at instant) limits.Decision {
+	d := limits.Decision{Allowed: !r.refuses(), Shadowed: r.shadowed}
+	if d.Allowed {
+		return d
+	}
+	c := &t.cells[r.cell]
+	if r.trips {
+		c.lockQuota(&l.shards[c.shard].quotas, t.quota(c), at)
+		l.quotasLocked.Inc()
+	}
+	d.Class, d.RetryAfter = r.class, max(r.own, r.others)
+	if c.sort == aQuota {
+		d.Quota = int(c.position)
 	}
 	return d
 }
 
-// judge finds the cell's state and says how long its rate refuses; 0: it does not. It spends nothing.
-func (c *involved) judge(s *shard, now int64) (wait time.Duration) {
-	position, ok := s.index[*c.cell]
+// judgeLimits judges all rates and quotas of a demand. It spends nothing.
+func (l *Limiter) judgeLimits(t *taking, at instant) (r ruling) {
+	for i := range t.cells {
+		c := &t.cells[i]
+		s := &l.shards[c.shard]
+		var wait, lockout time.Duration
+		var shadow bool
+		switch c.sort {
+		case aRate:
+			r := t.rate(c)
+			wait, shadow = c.judgeRate(s, r, at.clock), r.Shadow
+		case aQuota:
+			q := t.quota(c)
+			var trips bool
+			if wait, trips = c.judgeQuota(&s.quotas, q, at); trips {
+				lockout = q.Quota.Lockout
+			}
+			shadow = q.Shadow
+		default:
+			c.slot = missing
+			if position, ok := s.index[t.lease.Lease.Cell]; ok {
+				c.slot = position
+			}
+		}
+		switch c.noRoom = wait > 0; {
+		case wait <= 0:
+		case shadow:
+			r.shadowed |= 1 << t.cellOf(c).Class
+		default:
+			r.refuse(t, i, wait, lockout)
+		}
+	}
+	return r
+}
+
+// judgeRate finds the cell's state and says how long its rate refuses; 0: it does not. It spends nothing.
+func (c *involved) judgeRate(s *shard, r *limits.RateDemand, now int64) (wait time.Duration) {
+	position, ok := s.index[r.Cell]
 	if !ok {
 		c.slot = missing
-		if c.rate != nil {
-			c.full, wait = c.rate.Take(0, now)
-		}
+		c.full, wait = r.Rate.Take(0, now)
 		return wait
 	}
 	c.slot = position
-	if c.rate == nil {
-		return 0
-	}
-	c.full, wait = c.rate.Take(s.slots[position].full, now)
+	c.full, wait = r.Rate.Take(s.slots[position].full, now)
 	if wait > 0 {
 		// What a lowered limit no longer counts is forgotten at once, or the wait would not be true.
 		s.slots[position].full = c.full
@@ -363,19 +502,38 @@ func (c *involved) judge(s *shard, now int64) (wait time.Duration) {
 	return wait
 }
 
-// spendRates writes what judgeRates found. The cells' shards are locked.
-func (l *Limiter) spendRates(t *taking) {
+// spend writes what judgeLimits found. The cells' shards are locked. It reports whether there may be as many
+// quota cells as that takes; otherwise it has spent nothing. What is in shadow is not worth an error: where
+// there is no cell for it, it is not counted.
+func (l *Limiter) spend(t *taking, at instant) bool {
+	if t.quotas {
+		fresh := int64(0)
+		for i := range t.cells {
+			if c := &t.cells[i]; c.sort == aQuota && c.slot == missing && !t.quota(c).Shadow {
+				fresh++
+			}
+		}
+		if !l.reserve(fresh) {
+			return false
+		}
+	}
 	for i := range t.cells {
 		c := &t.cells[i]
-		if c.rate == nil {
-			continue
-		}
 		s := &l.shards[c.shard]
-		if c.slot == missing {
-			c.slot = l.add(s, c.cell)
+		switch {
+		case c.noRoom:
+		case c.sort == aRate:
+			if c.slot == missing {
+				c.slot = l.add(s, &t.rate(c).Cell)
+			}
+			s.slots[c.slot].full = c.full
+		case c.sort == aQuota:
+			if q := t.quota(c); c.slot != missing || !q.Shadow || l.reserve(1) {
+				c.spendQuota(&s.quotas, q, at)
+			}
 		}
-		s.slots[c.slot].full = c.full
 	}
+	return true
 }
 
 // add makes a cell that the shard does not have, and returns its slot.
@@ -409,6 +567,21 @@ func (l *Limiter) unlock(cells []involved) {
 	}
 }
 
+// An instant is a time by both clocks.
+type instant struct {
+	clock int64 // as now has it
+	wall  int64 // Unix nanoseconds; 0 where nobody needs it
+}
+
+// instant reads the clocks, that of the calendar only where it is needed.
+func (l *Limiter) instant(withWall bool) instant {
+	if !withWall {
+		return instant{clock: l.now()}
+	}
+	now := time.Now()
+	return instant{clock: int64(now.Sub(l.base)), wall: now.UnixNano()}
+}
+
 // now is the limiter's clock: nanoseconds since it was made, monotonic.
 func (l *Limiter) now() int64 { return int64(time.Since(l.base)) }
 
@@ -422,7 +595,8 @@ func (l *Limiter) sweepIfDue(now int64) {
 // sweep ends what has expired in a shard, looks at the next few of its cells and drops the idle ones.
 func (l *Limiter) sweep(s *shard) {
 	s.mu.Lock()
-	now := l.now() // under the lock, as in decide
+	at := l.instant(len(s.quotas.slots) > 0) // under the lock, as in decide
+	now := at.clock
 	l.expire(s, now)
 	dropped := 0
 	for range min(sweepStep, len(s.slots)) {
@@ -443,7 +617,11 @@ func (l *Limiter) sweep(s *shard) {
 		s.slots = s.slots[:last]
 		dropped++
 	}
+	quotas := l.sweepQuotas(&s.quotas, at)
 	s.mu.Unlock()
+	if quotas > 0 {
+		l.quotasSwept.Add(float64(quotas))
+	}
 	if dropped > 0 {
 		l.cells.Sub(float64(dropped))
 		l.swept.Add(float64(dropped))

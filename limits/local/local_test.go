@@ -2,6 +2,7 @@ package local
 
 import (
 	"encoding/binary"
+	"flag"
 	"reflect"
 	"runtime"
 	"strings"
@@ -21,6 +22,28 @@ func TestContract(t *testing.T) {
 	limitstest.RunInBubble(t, func(*testing.T) limitstest.Subject {
 		return limitstest.Subject{Limiter: New(Config{}, nil), Advance: time.Sleep}
 	})
+}
+
+var sequences = flag.Int("sequences", 1_000_000, "random sequences of demands on quotas to hold the limiter to; a fiftieth under -race")
+
+func openTable(*testing.T) limitstest.Subject {
+	return limitstest.Subject{Limiter: New(Config{}, nil), Advance: time.Sleep}
+}
+
+func TestQuotasAreTheOracle(t *testing.T) {
+	n := *sequences
+	if raceEnabled {
+		n /= 50
+	}
+	limitstest.Sequences(t, n, openTable)
+}
+
+func TestRetryAfterIsTrue(t *testing.T) {
+	n := 100_000
+	if raceEnabled {
+		n /= 10
+	}
+	limitstest.Retries(t, n, openTable)
 }
 
 func cellOf(owner uint64, class limits.Class) limits.Cell {
@@ -91,6 +114,7 @@ func held(t *testing.T, l *Limiter) (n int) {
 		}
 		n += len(s.slots)
 	}
+	heldQuotas(t, l)
 	return n
 }
 
@@ -262,7 +286,7 @@ func TestTableHoldsNoPointers(t *testing.T) {
 		t.Fatalf("the second field of a shard is %s, not its index", index.Name)
 	}
 	for _, typ := range []reflect.Type{
-		reflect.TypeFor[slot](), index.Type.Key(), index.Type.Elem(),
+		reflect.TypeFor[slot](), index.Type.Key(), index.Type.Elem(), reflect.TypeFor[quotaSlot](), reflect.TypeFor[limits.Run](),
 		reflect.TypeFor[lease](), reflect.TypeFor[identityEntry](), reflect.TypeFor[memoryEntry](),
 	} {
 		if hasPointer(typ) {
@@ -313,24 +337,34 @@ func TestDecisionsDoNotAllocate(t *testing.T) {
 		t.Skip("the race detector allocates; run without -race")
 	}
 	slow := limits.Rate{Interval: 24 * time.Hour, Burst: 1}
+	fast := limits.Rate{Interval: 1, Burst: 1_000_000}
 	for _, tt := range []struct {
 		name    string
 		n       int
 		rate    limits.Rate
+		quota   limits.Quota // three of them
 		allowed bool
 	}{
-		{"nothing to limit", 4, limits.Rate{}, true},
-		{"one limit", 1, limits.Rate{Interval: 1, Burst: 1_000_000}, true},
-		{"key and instance", 2, limits.Rate{Interval: 1, Burst: 1_000_000}, true},
-		{"as many as usual", usualLimits, limits.Rate{Interval: 1, Burst: 1_000_000}, true},
-		{"one limit, refused", 1, slow, false},
-		{"as many as usual, refused", usualLimits, slow, false},
+		{"nothing to limit", 4, limits.Rate{}, limits.Quota{}, true},
+		{"one limit", 1, fast, limits.Quota{}, true},
+		{"key and instance", 2, fast, limits.Quota{}, true},
+		{"as many as usual", usualLimits, fast, limits.Quota{}, true},
+		{"one limit, refused", 1, slow, limits.Quota{}, false},
+		{"as many as usual, refused", usualLimits, slow, limits.Quota{}, false},
+		{"three quotas", 2, fast, limits.Quota{Limit: 1000, Window: 1}, true},
+		{"three quotas of many units", 2, fast, limits.Quota{Limit: 1 << 40, Window: time.Hour}, true},
+		{"three calendars", 2, fast, limits.Quota{Limit: 1 << 40, Period: limits.Month}, true},
+		{"three quotas, refused", 2, fast, limits.Quota{Limit: 1, Window: time.Hour}, false},
+		{"three quotas, locked", 2, fast, limits.Quota{Limit: 1, Window: time.Hour, Lockout: time.Hour}, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			l := New(Config{}, nil)
 			var d limits.Demand
 			for i := range tt.n {
 				d.Rates = append(d.Rates, limits.RateDemand{Cell: cellOf(uint64(tt.n-i), limits.ClassBurst), Rate: tt.rate})
+			}
+			if !tt.quota.IsZero() {
+				d.Quotas = threeQuotas(7, tt.quota)
 			}
 			mustTake(t, l, &d)
 			ctx := t.Context()

@@ -9,6 +9,15 @@ import (
 	"keyward/limits"
 )
 
+func mustLook(t *testing.T, l *Limiter, d *limits.Demand) []limits.Standing {
+	t.Helper()
+	standings, err := l.Look(t.Context(), d, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return standings
+}
+
 // TestLeftIsWhatWouldPass: as many as are said to be left pass, and not one more.
 func TestLeftIsWhatWouldPass(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -17,22 +26,23 @@ func TestLeftIsWhatWouldPass(t *testing.T) {
 			l := New(Config{}, nil)
 			r := limits.Rate{Interval: time.Duration(1 + random.Int64N(1e10)), Burst: 1 + random.Int64N(50)}
 			d := demandOf(owner, 1, r)
-			if got := l.Left(d.Rates[0].Cell, r); got != r.Burst {
+			left := func() int64 { return mustLook(t, l, d)[0].Remaining }
+			if got := left(); got != r.Burst {
 				t.Fatalf("of a bucket never used: got %d, want %d", got, r.Burst)
 			}
 			for range random.IntN(60) {
 				mustTake(t, l, d)
 				time.Sleep(time.Duration(random.Int64N(2e9)))
 			}
-			left, passed := l.Left(d.Rates[0].Cell, r), int64(0)
-			if again := l.Left(d.Rates[0].Cell, r); again != left {
-				t.Fatalf("looking spent: %d, then %d", left, again)
+			said, passed := left(), int64(0)
+			if again := left(); again != said {
+				t.Fatalf("looking spent: %d, then %d", said, again)
 			}
 			for mustTake(t, l, d).Allowed {
 				passed++
 			}
-			if passed != left {
-				t.Fatalf("%+v: %d were left, %d passed", r, left, passed)
+			if passed != said {
+				t.Fatalf("%+v: %d were left, %d passed", r, said, passed)
 			}
 		}
 	})
@@ -41,20 +51,20 @@ func TestLeftIsWhatWouldPass(t *testing.T) {
 func TestLiveIsWhatRuns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(Config{RenewEvery: time.Second}, nil)
-		cell := cellOf(7, limits.ClassConcurrency)
+		lease := limits.Lease{Cell: cellOf(7, limits.ClassConcurrency), Identity: limits.Identity{Port: 1, Start: 1}}
+		d := &limits.Demand{Lease: limits.LeaseDemand{Lease: lease, Limit: 5}}
 		live := func(want int64) {
 			t.Helper()
-			if got := l.Live(cell); got != want {
-				t.Errorf("got %d, want %d", got, want)
+			if got := mustLook(t, l, d)[0]; got.Used != want || got.Remaining != 5-want {
+				t.Errorf("got %+v, want %d used", got, want)
 			}
 		}
 		live(0)
-		lease := limits.Lease{Cell: cell, Identity: limits.Identity{Port: 1, Start: 1}}
-		mustTake(t, l, &limits.Demand{Lease: limits.LeaseDemand{Lease: lease, Limit: 5}})
-		lease.HTTP = 2
-		mustTake(t, l, &limits.Demand{Lease: limits.LeaseDemand{Lease: lease, Limit: 5}})
+		mustTake(t, l, d)
+		d.Lease.Lease.HTTP = 2
+		mustTake(t, l, d)
 		live(2)
-		_ = l.End(t.Context(), []limits.Ending{{Lease: lease}})
+		_ = l.End(t.Context(), []limits.Ending{{Lease: d.Lease.Lease}})
 		live(1)
 		time.Sleep(time.Minute) // nobody renewed it, and nobody else has looked since
 		live(0)

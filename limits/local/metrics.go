@@ -33,6 +33,22 @@ func (l *Limiter) register(reg prometheus.Registerer) {
 		Name: "keyward_limits_swept_cells_total",
 		Help: "Cells of limits that were dropped because they were unspent again.",
 	})
+	with.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "keyward_limits_quota_cells",
+		Help: "Quota cells held in memory: one for each quota of each partition that has counted what still counts.",
+	}, func() float64 { return float64(l.quotaCells.Load()) })
+	l.quotasSwept = with.NewCounter(prometheus.CounterOpts{
+		Name: "keyward_limits_swept_quota_cells_total",
+		Help: "Quota cells that were dropped because nothing of what they had counted still counts.",
+	})
+	l.quotasFull = with.NewCounter(prometheus.CounterOpts{
+		Name: "keyward_limits_quota_cells_lacking_total",
+		Help: "Requests for which there was no quota cell left: undecided, or not counted by a quota in shadow.",
+	})
+	l.quotasLocked = with.NewCounter(prometheus.CounterOpts{
+		Name: "keyward_limits_quota_lockouts_total",
+		Help: "Lockouts of quotas that began.",
+	})
 	l.waited = with.NewHistogram(prometheus.HistogramOpts{
 		Name:    "keyward_limits_lease_wait_seconds",
 		Help:    "How long requests waited for a running one to end, whatever came of it.",

@@ -66,24 +66,29 @@ func patience(ctx context.Context, d *limits.LeaseDemand) time.Duration {
 	return d.Wait
 }
 
-// roomFor reports whether the limit of running requests lets a demand pass. w is as in judge: the limit
-// of a demand that comes is the newest there is, that of one that has waited may be an old one. Where
-// somebody waits there is no room but for whoever had a turn: all other was given away.
-func (l *Limiter) roomFor(s *shard, t *taking, w *waiter) bool {
+// roomFor reports whether the limit of running requests lets a demand pass, and whether it is over the limit
+// in doing so, in shadow. w is as in judge: the limit of a demand that comes is the newest there is, that of
+// one that has waited may be an old one. Where somebody waits there is no room but for whoever had a turn: all
+// other was given away. In shadow there is room for everybody, so also for those who wait.
+func (l *Limiter) roomFor(s *shard, t *taking, w *waiter) (room, over bool) {
 	c := &t.cells[t.cell]
 	if c.slot == missing {
-		return true
+		return true, false
 	}
 	slot := &s.slots[c.slot]
+	limit := t.lease.Limit
+	if t.lease.Shadow {
+		limit, over = math.MaxInt64, int64(slot.live) >= limit
+	}
 	if !slot.queued {
-		return int64(slot.live) < t.lease.Limit
+		return int64(slot.live) < limit, over
 	}
 	q := s.queues.byCell[slot.cell]
 	if w == nil {
-		q.limit = t.lease.Limit
+		q.limit = limit
 		l.giveTurns(s, c.slot)
 	}
-	return q.hasRoom(slot)
+	return t.lease.Shadow || q.hasRoom(slot), over
 }
 
 func (q *queue) hasRoom(slot *slot) bool { return int64(slot.live)+int64(q.turns) < q.limit }
@@ -189,7 +194,7 @@ func (l *Limiter) await(ctx context.Context, t *taking, w *waiter) (limits.Decis
 		if w.queue != nil { // no answer: ctx is done, or there is a panic on its way
 			s.mu.Lock()
 			l.takeOut(s, w)
-			l.giveTurns(s, s.index[*c.cell])
+			l.giveTurns(s, s.index[t.lease.Lease.Cell])
 			s.mu.Unlock()
 		}
 		l.waited.Observe(time.Duration(l.now() - w.since).Seconds())
@@ -211,18 +216,21 @@ func (l *Limiter) await(ctx context.Context, t *taking, w *waiter) (limits.Decis
 func (l *Limiter) finish(t *taking, w *waiter) (limits.Decision, error) {
 	l.lock(t.cells)
 	defer l.unlock(t.cells)
-	now := l.now()
+	at := l.instant(t.quotas)
 	c := &t.cells[t.cell]
 	s := &l.shards[c.shard]
-	l.expire(s, now)
+	l.expire(s, at.clock)
 	l.takeOut(s, w)
-	defer l.giveTurns(s, s.index[*c.cell])
-	d, v := l.judge(t, now, w)
-	if v == ended {
+	defer l.giveTurns(s, s.index[t.lease.Lease.Cell])
+	d, v := l.judge(t, at, w)
+	switch v {
+	case ended:
 		return limits.Decision{}, errEnded
+	case overfull:
+		return limits.Decision{}, l.errFull
 	}
 	s.countRefusal(d, decided)
-	d.Waited = time.Duration(now - w.since)
+	d.Waited = time.Duration(at.clock - w.since)
 	return d, nil
 }
 

@@ -346,8 +346,8 @@ type memoryView struct {
 	peppers      table[uint32, [16]byte]
 	marks        table[string, struct{}]
 	replays      table[admin.ReplayID, memoryReplay]
-	quotaStates  table[limits.Cell, limits.QuotaState]
 	hashes       table[apikey.ID, apikey.AgentHash]
+	quotaStates  table[limits.Cell, limits.QuotaState]
 
 	revision, forgotten apikey.Revision
 	// A transaction appends to these beyond what readers see of them.
@@ -361,8 +361,8 @@ func (v *memoryView) begin() memoryView {
 	next.instances, next.keys, next.digests = v.instances.begin(), v.keys.begin(), v.digests.begin()
 	next.tokens, next.tokenDigests = v.tokens.begin(), v.tokenDigests.begin()
 	next.peppers, next.marks, next.replays = v.peppers.begin(), v.marks.begin(), v.replays.begin()
-	next.quotaStates = v.quotaStates.begin()
 	next.hashes = v.hashes.begin()
+	next.quotaStates = v.quotaStates.begin()
 	return next
 }
 
@@ -371,8 +371,8 @@ func (v *memoryView) commit() memoryView {
 	next.instances, next.keys, next.digests = v.instances.commit(), v.keys.commit(), v.digests.commit()
 	next.tokens, next.tokenDigests = v.tokens.commit(), v.tokenDigests.commit()
 	next.peppers, next.marks, next.replays = v.peppers.commit(), v.marks.commit(), v.replays.commit()
-	next.quotaStates = v.quotaStates.commit()
 	next.hashes = v.hashes.commit()
+	next.quotaStates = v.quotaStates.commit()
 	return next
 }
 

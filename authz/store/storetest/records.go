@@ -40,6 +40,7 @@ func testInstances(t *testing.T, s admin.Store) {
 			},
 			OnLeak:      apikey.OnLeak{Instance: apikey.LeakFlags, Agent: apikey.LeakRevokes, User: apikey.LeakFlags},
 			KeepRevoked: apikey.Duration(72 * time.Hour),
+			Shadow:      apikey.Shadow{Rate: true, MaxConcurrent: true, Total: true, Scopes: true, AllowedIPs: true},
 		},
 		CreatedAt: noon,
 	}

@@ -42,7 +42,9 @@ func New(a *authz.Authorizer, cfg check.Config) (*Server, error) {
 func (s *Server) Check(ctx context.Context, in *authv3.CheckRequest) (*authv3.CheckResponse, error) {
 	var r authz.Request
 	var d authz.Decision
-	grpc, err := Fill(&r, in, s.authorizer.HeaderNames(), s.authorizer.ExtensionNames())
+	want := Wanted{Headers: s.authorizer.HeaderNames(), Extensions: s.authorizer.ExtensionNames(), Body: s.authorizer.WantsBody()}
+	want.Payload, want.Claims = s.authorizer.ClaimNames()
+	grpc, err := Fill(&r, in, want)
 	if err != nil {
 		return nil, err
 	}

@@ -8,17 +8,26 @@ import (
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	"keyward/authz"
 )
 
-// Fill copies what a decision needs into r: of headers and context extensions only the named ones. It
+// A Wanted is what a decision looks at.
+type Wanted struct {
+	Headers, Extensions []string
+	Payload             string // of the claims
+	Claims              []string
+	Body                bool
+}
+
+// Fill copies what a decision needs into r: of headers, context extensions and claims only the named ones. It
 // reports whether the caller speaks gRPC.
 //
 // Source: envoy.service.auth.v3.AttributeContext. Envoy sends headers as a map, repeats joined by commas
 // and foreign bytes replaced, or with encode_raw_headers as a list that keeps both.
 // Errors: InvalidArgument without attributes, Unimplemented for connections that are not HTTP.
-func Fill(r *authz.Request, in *authv3.CheckRequest, headers, extensions []string) (grpc bool, err error) {
+func Fill(r *authz.Request, in *authv3.CheckRequest, want Wanted) (grpc bool, err error) {
 	attributes := in.GetAttributes()
 	if attributes == nil {
 		return false, status.Error(codes.InvalidArgument, "a Check without attributes")
@@ -33,16 +42,19 @@ func Fill(r *authz.Request, in *authv3.CheckRequest, headers, extensions []strin
 	r.Identity = authz.NewIdentity(r.Peer, source.GetPortValue(), attributes.GetRequest().GetTime().AsTime())
 	r.HTTP = authz.HTTPID(request.GetId())
 	for name, value := range attributes.GetContextExtensions() {
-		if slices.Contains(extensions, name) {
+		if slices.Contains(want.Extensions, name) {
 			r.Extensions = append(r.Extensions, authz.Pair{Name: name, Value: value})
 		}
 	}
-	contentType := ""
+	contentType, partial := "", ""
 	take := func(name, value string) {
+		if want.Body && isNamed(name, "x-envoy-auth-partial-body") {
+			partial = value
+		}
 		if isNamed(name, "content-type") {
 			contentType = value
 		}
-		for _, wanted := range headers {
+		for _, wanted := range want.Headers {
 			if isNamed(name, wanted) {
 				r.Headers = append(r.Headers, authz.Pair{Name: wanted, Value: value})
 			}
@@ -53,6 +65,19 @@ func Fill(r *authz.Request, in *authv3.CheckRequest, headers, extensions []strin
 	}
 	for _, h := range request.GetHeaderMap().GetHeaders() {
 		take(h.GetKey(), headerValue(h))
+	}
+	if want.Body {
+		r.Body = request.GetRawBody()
+		if len(r.Body) == 0 {
+			r.Body = []byte(request.GetBody())
+		}
+		r.BodySent, r.BodyCut = len(r.Body) > 0 || partial != "", partial == "true"
+	}
+	claims := attributes.GetMetadataContext().GetFilterMetadata()["envoy.filters.http.jwt_authn"].GetFields()[want.Payload].GetStructValue().GetFields()
+	for _, name := range want.Claims {
+		if text, ok := claims[name].GetKind().(*structpb.Value_StringValue); ok {
+			r.Claims = append(r.Claims, authz.Pair{Name: name, Value: text.StringValue})
+		}
 	}
 	return isGRPC(contentType), nil
 }

@@ -1,6 +1,7 @@
 package checktest
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
@@ -32,6 +35,7 @@ type answers struct {
 	realm         string
 	errorResponse bool
 	deprecation   bool
+	legacy        bool
 	leases        *authz.LeaseIDs
 }
 
@@ -43,7 +47,7 @@ func newAnswers(cfg check.Config) (answers, error) {
 	if cfg.Realm == "" {
 		cfg.Realm = check.DefaultRealm
 	}
-	return answers{identity: identity, remove: identity.Names(), realm: cfg.Realm, errorResponse: cfg.ErrorResponse, deprecation: cfg.Deprecation, leases: cfg.Leases}, nil
+	return answers{identity: identity, remove: identity.Names(), realm: cfg.Realm, errorResponse: cfg.ErrorResponse, deprecation: cfg.Deprecation, legacy: cfg.LegacyRateLimit, leases: cfg.Leases}, nil
 }
 
 // allow lets a request through: who is calling is set, everything that could be mistaken for it and
@@ -51,8 +55,10 @@ func newAnswers(cfg check.Config) (answers, error) {
 func (a *answers) allow(d *authz.Decision) *authv3.CheckResponse {
 	ok := &authv3.OkHttpResponse{}
 	set := map[string]bool{}
+	type named struct{ name, value string }
+	var identity []named
 	if k := d.Key; k != nil {
-		for _, h := range []struct{ name, value string }{
+		identity = []named{
 			{a.identity.KeyID, k.ID.String()},
 			{a.identity.KeyType, string(k.Type)},
 			{a.identity.InstanceID, k.InstanceID},
@@ -60,13 +66,19 @@ func (a *answers) allow(d *authz.Decision) *authv3.CheckResponse {
 			{a.identity.User, k.UserPrincipalName},
 			{a.identity.Scopes, string(d.AppendScopes(nil))},
 			{a.identity.DecisionID, d.ID.String()},
-		} {
-			// An empty value would overwrite with an empty header: remove instead. Creation refuses
-			// values that are not visible ASCII; what an import slipped through is not handed on.
-			if h.name != check.Off && h.value != "" && isVisible(h.value) {
-				ok.Headers = append(ok.Headers, header(h.name, h.value))
-				set[h.name] = true
-			}
+		}
+	} else if d.HasIdentity() {
+		identity = []named{{a.identity.User, string(d.AppendUser(nil))}, {a.identity.DecisionID, d.ID.String()}}
+	}
+	if d.HasIdentity() {
+		identity = append(identity, named{a.identity.UserIdentity, userIdentity(d)})
+	}
+	for _, h := range identity {
+		// An empty value would overwrite with an empty header: remove instead. Creation refuses values
+		// that are not visible ASCII; what an import slipped through is not handed on.
+		if h.name != check.Off && h.value != "" && isVisible(h.value) {
+			ok.Headers = append(ok.Headers, header(h.name, h.value))
+			set[h.name] = true
 		}
 	}
 	for _, name := range a.remove {
@@ -83,6 +95,23 @@ func (a *answers) allow(d *authz.Decision) *authv3.CheckResponse {
 		ok.QueryParametersToRemove = []string{d.CredentialQuery}
 	}
 	ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, a.deprecated(d)...)
+	if len(d.Standings) > 0 {
+		var policies, states []string
+		least := d.Standings[0]
+		for _, s := range d.Standings {
+			name := limitName(s.Class, s.Quota)
+			policies = append(policies, policy(name, s.Class, s.Quota, s.QuotaLimit, s.Rate, s.Limit))
+			states = append(states, fmt.Sprintf("%q;r=%d;t=%.0f", name, s.Remaining, math.Ceil(s.ResetsIn.Seconds())))
+			if s.Remaining < least.Remaining {
+				least = s
+			}
+		}
+		ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd,
+			header("ratelimit-policy", strings.Join(policies, ", ")), header("ratelimit", strings.Join(states, ", ")))
+		if a.legacy {
+			ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, legacy(least.Limit, least.Remaining, int64(math.Ceil(least.ResetsIn.Seconds())))...)
+		}
+	}
 	return &authv3.CheckResponse{
 		Status:          &status.Status{Code: int32(codes.OK)},
 		HttpResponse:    &authv3.CheckResponse_OkResponse{OkResponse: ok},
@@ -130,6 +159,79 @@ var refusals = map[authz.Outcome]refusal{
 // problem is the body of every refusal.
 type problem struct {
 	Error problemError `json:"error"`
+	*problemQuota
+}
+
+// problemQuota is what FoundationaLLM's clients read where a quota refuses.
+type problemQuota struct {
+	Name     string `json:"quota_name"`
+	Context  string `json:"quota_context"`
+	Exceeded bool   `json:"quota_exceeded"`
+	Retry    int64  `json:"time_until_retry_seconds"`
+}
+
+// userIdentity is the JSON by which FoundationaLLM's servers tell each other who is calling.
+func userIdentity(d *authz.Decision) string {
+	identity := struct {
+		Name     string   `json:"name"`
+		UserName string   `json:"user_name"`
+		UserID   string   `json:"user_id"`
+		UPN      string   `json:"upn"`
+		Token    bool     `json:"associated_with_access_token"`
+		Groups   []string `json:"group_ids"`
+	}{UserID: string(d.AppendUserID(nil)), UPN: string(d.AppendUPN(nil)), Groups: []string{}}
+	identity.Name = identity.UPN
+	if d.Key != nil {
+		identity.Name = identity.UserID
+		identity.Token = d.Key.Type == apikey.TypeAgent
+	}
+	identity.UserName = identity.Name
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(identity); err != nil {
+		panic(err) // text always marshals
+	}
+	var ascii strings.Builder
+	for _, r := range strings.TrimSpace(b.String()) {
+		for _, unit := range utf16.Encode([]rune{r}) {
+			if r < utf8.RuneSelf {
+				ascii.WriteRune(r)
+			} else {
+				fmt.Fprintf(&ascii, "\\u%04x", unit)
+			}
+		}
+	}
+	return ascii.String()
+}
+
+func limitName(class limits.Class, quota *apikey.Quota) string {
+	if quota != nil && quota.Name != "" && len(quota.Name) <= 128 && isVisible(quota.Name) && !strings.ContainsAny(quota.Name, "\"\\") {
+		return quota.Name
+	}
+	return limitNames[class]
+}
+
+func policy(name string, class limits.Class, quota *apikey.Quota, of limits.Quota, rate limits.Rate, concurrent int64) string {
+	switch {
+	case quota != nil && of.Period == limits.Day:
+		return fmt.Sprintf("%q;q=%d;w=86400", name, of.Limit)
+	case quota != nil && of.Window == 0:
+		return fmt.Sprintf("%q;q=%d", name, of.Limit)
+	case quota != nil:
+		return fmt.Sprintf("%q;q=%d;w=%d", name, of.Limit, seconds(of.Window))
+	case class == limits.ClassConcurrency:
+		return fmt.Sprintf("%q;q=%d;qu=\"concurrent-requests\"", name, concurrent)
+	}
+	return fmt.Sprintf("%q;q=%d;w=%d", name, rate.Burst, seconds(time.Duration(rate.Burst)*rate.Interval))
+}
+
+func legacy(size, remaining, resets int64) []*corev3.HeaderValueOption {
+	return []*corev3.HeaderValueOption{
+		header("x-ratelimit-limit", strconv.FormatInt(size, 10)),
+		header("x-ratelimit-remaining", strconv.FormatInt(remaining, 10)),
+		header("x-ratelimit-reset", strconv.FormatInt(resets, 10)),
+	}
 }
 
 type problemError struct {
@@ -144,6 +246,10 @@ type problemError struct {
 var limitNames = map[limits.Class]string{
 	limits.ClassInstance: "instance",
 	limits.ClassBurst:    "burst",
+
+	limits.ClassGlobalQuota:    "quota",
+	limits.ClassPrincipalQuota: "quota",
+	limits.ClassKeyQuota:       "quota",
 
 	limits.ClassConcurrency: "concurrency",
 }
@@ -167,17 +273,28 @@ func (a *answers) deny(d *authz.Decision, grpc bool) *authv3.CheckResponse {
 		body.RetryAfter = seconds(d.RetryAfter)
 		body.Limit = limitNames[d.Limit]
 		retry := strconv.FormatInt(body.RetryAfter, 10)
-		policy := fmt.Sprintf("%q;q=%d;qu=\"concurrent-requests\"", body.Limit, d.Concurrent)
-		if d.Concurrent == 0 {
-			policy = fmt.Sprintf("%q;q=%d;w=%d", body.Limit, d.Rate.Burst, seconds(time.Duration(d.Rate.Burst)*d.Rate.Interval))
-		}
+		name := limitName(d.Limit, d.Quota)
 		headers = append(headers,
 			header("retry-after", retry),
-			header("ratelimit-policy", policy),
-			header("ratelimit", fmt.Sprintf("%q;r=0;t=%s", body.Limit, retry)))
+			header("ratelimit-policy", policy(name, d.Limit, d.Quota, d.QuotaLimit, d.Rate, d.Concurrent)),
+			header("ratelimit", fmt.Sprintf("%q;r=0;t=%s", name, retry)))
+		if a.legacy {
+			size := d.Rate.Burst
+			switch {
+			case d.Quota != nil:
+				size = d.QuotaLimit.Limit
+			case d.Limit == limits.ClassConcurrency:
+				size = d.Concurrent
+			}
+			headers = append(headers, legacy(size, 0, body.RetryAfter)...)
+		}
 		headers = append(headers, a.deprecated(d)...)
 	}
-	return a.refuse(how, body, headers, grpc, metadata(d))
+	var exceeded *problemQuota
+	if d.Quota != nil {
+		exceeded = &problemQuota{cut(d.Quota.Name, 128), cut(d.Quota.Context, 256), true, body.RetryAfter}
+	}
+	return a.refuse(how, problem{body, exceeded}, headers, grpc, metadata(d))
 }
 
 // failure says that keyward could not decide. Nothing was granted.
@@ -195,7 +312,7 @@ func (a *answers) failure(d *authz.Decision, grpc bool, err error) (*authv3.Chec
 	}
 	how := refusal{typev3.StatusCode_ServiceUnavailable, codes.Unavailable, "ServiceUnavailable"}
 	body := problemError{Code: how.code, Message: "The key could not be checked right now. Retry shortly.", RetryAfter: retry, DecisionID: d.ID.String()}
-	out := a.refuse(how, body, []*corev3.HeaderValueOption{header("retry-after", strconv.FormatInt(retry, 10))}, grpc, nil)
+	out := a.refuse(how, problem{Error: body}, []*corev3.HeaderValueOption{header("retry-after", strconv.FormatInt(retry, 10))}, grpc, nil)
 	if a.errorResponse {
 		out.HttpResponse = &authv3.CheckResponse_ErrorResponse{ErrorResponse: out.GetDeniedResponse()}
 		return out, nil
@@ -208,15 +325,15 @@ func (a *answers) failure(d *authz.Decision, grpc bool, err error) (*authv3.Chec
 	return out, nil
 }
 
-func (a *answers) refuse(how refusal, body problemError, headers []*corev3.HeaderValueOption, grpc bool, metadata *structpb.Struct) *authv3.CheckResponse {
+func (a *answers) refuse(how refusal, body problem, headers []*corev3.HeaderValueOption, grpc bool, metadata *structpb.Struct) *authv3.CheckResponse {
 	headers = append(headers, header("cache-control", "no-store"))
-	text := body.Message
+	text := body.Error.Message
 	if grpc {
 		// Without it Envoy makes UNAVAILABLE of a 429, which many clients retry at once.
 		headers = append(headers, header("grpc-status", strconv.Itoa(int(how.grpc))))
 	} else {
 		headers = append(headers, header("content-type", "application/json"))
-		b, err := json.Marshal(problem{body})
+		b, err := json.Marshal(body)
 		if err != nil {
 			panic(err) // strings and numbers always marshal
 		}
@@ -244,6 +361,10 @@ func message(d *authz.Decision) string {
 		return "The path is ambiguous. Send it without dot segments, empty segments, backslashes, semicolons and needless escapes."
 	case authz.ReasonInvalidRequest:
 		return "The request names an instance, agent, environment or key twice, emptily or in an escaped spelling."
+	case authz.ReasonInvalidBody:
+		return "The body does not say once and plainly which agent, instance or environment it is for, or is too long to be looked at: send a JSON object."
+	case authz.ReasonAgentMissing:
+		return "The request does not say which agent it is for."
 	case authz.ReasonNoRoute:
 		return "No route allows this request."
 	case authz.ReasonWrongInstance:
@@ -293,6 +414,9 @@ func metadata(d *authz.Decision) *structpb.Struct {
 	if d.Key != nil {
 		fields["keyward.key_id"] = structpb.NewStringValue(d.Key.ID.String())
 		fields["keyward.instance"] = structpb.NewStringValue(d.Key.InstanceID)
+	}
+	if d.Shadowed != 0 {
+		fields["keyward.shadow"] = structpb.NewStringValue(string(d.Shadowed.Append(nil)))
 	}
 	if d.Outcome() != authz.Allowed {
 		fields["keyward.denied"] = structpb.NewStringValue("true")
