@@ -43,6 +43,19 @@ type Redigests interface {
 	Redigest(old, current apikey.Digest)
 }
 
+// A Settler is Keys that know some keys by a slow hash only: imported Agent Access Tokens whose holder has
+// not come yet, which are found by apikey.ID.PendingDigest. [New] looks whether its Keys are one.
+type Settler interface {
+	// Lacks reports whether nothing had a digest at the moment for which Cached says that secrets are unknown.
+	Lacks(d *apikey.Digest) bool
+	// Settle finds out whether a token, with that digest, is the secret of a key that was found so, on behalf
+	// of a client at source. pending is nil if there was such a key, and is not now.
+	//
+	// nil means that something has changed: whoever looks again finds it.
+	// Errors: apikey.ErrNotFound if it is not; *apikey.BusyError; apikey.ErrUndecided.
+	Settle(ctx context.Context, pending *apikey.Key, token *apikey.AgentToken, digest apikey.Digest, source netip.Addr) error
+}
+
 // Config is what an operator says about requests. It can be changed while requests are decided.
 type Config struct {
 	Credentials  Credentials
@@ -62,6 +75,7 @@ type Config struct {
 // An Authorizer decides requests. Safe for concurrent use.
 type Authorizer struct {
 	keys      Keys
+	settler   Settler // nil: no key is pending
 	limiter   limits.Leaser
 	uses      Uses
 	peppers   apikey.Peppers
@@ -83,6 +97,7 @@ type rules struct {
 // New returns an Authorizer. All of it is needed.
 func New(cfg Config, keys Keys, limiter limits.Leaser, peppers apikey.Peppers, uses Uses, redigests Redigests) (*Authorizer, error) {
 	a := &Authorizer{keys: keys, limiter: limiter, uses: uses, peppers: peppers, redigests: redigests}
+	a.settler, _ = keys.(Settler)
 	if err := peppers.Validate(); err != nil {
 		return nil, err
 	}
@@ -347,6 +362,11 @@ type question struct {
 func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *question) (*apikey.Instance, error) {
 	for range maxLooks {
 		k, err := a.find(ctx, r, q)
+		if errors.Is(err, apikey.ErrNotFound) && q.kind == apikey.KindForeign && a.settler != nil {
+			if err = a.settle(ctx, r, q); err == nil {
+				continue
+			}
+		}
 		if errors.Is(err, apikey.ErrNotFound) {
 			// As much as is done for a key that exists and may not be used, so that the time does not tell.
 			_, _, _ = a.life(ctx, &nobodys, a.keys.Instance(nobodys.InstanceID), q)
@@ -378,7 +398,7 @@ func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *ques
 		d.Reason = right(d, k, instance, q.rule, r, q.client)
 		return instance, nil
 	}
-	return nil, fmt.Errorf("key %s changes faster than it can be looked at: %w", d.Key.ID, apikey.ErrUndecided)
+	return nil, fmt.Errorf("the key changes faster than it can be looked at: %w", apikey.ErrUndecided)
 }
 
 const maxLooks = 4

@@ -294,6 +294,16 @@ func (c *Cache) FindKey(ctx context.Context, d apikey.Digest, source netip.Addr)
 	return c.load(ctx, &d)
 }
 
+// Guess spends one of the reads that a source may make for digests which are not known to exist, for a
+// secret that costs as much to judge. Errors: *apikey.BusyError.
+func (c *Cache) Guess(source netip.Addr) error {
+	return c.budget.take(source, c.lease.clock().mono, c.metrics)
+}
+
+// Lacks reports whether nothing had a digest at the last poll. What [Cache.FindKey] does not find may have had
+// it then, and be gone since.
+func (c *Cache) Lacks(d *apikey.Digest) bool { return c.known.lacks(d) }
+
 // loadTries is how often a key is read because the answer was too old when it came.
 const loadTries = 4
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,7 +46,8 @@ func (r *EventRecord) Event() Event {
 }
 
 // AuditEvents lists the audit events that a filter lets through, newest first, at most limit, from the
-// place after which to begin. Without an instance in the filter it is about all of them.
+// place after which to begin. Without an instance in the filter it is about all of them. A caller of one
+// instance sees those since that instance was made.
 func (s *Service) AuditEvents(ctx context.Context, caller Caller, filter EventFilter, after EventPlace, limit int) ([]Event, error) {
 	var err error
 	if filter.InstanceID == "" {
@@ -55,6 +57,15 @@ func (s *Service) AuditEvents(ctx context.Context, caller Caller, filter EventFi
 	}
 	if err != nil {
 		return nil, err
+	}
+	if caller.InstanceID != "" {
+		// Another tenant may have had the id before: what was its is not the caller's to see.
+		switch in, err := s.store.Instance(ctx, filter.InstanceID); {
+		case err == nil && filter.From.Before(in.CreatedAt):
+			filter.From = in.CreatedAt
+		case err != nil && !isNotFound(err):
+			return nil, err
+		}
 	}
 	events, err := s.store.FindEvents(ctx, filter, after, limit)
 	if err != nil || len(events) > 0 || filter.InstanceID == "" {
@@ -103,13 +114,13 @@ func (s *Service) AuditHead(ctx context.Context, caller Caller) (AuditHead, erro
 }
 
 // AuditVerify follows the whole chain, and compares it with heads from earlier. One call at a time.
-// Errors: apikey.ErrConflict while another runs.
+// Errors: apikey.ErrConflict while another runs, or old events are removed.
 func (s *Service) AuditVerify(ctx context.Context, caller Caller, heads ...AuditHead) (AuditReport, error) {
 	if err := caller.mayAll(readAudit); err != nil {
 		return AuditReport{}, err
 	}
 	if !s.verifies.TryLock() {
-		return AuditReport{}, fmt.Errorf("the audit is being verified already: %w", apikey.ErrConflict)
+		return AuditReport{}, fmt.Errorf("the audit is being verified already, or old events are being removed: try again: %w", apikey.ErrConflict)
 	}
 	defer s.verifies.Unlock()
 	report, err := VerifyAudit(ctx, s.store, s.audit, heads...)
@@ -121,50 +132,51 @@ func (s *Service) AuditVerify(ctx context.Context, caller Caller, heads ...Audit
 	return report, err
 }
 
-// pruneAudit removes the events of sealed segments that ended longer ago than they are to be kept. Only
-// what is whole is removed: what is not is evidence.
-func (s *Service) pruneAudit(ctx context.Context, caller Caller) error {
+// pruneAudit removes the events of the oldest sealed segment that ended longer ago than they are to be kept;
+// more says that there was one. Only what is whole is removed: what is not is evidence.
+func (s *Service) pruneAudit(ctx context.Context) (more bool, err error) {
 	if s.cfg.AuditKeep == 0 {
-		return nil
+		return false, nil
 	}
 	segments, err := s.store.AuditSegments(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
+	if !s.verifies.TryLock() { // it would miss what is removed behind its back, and call that tampering
+		return false, nil // the next hour comes
+	}
+	defer s.verifies.Unlock()
 	limit := now().Add(-s.cfg.AuditKeep)
-	for i, segment := range segments {
-		if segment.SealedAt.IsZero() || segment.SealedAt.After(limit) {
-			break
-		}
-		if !segment.RemovedAt.IsZero() {
-			continue
-		}
-		var before AuditSegment
-		if i > 0 {
-			before = segments[i-1]
-		}
-		v := &verifier{ctx: ctx, reader: s.store, keys: s.audit, at: segment.First - 1}
-		v.segment(&before, &segment, false)
-		if err := v.events(&segment); err != nil {
+	i := slices.IndexFunc(segments, func(segment AuditSegment) bool { return segment.RemovedAt.IsZero() })
+	if i < 0 || segments[i].SealedAt.IsZero() || segments[i].SealedAt.After(limit) {
+		return false, nil
+	}
+	segment := segments[i]
+	var before AuditSegment
+	if i > 0 {
+		before = segments[i-1]
+	}
+	v := &verifier{ctx: ctx, reader: s.store, keys: s.audit, at: segment.First - 1}
+	v.segment(&before, &segment, false)
+	if err := v.events(&segment); err != nil {
+		return false, err
+	}
+	if len(v.report.Findings) > 0 {
+		return false, fmt.Errorf("audit segment %d is not as it was written, and is kept: look with keyward audit verify: %s",
+			segment.Number, v.report.Findings[0].Problem)
+	}
+	_, err = s.update(ctx, func(ctx context.Context, tx Tx) error {
+		if err := tx.RemoveAuditSegment(ctx, segment.Number, now()); err != nil {
 			return err
 		}
-		if len(v.report.Findings) > 0 {
-			return fmt.Errorf("audit segment %d is not as it was written, and is kept: look with keyward audit verify: %s",
-				segment.Number, v.report.Findings[0].Problem)
-		}
-		_, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
-			if err := tx.RemoveAuditSegment(ctx, segment.Number, now()); err != nil {
-				return err
-			}
-			return caller.audit(ctx, tx, removeAudit, "", fmt.Sprintf("segment %d", segment.Number), map[string]any{
-				"first": segment.First, "last": segment.Last, "sealedAt": segment.SealedAt, "link": segment.Head,
-			}, nil)
-		})
-		if err != nil {
-			return fmt.Errorf("audit segment %d: %w", segment.Number, err)
-		}
+		return sweeper.audit(ctx, tx, removeAudit, "", fmt.Sprintf("segment %d", segment.Number), map[string]any{
+			"first": segment.First, "last": segment.Last, "sealedAt": segment.SealedAt, "link": segment.Head,
+		}, nil)
+	})
+	if err != nil {
+		return false, fmt.Errorf("audit segment %d: %w", segment.Number, err)
 	}
-	return nil
+	return true, nil
 }
 
 // Refused writes down that a caller was refused: code is that of the error it was answered, target the id
@@ -193,7 +205,7 @@ func (s *Service) Refused(ctx context.Context, caller Caller, target, code strin
 	}
 	e := one.event(now(), 0)
 	e.RequestID = caller.RequestID
-	_, err := s.update(ctx, func(ctx context.Context, tx Tx) error { return tx.Audit(ctx, e) })
+	_, err := s.write(ctx, func(ctx context.Context, tx Tx) error { return tx.Audit(ctx, e) })
 	if err != nil {
 		s.log.Error("a refused attempt is missing from the audit", slog.String("actor", e.Actor), slog.String("action", e.Action),
 			slog.String("request_id", e.RequestID), slog.Any("error", err))
@@ -231,12 +243,10 @@ func (s *Service) writeRefusals(ctx context.Context) error {
 const (
 	usesEvery     = 20 * time.Second // well below the minute by which a last use may be late
 	refusalsEvery = time.Minute
-	pruneEvery    = time.Hour
 )
 
-// Run writes what is written in batches, and removes what is over, until ctx is done; then it writes once
-// more. actor is who the audit names for what is removed.
-func (s *Service) Run(ctx context.Context, actor string) error {
+// Run writes what this process writes in batches until ctx is done, and then once more.
+func (s *Service) Run(ctx context.Context) error {
 	do := func(ctx context.Context, what string, fn func(context.Context) error) {
 		ctx, cancel := context.WithTimeout(ctx, updateTimeout)
 		defer cancel()
@@ -244,10 +254,9 @@ func (s *Service) Run(ctx context.Context, actor string) error {
 			s.log.Warn(what, slog.Any("error", err))
 		}
 	}
-	uses, minute, hour := time.NewTicker(usesEvery), time.NewTicker(refusalsEvery), time.NewTicker(pruneEvery)
+	uses, minute := time.NewTicker(usesEvery), time.NewTicker(refusalsEvery)
 	defer uses.Stop()
 	defer minute.Stop()
-	defer hour.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -259,13 +268,6 @@ func (s *Service) Run(ctx context.Context, actor string) error {
 			do(ctx, "last uses of management tokens could not be written; they are tried again", s.writeUses)
 		case <-minute.C:
 			do(ctx, "counted refusals could not be written; they are tried again", s.writeRefusals)
-			do(ctx, "kept answers could not be removed; they are tried again", func(ctx context.Context) error {
-				return s.store.ForgetReplays(ctx, now())
-			})
-		case <-hour.C:
-			if err := s.pruneAudit(ctx, Caller{Name: actor}); err != nil && ctx.Err() == nil {
-				s.log.Error("old audit events could not be removed", slog.Any("error", err))
-			}
 		}
 	}
 }

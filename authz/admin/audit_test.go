@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"log/slog"
+	"math"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -35,9 +36,7 @@ func sealed(t *testing.T, path string, keep time.Duration) *desk {
 func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := sealed(t, filepath.Join(t.TempDir(), "audit.db"), 3*24*time.Hour)
-		ctx, stop := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- d.Run(ctx, "keyward serve") }()
+		stop := sweeping(t, d.Service, "one")
 		d.instance(t, "a")
 		var heads []admin.AuditHead
 		for range 10 {
@@ -50,9 +49,6 @@ func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 			time.Sleep(25 * time.Hour)
 		}
 		stop()
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
 		events, err := d.store.Events(t.Context(), 0, 1000)
 		if err != nil {
 			t.Fatal(err)
@@ -85,6 +81,44 @@ func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 	})
 }
 
+// A slow verification does not take the removal of old events meanwhile for tampering.
+func TestVerifyWhileOldEventsAreDue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := sealed(t, filepath.Join(t.TempDir(), "audit.db"), 3*24*time.Hour)
+		d.instance(t, "a")
+		for range 10 {
+			d.key(t, "a")
+			time.Sleep(25 * time.Hour)
+		}
+		slow := admin.New(pausing{d.store}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}, AuditKeep: 3 * 24 * time.Hour}, nil, logOf(d))
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- slow.RunSweep(ctx, "one") }()
+		report, err := slow.AuditVerify(t.Context(), root)
+		if err != nil || !report.Whole || report.Removed != 0 {
+			t.Errorf("got %+v, %v", report, err)
+		}
+		time.Sleep(90 * time.Minute) // the next time they are removed
+		stop()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if report, err = d.AuditVerify(t.Context(), root); err != nil || !report.Whole || report.Removed == 0 {
+			t.Errorf("afterwards: %+v, %v", report, err)
+		}
+	})
+}
+
+// pausing is a store whose audit takes hours to be read from the beginning.
+type pausing struct{ admin.Store }
+
+func (p pausing) Events(ctx context.Context, after int64, limit int) ([]admin.Event, error) {
+	if after == math.MinInt64 {
+		time.Sleep(2*time.Hour + time.Minute)
+	}
+	return p.Store.Events(ctx, after, limit)
+}
+
 // What is not as it was written is evidence: it is not removed for its age, nor is what comes after it.
 func TestTamperedAuditIsKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -96,12 +130,9 @@ func TestTamperedAuditIsKept(t *testing.T) {
 			time.Sleep(25 * time.Hour)
 		}
 		tamper(t, path, `UPDATE audit SET actor = 'somebody else' WHERE sequence = 2`)
-		ctx, stop := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- d.Run(ctx, "keyward serve") }()
+		stop := sweeping(t, d.Service, "one")
 		time.Sleep(2 * time.Hour)
 		stop()
-		<-done
 		events, err := d.store.Events(t.Context(), 0, 1000)
 		if err != nil || len(events) != 5 {
 			t.Errorf("%d events are left, %v", len(events), err)

@@ -68,6 +68,11 @@ func VerifyAudit(ctx context.Context, r Reader, keys AuditKeys, heads ...AuditHe
 	if err := v.end(last, changes); err != nil {
 		return AuditReport{}, err
 	}
+	if len(segments) == 0 {
+		if err := v.nothing(); err != nil {
+			return AuditReport{}, err
+		}
+	}
 	for _, head := range v.heads {
 		if head.Sequence > last.Last {
 			v.find(last.Number, last.Last, "the audit ends here, but a head of event %d was exported: its end was cut off", head.Sequence)
@@ -80,6 +85,27 @@ func VerifyAudit(ctx context.Context, r Reader, keys AuditKeys, heads ...AuditHe
 		v.report.Findings = []AuditFinding{}
 	}
 	return v.report, nil
+}
+
+// nothing judges an audit without segments: that is one of a store without anything. Segments are never
+// removed, and what the store has was put in by somebody.
+func (v *verifier) nothing() error {
+	peppers, err := v.reader.Peppers(v.ctx)
+	if err != nil {
+		return err
+	}
+	instances, err := v.reader.Instances(v.ctx)
+	if err != nil {
+		return err
+	}
+	tokens, err := v.reader.Tokens(v.ctx)
+	if err != nil {
+		return err
+	}
+	if len(peppers)+len(instances)+len(tokens) > 0 {
+		v.find(0, 0, "the audit is empty, and the store is not: it was cut off whole")
+	}
+	return nil
 }
 
 // A verifier reads events in their order, a page ahead.

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"keyward/authz/apikey"
@@ -41,6 +42,36 @@ func mayCreate(ctx context.Context, tx Tx, caller Caller, instanceID string, c a
 		return refusal
 	}
 	return nil
+}
+
+// freeRotations is how many secrets within an hour a key may have in any case: whoever lost one must not wait
+// because new keys are to be rare.
+const freeRotations = 10
+
+// mayRotate judges how many secrets a key was given within the last hour, by the rates for new keys: each stays
+// in the store and in every record of the key, so that they must not be as many as a caller likes.
+// Errors: *RateError.
+func mayRotate(caller Caller, k *apikey.Key, c apikey.Creation, at time.Time) error {
+	limit := c.PerHour
+	if caller.Role == RoleUser {
+		limit = c.PerHourAndUser
+	}
+	if limit == apikey.Unlimited {
+		return nil
+	}
+	limit = max(limit, freeRotations)
+	var made []time.Time
+	for _, g := range k.Generations {
+		if g.CreatedAt.After(at.Add(-creationWindow)) {
+			made = append(made, g.CreatedAt)
+		}
+	}
+	if len(made) < limit {
+		return nil
+	}
+	slices.SortFunc(made, func(a, b time.Time) int { return b.Compare(a) })
+	wait := max(made[limit-1].Add(creationWindow).Sub(at), time.Second)
+	return &RateError{What: "secrets were made for this key", Limit: limit, Per: creationWindow, RetryAfter: wait}
 }
 
 // withinCaps judges the caps that k counts against, in the transaction that changes it. more is how many
@@ -113,8 +144,9 @@ func (s *Service) KeyLimits(ctx context.Context, caller Caller, instanceID strin
 	if err != nil {
 		return KeyLimits{}, err
 	}
+	owner = owner.canonical()
 	if caller.Role == RoleUser {
-		own := KeyOwner{apikey.TypeUser, caller.UserPrincipalName}
+		own := KeyOwner{apikey.TypeUser, caller.UserPrincipalName}.canonical()
 		if owner != (KeyOwner{}) && owner != own || own.Name == "" {
 			return KeyLimits{}, apikey.ErrNotFound
 		}
@@ -171,7 +203,7 @@ func (s *Service) CountKeys(ctx context.Context, caller Caller, instanceID strin
 	}
 	owner := KeyOwner{}
 	if caller.Role == RoleUser {
-		if owner = (KeyOwner{apikey.TypeUser, caller.UserPrincipalName}); owner.Name == "" {
+		if owner = (KeyOwner{apikey.TypeUser, caller.UserPrincipalName}).canonical(); owner.Name == "" {
 			return KeyCounts{}, nil
 		}
 	}

@@ -56,7 +56,7 @@ type KeyPatch struct {
 	Metadata       Member[map[string]*string] `json:"metadata,omitzero" doc:"Member by member; null removes."`
 	Disabled       Member[bool]               `json:"disabled,omitzero"`
 	ExpirationDate Member[string]             `json:"expirationDate,omitzero" doc:"null: no date."`
-	ExpiresIn      Member[string]             `json:"expiresIn,omitzero" doc:"Instead of a date, from now."`
+	ExpiresIn      Member[string]             `json:"expiresIn,omitzero" doc:"Instead of a date, from now. null changes nothing."`
 	InactivityDays Member[int]                `json:"inactivityDays,omitzero" doc:"null: does not expire for inactivity."`
 	// ExpirationPolicy none takes date and days away, time the days, inactivity neither.
 	ExpirationPolicy Member[apikey.ExpirationPolicy] `json:"expirationPolicy,omitzero"`
@@ -112,6 +112,9 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 		if err := mayChange(old, ifMatch); err != nil {
 			return err
 		}
+		if left, _ := patchQuotas(old.Quotas, patch.Quotas); caller.Role == RoleUser && patch.Quotas.Present && !sameOverrides(left, old.Quotas) {
+			return usersQuotas() // before anything is said of the instance's quotas, which are not the user's to see
+		}
 		if k, err = patch.apply(s.cfg.Format, old, &policy, in.Quotas, at); err != nil {
 			return err
 		}
@@ -120,9 +123,6 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 		}
 		if caller.Role == RoleUser && k.Limits != old.Limits {
 			return usersLimits()
-		}
-		if caller.Role == RoleUser && !sameOverrides(k.Quotas, old.Quotas) {
-			return usersQuotas()
 		}
 		if caller.Role == RoleUser && old.Disabled && !k.Disabled {
 			return &ForbiddenError{Field: "disabled", Reason: "must stay: who disabled the key may have had a reason, so an operator enables it"}
@@ -164,7 +164,7 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 
 // mayChange refuses a key that has changed since it was seen, and one that is revoked.
 func mayChange(k *apikey.Key, ifMatch apikey.Revision) error {
-	if ifMatch != 0 && ifMatch != k.Revision {
+	if ifMatch != 0 && ifMatch != IfThere && ifMatch != k.Revision {
 		return ErrPrecondition
 	}
 	if !k.RevokedAt.IsZero() {
@@ -219,7 +219,11 @@ func (p *KeyPatch) apply(format apikey.Format, k *apikey.Key, policy *apikey.Pol
 	if p.Metadata.Present {
 		changed.Metadata = patchMetadata(k.Metadata, p.Metadata)
 	}
-	bad.add(words(format, &changed))
+	if p.Name.Present || p.Description.Present || p.Metadata.Present {
+		// Not otherwise: what was accepted once, before another foreign shape was registered say, must not keep
+		// anybody from disabling the key.
+		bad.add(words(format, &changed))
+	}
 	var err error
 	if p.Scopes.Present {
 		changed.Scopes, err = parseScopes("scopes", p.Scopes.Value) // nil for null
@@ -246,7 +250,7 @@ func (p *KeyPatch) apply(format apikey.Format, k *apikey.Key, policy *apikey.Pol
 	if p.Quotas.Present {
 		var said map[string]apikey.QuotaOverride
 		changed.Quotas, said = patchQuotas(k.Quotas, p.Quotas)
-		bad.add(overrides(quotas, k.Type, said)) // what was said before may be of a quota that is gone
+		bad.add(overrides(quotas, k.Type, said)) // what stays may be of a quota that is gone
 		if len(changed.Quotas) > apikey.MaxQuotas {
 			bad.add(apikey.Invalid("quotas", fmt.Sprintf("has more than %d entries", apikey.MaxQuotas)))
 		}
@@ -271,6 +275,14 @@ func (p *KeyPatch) life(k *apikey.Key, policy *apikey.Expiration, at time.Time) 
 	if p.ExpirationPolicy.Null {
 		return date, days, apikey.Invalid("expirationPolicy", "must be none, time or inactivity")
 	}
+	for _, text := range []struct {
+		field string
+		said  Member[string]
+	}{{"expirationDate", p.ExpirationDate}, {"expiresIn", p.ExpiresIn}, {"expirationPolicy", Member[string]{p.ExpirationPolicy.Present, false, string(p.ExpirationPolicy.Value)}}} {
+		if text.said.Present && !text.said.Null && text.said.Value == "" { // an empty field of a form takes no date away
+			return date, days, apikey.Invalid(text.field, "must not be empty: leave it out to change nothing")
+		}
+	}
 	said := lifeInput{policy: p.ExpirationPolicy.Value, date: p.ExpirationDate.Value, expiresIn: p.ExpiresIn.Value}
 	given, err := said.end(policy.LongestLife.Std(), at)
 	switch {
@@ -278,7 +290,7 @@ func (p *KeyPatch) life(k *apikey.Key, policy *apikey.Expiration, at time.Time) 
 		return date, days, err
 	case !given.IsZero():
 		date = given
-	case p.ExpirationDate.Present || p.ExpiresIn.Null:
+	case p.ExpirationDate.Null:
 		date = time.Time{}
 	}
 	switch {

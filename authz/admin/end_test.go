@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -46,7 +47,10 @@ func TestRevokeKeys(t *testing.T) {
 			"all":              {All: true, Filter: unused},
 			"reason":           {All: true, Reason: "bored"},
 			"filter.unusedFor": {Filter: admin.KeyListInput{UnusedFor: "long"}},
-			"count":            {Filter: unused, Count: new(-1)},
+			// What .NET sends for a date that nobody set must not mean every key.
+			"filter.expiresBefore": {Filter: admin.KeyListInput{ExpiresBefore: "0001-01-01T00:00:00Z"}},
+			"filter.idleBefore":    {Filter: admin.KeyListInput{IdleBefore: "0001-01-01T00:00:00+00:00"}},
+			"count":                {Filter: unused, Count: new(-1)},
 		} {
 			if _, err := d.RevokeKeys(ctx, root, "a", in); invalidField(err) != field {
 				t.Errorf("got %v, want %s named", err, field)
@@ -123,6 +127,60 @@ func TestBulkRevocationInBatches(t *testing.T) {
 		t.Errorf("got %+v and error %v", counts, err)
 	}
 }
+
+// A failing store has no room any more after so many changes.
+type failing struct {
+	admin.Store
+	left int
+}
+
+func (f *failing) Update(ctx context.Context, fn func(admin.Tx) error) (apikey.Revision, error) {
+	if f.left--; f.left < 0 {
+		return 0, fmt.Errorf("full: %w", apikey.ErrUndecided)
+	}
+	return f.Store.Update(ctx, fn)
+}
+
+// TestBulkRevocationThatFailsSaysHowFarItCame: what was done before is told, and has reached this replica.
+func TestBulkRevocationThatFailsSaysHowFarItCame(t *testing.T) {
+	d := open(t)
+	d.policy(t, "a", apikey.Policy{Caps: apikey.Caps{Instance: -1}, Creation: apikey.Creation{PerHour: -1}})
+	const n = 450
+	_, err := d.store.Update(t.Context(), func(tx admin.Tx) error {
+		errs := []error{tx.Audit(t.Context(), admin.Event{Action: "fixture"})}
+		for i := range n {
+			errs = append(errs, tx.InsertKey(t.Context(), &apikey.Key{ID: apikey.ID{1, byte(i >> 8), byte(i)}, InstanceID: "a", Name: fmt.Sprint(i), CreatedAt: time.Now()}))
+		}
+		return errors.Join(errs...)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ batches, revoked, before int }{{2, 400, n}, {0, 0, n - 400}} {
+		caughtUp := apikey.Revision(0)
+		replica := catchUp(func(_ context.Context, rev apikey.Revision) error { caughtUp = rev; return nil })
+		svc := admin.New(&failing{d.store, test.batches}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, replica, slog.New(slog.DiscardHandler))
+		_, err = svc.RevokeKeys(t.Context(), root, "a", admin.BulkRevocation{All: true, Count: &test.before})
+		some, partly := errors.AsType[*admin.PartialError](err)
+		if !errors.Is(err, apikey.ErrUndecided) || partly != (test.revoked > 0) || (caughtUp > 0) != partly {
+			t.Fatalf("got %v, after which this replica is at %d", err, caughtUp)
+		}
+		if partly && (some.Revoked != test.revoked || some.Count != n || !strings.Contains(some.Progress(), "400 of 450 keys are revoked;")) {
+			t.Errorf("got %+v: %s", some, some.Progress())
+		}
+		if counts, err := d.CountKeys(t.Context(), root, "a"); err != nil || counts.Revoked != 400 {
+			t.Errorf("%d are revoked, error %v", counts.Revoked, err)
+		}
+	}
+	if done, err := d.RevokeKeys(t.Context(), root, "a", admin.BulkRevocation{All: true, Count: new(n - 400)}); err != nil || done.Revoked != n-400 {
+		t.Errorf("repeated: %+v, %v", done, err)
+	}
+}
+
+// catchUp is a whole cache.
+type catchUp func(context.Context, apikey.Revision) error
+
+func (f catchUp) CatchUp(ctx context.Context, rev apikey.Revision) error { return f(ctx, rev) }
 
 // A spoiler changes a key between the look and the revocation.
 type spoiler struct {
@@ -216,8 +274,21 @@ func TestReportLeaked(t *testing.T) {
 				t.Errorf("an agent's secret leaked: %+v", k)
 			}
 		}
+		// Its next secret has not been reported yet.
+		next, err := d.RotateKey(ctx, root, "a", agent.Key.ID, admin.RotateInput{}, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before = append(before, "key.leak", "key.leak", "key.leak", "key.rotate")
+		for range 2 {
+			report(next.Secret)
+			report(agent.Secret)
+		}
+		if k := get(agent.Key.ID); !k.RevokedAt.IsZero() || k.Generations[1].Revoked || k.LeakReportedAt.Before(k.Generations[1].CreatedAt) {
+			t.Errorf("the next secret of an agent leaked: %+v", k)
+		}
 		report(apikey.Format{}.New(apikey.KindInstance)) // nobody's
-		if got := d.actions(t)[len(before):]; !slices.Equal(got, []string{"key.leak", "key.leak", "key.leak"}) {
+		if got := d.actions(t)[len(before):]; !slices.Equal(got, []string{"key.leak"}) {
 			t.Errorf("audit: %v", got)
 		}
 		events, err := d.store.Events(ctx, 0, 100)
@@ -234,8 +305,14 @@ func TestReportLeaked(t *testing.T) {
 		}
 		d.policy(t, "a", apikey.Policy{OnLeak: apikey.OnLeak{Agent: apikey.LeakRevokes}})
 		report(agent.Secret)
+		report(next.Secret)
 		if k := get(agent.Key.ID); k.RevokedReason != apikey.RevokedKeyCompromise {
 			t.Errorf("by another policy: %+v", k)
+		}
+		for id, done := range map[apikey.ID]string{single.Key.ID: "it is revoked", rotated.Key.ID: "its secret is ended", agent.Key.ID: "it goes on"} {
+			if !regexp.MustCompile(`reported as leaked" instance=a key_id=` + id.String() + ` generation=1 done="` + done).MatchString(d.log.String()) {
+				t.Errorf("the log does not say what became of %v: %s", id, d.log)
+			}
 		}
 		all, err := json.Marshal(events)
 		if err != nil {
@@ -243,6 +320,40 @@ func TestReportLeaked(t *testing.T) {
 		}
 		noCanary(t, string(all)+d.log.String(), single.Secret, rotated.Secret, agent.Secret)
 	})
+}
+
+// TestAReportThatFailsHoldsUpNoOther: the record of one key cannot be read; the others that were reported end.
+func TestAReportThatFailsHoldsUpNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t)
+		d.instance(t, "a")
+		sick, sound := d.make(t, admin.KeyInput{}), d.make(t, admin.KeyInput{})
+		svc := d.with(unreadable{d.store, d.pepper.Digest(sick.Secret.Reveal())}, apikey.Peppers{Current: d.pepper})
+		stop := reporting(t, svc)
+		defer stop()
+		for _, secret := range []apikey.Secret{sick.Secret, sound.Secret} {
+			if err := svc.ReportLeaked(secret, somewhere, ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(time.Minute)
+		if k, err := d.store.Key(t.Context(), "a", sound.Key.ID); err != nil || k.RevokedAt.IsZero() {
+			t.Errorf("after a minute: got %+v and error %v", k, err)
+		}
+	})
+}
+
+// unreadable is a store with a key that cannot be read.
+type unreadable struct {
+	admin.Store
+	digest apikey.Digest
+}
+
+func (u unreadable) FindKey(ctx context.Context, d apikey.Digest) (*apikey.Key, apikey.Revision, error) {
+	if d == u.digest {
+		return nil, 0, fmt.Errorf("read key: %w", apikey.ErrUndecided)
+	}
+	return u.Store.FindKey(ctx, d)
 }
 
 func TestReportOfWhatIsNoKey(t *testing.T) {
@@ -522,7 +633,7 @@ func TestSweepGoesOnAfterAnOutage(t *testing.T) {
 		d.instance(t, "a")
 		d.make(t, admin.KeyInput{ExpiresIn: "1h"})
 		var away atomic.Bool
-		svc := admin.New(unsteady{d.store, &away, new(atomic.Int64)}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
+		svc := admin.New(unsteady{d.store, &away, new(atomic.Int64), new(atomic.Int64), new(atomic.Int64)}, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
 		defer sweeping(t, svc, "one")()
 		away.Store(true)
 		time.Sleep(2 * time.Hour)
@@ -541,11 +652,11 @@ func TestSweepGoesOnAfterAnOutage(t *testing.T) {
 func TestOneSweeps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t)
-		var swept [2]atomic.Int64
+		var swept, replays, audits [2]atomic.Int64
 		var stops [2]func()
 		for i := range stops {
-			store := unsteady{Store: d.store, away: new(atomic.Bool), asked: &swept[i]}
-			svc := admin.New(store, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
+			store := unsteady{Store: d.store, away: new(atomic.Bool), asked: &swept[i], replays: &replays[i], audits: &audits[i]}
+			svc := admin.New(store, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}, AuditKeep: oneDay}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
 			stops[i] = sweeping(t, svc, fmt.Sprint("process ", i))
 			time.Sleep(time.Second)
 		}
@@ -553,10 +664,20 @@ func TestOneSweeps(t *testing.T) {
 		if first, second := swept[0].Load(), swept[1].Load(); first != 11 || second != 0 {
 			t.Errorf("they swept %d and %d times in 10 minutes, want 11 and 0", first, second)
 		}
+		if first, second := replays[0].Load(), replays[1].Load(); first != 11 || second != 0 {
+			t.Errorf("they forgot answers %d and %d times in 10 minutes, want 11 and 0", first, second)
+		}
+		time.Sleep(2 * time.Hour)
+		if first, second := audits[0].Load(), audits[1].Load(); first != 3 || second != 0 {
+			t.Errorf("they looked through the audit %d and %d times in two hours, want 3 and 0", first, second)
+		}
 		stops[0]()
 		time.Sleep(2 * time.Minute)
 		if n := swept[1].Load(); n != 2 {
 			t.Errorf("the other swept %d times in the 2 minutes after, want 2", n)
+		}
+		if replays[1].Load() != 2 || audits[1].Load() != 1 {
+			t.Errorf("the other forgot answers %d times and looked through the audit %d times", replays[1].Load(), audits[1].Load())
 		}
 		stops[1]()
 	})
@@ -567,6 +688,19 @@ type unsteady struct {
 	admin.Store
 	away  *atomic.Bool
 	asked *atomic.Int64
+	// how often the rest of the house was kept
+	replays, audits *atomic.Int64
+}
+
+// ForgetReplays and AuditSegments count too: whoever does not lead does nothing of the house's.
+func (u unsteady) ForgetReplays(ctx context.Context, now time.Time) error {
+	u.replays.Add(1)
+	return u.Store.ForgetReplays(ctx, now)
+}
+
+func (u unsteady) AuditSegments(ctx context.Context) ([]admin.AuditSegment, error) {
+	u.audits.Add(1)
+	return u.Store.AuditSegments(ctx)
 }
 
 func (u unsteady) DueKeys(ctx context.Context, expired, idle time.Time, limit int) ([]*apikey.Key, error) {
@@ -575,6 +709,27 @@ func (u unsteady) DueKeys(ctx context.Context, expired, idle time.Time, limit in
 		return nil, fmt.Errorf("gone: %w", apikey.ErrUndecided)
 	}
 	return u.Store.DueKeys(ctx, expired, idle, limit)
+}
+
+// TestUsesBeforeAnImportAreUnknown: what was imported today with the date on which it was made elsewhere is not
+// taken for a key that nobody has used since then.
+func TestUsesBeforeAnImportAreUnknown(t *testing.T) {
+	d := open(t)
+	d.instance(t, "a")
+	rows := []admin.ImportRow{{Number: 1, Input: admin.ImportInput{
+		KeyInput: admin.KeyInput{Name: "n"}, Secret: (apikey.Format{}).New(apikey.KindInstance).Reveal(), CreatedAt: "2020-01-31",
+	}}}
+	if done, err := d.ImportKeys(t.Context(), root, "a", rows, false); err != nil || !done.Done {
+		t.Fatalf("got %+v and error %v", done, err)
+	}
+	unused := admin.BulkRevocation{Filter: admin.KeyListInput{UnusedFor: "90d"}}
+	if done, err := d.RevokeKeys(t.Context(), root, "a", unused); err != nil || done.Count != 0 || done.Revoked != 0 {
+		t.Errorf("unused for 90 days: got %+v and error %v", done, err)
+	}
+	_, err := d.RevokeKeys(t.Context(), root, "a", admin.BulkRevocation{All: true})
+	if confirm, ok := errors.AsType[*admin.ConfirmError](err); !ok || confirm.RecentlyUsed != 1 {
+		t.Errorf("all: got error %v", err)
+	}
 }
 
 func TestAdvice(t *testing.T) {
@@ -593,6 +748,10 @@ func TestAdvice(t *testing.T) {
 		{"used last week", apikey.Key{LastUsedAt: made.Add(33 * oneDay)}, 40 * oneDay, false, 7, "Used 7 days ago"},
 		{"monthly", apikey.Key{LastUsedAt: made}, 31 * oneDay, false, 31, "ask its owner"},
 		{"unused", apikey.Key{LastUsedAt: made}, 90 * oneDay, true, 90, "Unused for 90 days: safe"},
+		{"imported", apikey.Key{IdleFrom: made.Add(90 * oneDay)}, 92 * oneDay, false, 2, "nothing is known from before"},
+		{"restored", apikey.Key{LastUsedAt: made.Add(40 * oneDay), IdleFrom: made.Add(90 * oneDay)}, 92 * oneDay, false, 2, "nothing is known from before"},
+		{"imported long ago", apikey.Key{IdleFrom: made.Add(50 * oneDay)}, 90 * oneDay, true, 40, "Unused for 40 days: safe"},
+		{"used since the import", apikey.Key{LastUsedAt: made.Add(80 * oneDay), IdleFrom: made.Add(50 * oneDay)}, 90 * oneDay, false, 10, "Used 10 days ago"},
 		{"revoked", apikey.Key{RevokedAt: made, LastUsedAt: made}, oneDay, true, 1, "revoked"},
 		{"expired", apikey.Key{ExpirationDate: made, LastUsedAt: made}, oneDay, true, 1, "expired"},
 	} {

@@ -30,7 +30,7 @@ type KeyFilter struct {
 	Environment       string
 	CreatedBy         string
 	NamePrefix        string    // byte by byte
-	UnusedSince       time.Time // neither used nor made since
+	UnusedSince       time.Time // neither used nor made, imported or restored since
 	ExpiresBefore     time.Time // has a date, and that is before
 	IdleBefore        time.Time // expires for idleness before, if it is not used
 	NeverUsed         bool
@@ -40,8 +40,8 @@ type KeyFilter struct {
 // A KeyOrder is what a list is ordered by, and then by id. The names are those of the API.
 type KeyOrder string
 
-// The orders. By name is byte by byte; by last use, a key that was never used stands where it was made;
-// by date, a key without one comes last in rising order.
+// The orders. By name is byte by byte; by last use, a key that was not used since it was made, imported or
+// restored stands there; by date, a key without one comes last in rising order.
 const (
 	OrderNewest         KeyOrder = "" // createdAt desc
 	OrderOldest         KeyOrder = "createdAt"
@@ -68,9 +68,7 @@ func (o KeyOrder) PlaceOf(k *apikey.Key) KeyPlace {
 	case OrderName, OrderNameDesc:
 		p.Name = k.Name
 	case OrderLastUsed, OrderLastUsedDesc:
-		if p.At = k.LastUsedAt; p.At.Before(k.CreatedAt) {
-			p.At = k.CreatedAt
-		}
+		p.At = quietSince(k)
 	case OrderExpiration, OrderExpirationDesc:
 		p.At = k.ExpirationDate
 	case OrderIdle:
@@ -81,10 +79,33 @@ func (o KeyOrder) PlaceOf(k *apikey.Key) KeyPlace {
 	return p
 }
 
+// quietSince is since when nobody is known to have used k: its last use, but not before it was made, imported
+// or restored, since nothing is known of uses before that.
+func quietSince(k *apikey.Key) time.Time {
+	since := k.LastUsedAt
+	for _, at := range [...]time.Time{k.CreatedAt, k.IdleFrom} {
+		if since.Before(at) {
+			since = at
+		}
+	}
+	return since
+}
+
 // A KeyOwner is an agent or a user whose keys are counted. The zero KeyOwner is everybody.
+//
+// A user counts without regard to case, since one person is spelled in several ways: Ann@example.com has no ten
+// keys more than ann@example.com. Who may see a key is another question, which goes by the exact spelling.
 type KeyOwner struct {
 	Type apikey.Type // agent or user
-	Name string
+	Name string      // of a user in lower case
+}
+
+// canonical returns o as stores count it.
+func (o KeyOwner) canonical() KeyOwner {
+	if o.Type == apikey.TypeUser {
+		o.Name = strings.ToLower(o.Name)
+	}
+	return o
 }
 
 // OwnerOf returns whose key k is; the zero KeyOwner for an instance key.
@@ -93,7 +114,7 @@ func OwnerOf(k *apikey.Key) KeyOwner {
 	case apikey.TypeAgent:
 		return KeyOwner{k.Type, k.AgentName}
 	case apikey.TypeUser:
-		return KeyOwner{k.Type, k.UserPrincipalName}
+		return KeyOwner{k.Type, k.UserPrincipalName}.canonical()
 	}
 	return KeyOwner{}
 }
@@ -110,16 +131,16 @@ type KeyCounts struct {
 
 // A KeyListInput says which keys to list, as people write it. Empty fields say nothing.
 type KeyListInput struct {
-	Type              apikey.Type `json:"type,omitempty" enum:"instance,agent,user"`
-	Status            string      `json:"status,omitempty" enum:"active,disabled,revoked,expired"`
-	UserPrincipalName string      `json:"userPrincipalName,omitempty" doc:"Whose keys: a user."`
-	AgentName         string      `json:"agentName,omitempty" doc:"Whose keys: an agent."`
-	Environment       string      `json:"environment,omitempty"`
-	CreatedBy         string      `json:"createdBy,omitempty" doc:"As the keys show it."`
-	NamePrefix        string      `json:"namePrefix,omitempty" doc:"What the name begins with. Case matters."`
-	UnusedFor         string      `json:"unusedFor,omitempty" doc:"A duration such as 90d: not used for so long, nor made in that time."`
-	ExpiresBefore     string      `json:"expiresBefore,omitempty" doc:"RFC 3339, a date, which means its end in UTC, or a duration from now such as 30d."`
-	IdleBefore        string      `json:"idleBefore,omitempty" doc:"Will expire for idleness before, unless it is used. Written as expiresBefore."`
+	Type              apikey.Type `json:"type,omitempty" strict:"notempty" enum:"instance,agent,user"`
+	Status            string      `json:"status,omitempty" strict:"notempty" enum:"active,disabled,revoked,expired"`
+	UserPrincipalName string      `json:"userPrincipalName,omitempty" strict:"notempty" minLength:"1" doc:"Whose keys: a user."`
+	AgentName         string      `json:"agentName,omitempty" strict:"notempty" minLength:"1" doc:"Whose keys: an agent."`
+	Environment       string      `json:"environment,omitempty" strict:"notempty" minLength:"1"`
+	CreatedBy         string      `json:"createdBy,omitempty" strict:"notempty" minLength:"1" doc:"As the keys show it."`
+	NamePrefix        string      `json:"namePrefix,omitempty" strict:"notempty" minLength:"1" doc:"What the name begins with. Case matters."`
+	UnusedFor         string      `json:"unusedFor,omitempty" strict:"notempty" minLength:"1" doc:"A duration such as 90d: not used for so long, nor made, imported or restored in that time."`
+	ExpiresBefore     string      `json:"expiresBefore,omitempty" strict:"notempty" minLength:"1" doc:"RFC 3339, a date, which means its end in UTC, or a duration from now such as 30d."`
+	IdleBefore        string      `json:"idleBefore,omitempty" strict:"notempty" minLength:"1" doc:"Will expire for idleness before, unless it is used. Written as expiresBefore."`
 	NeverUsed         bool        `json:"neverUsed,omitempty"`
 	NoExpiration      bool        `json:"noExpiration,omitempty" doc:"Expires neither by time nor for idleness."`
 	OrderBy           KeyOrder    `json:"orderby,omitempty" enum:"createdAt,createdAt desc,name,name desc,lastUsedAt,lastUsedAt desc,expirationDate,expirationDate desc,idleAfter" doc:"By default what the filter is about, otherwise createdAt desc."`
@@ -187,7 +208,7 @@ func moment(field, s string, now time.Time) (time.Time, error) {
 		return now.Add(d.Std()), nil
 	}
 	t, day, err := parseTime(field, s)
-	if day {
+	if err == nil && day {
 		t = endOfDay(t)
 	}
 	return t, err
@@ -270,7 +291,7 @@ func statusOf(k *apikey.Key, at time.Time) string {
 // Passes reports whether k passes the filter at a time, for stores' tests and for fakes: what a store
 // answers must be what this says.
 func (f *KeyFilter) Passes(k *apikey.Key, at time.Time) bool {
-	quiet := OrderLastUsed.PlaceOf(k).At
+	quiet := quietSince(k)
 	idle := k.IdleAfter()
 	return (f.Type == "" || f.Type == k.Type) &&
 		(f.Status == "" || f.Status == statusOf(k, at)) &&

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,11 +24,19 @@ const ImportedBy = "import by "
 // holder has already.
 type ImportInput struct {
 	KeyInput
-	ID        string `json:"id,omitempty" format:"uuid" doc:"Any UUID. Absent: a new one."`
-	Secret    string `json:"secret,omitempty" doc:"What the holder of the key sends: of our own format, or of a foreign shape that the server's configuration registers. Our prefix says the type, and an Agent Access Token its instance, agent and id. Never kept, and in no answer."`
-	SHA256    string `json:"sha256,omitempty" pattern:"^[0-9A-Fa-f]{64}$" doc:"Instead of a foreign secret: its SHA-256, in hexadecimal digits."`
-	CreatedAt string `json:"createdAt,omitempty" doc:"RFC 3339 with a zone, or a date, which means its beginning in UTC. Absent: now. The policy's longest life counts from the import."`
-	Disabled  bool   `json:"disabled,omitempty"`
+	ID        string          `json:"id,omitempty" format:"uuid" doc:"Any UUID. Absent: a new one."`
+	Secret    string          `json:"secret,omitempty" doc:"What the holder of the key sends: of our own format, or of a foreign shape that the server's configuration registers. Our prefix says the type, and an Agent Access Token its instance, agent and id. Never kept, and in no answer."`
+	SHA256    string          `json:"sha256,omitempty" pattern:"^[0-9A-Fa-f]{64}$" doc:"Instead of a foreign secret: its SHA-256, in hexadecimal digits."`
+	Argon2ID  *AgentHashInput `json:"argon2id,omitempty" doc:"Instead of the secret of an Agent Access Token: the hash that the application keeps of it. id and agentName are needed, as the token has them."`
+	CreatedAt string          `json:"createdAt,omitempty" doc:"RFC 3339 with a zone, or a date, which means its beginning in UTC. Absent: now. The policy's longest life counts from the import."`
+	Disabled  bool            `json:"disabled,omitempty"`
+}
+
+// An AgentHashInput is what FoundationaLLM keeps of an Agent Access Token, as it keeps it: base58.
+type AgentHashInput struct {
+	Salt       string `json:"salt" doc:"16 bytes in base58."`
+	Hash       string `json:"hash" doc:"128 bytes in base58."`
+	Parameters string `json:"parameters,omitempty" doc:"Memory in KiB, iterations and parallelism. By default, and at present always, m=8192,t=40,p=16."`
 }
 
 // An ImportRow is one row of what is imported.
@@ -119,16 +128,20 @@ type proof struct {
 	typ     apikey.Type        // that the secret itself names; "": none
 	token   *apikey.AgentToken // that the secret is; nil: it is none
 	hint    string
-	digests []apikey.Digest // under the current pepper, and during a rotation the previous one
+	digests []apikey.Digest   // under the current pepper, and during a rotation the previous one
+	hash    *apikey.AgentHash // instead of digests; nil: there are those
 	err     error
 }
 
 func (s *Service) proofOf(in *ImportInput) proof {
+	if in.Argon2ID != nil {
+		return s.proofOfHash(in)
+	}
 	if in.SHA256 != "" {
 		return s.proofOfSHA256(in)
 	}
 	if in.Secret == "" {
-		return proof{err: apikey.Invalid("secret", "is missing: give it, or sha256")}
+		return proof{err: apikey.Invalid("secret", "is missing: give it, or sha256 or argon2id")}
 	}
 	kind, err := s.cfg.Format.Check(in.Secret)
 	switch {
@@ -161,6 +174,27 @@ func (s *Service) proofOfSHA256(in *ImportInput) proof {
 		return proof{err: apikey.Invalid("sha256", "is of no use: the server's configuration registers no foreign shape (credentials.foreign), so it would know no such secret")}
 	}
 	return proof{digests: s.digests(func(pepper *apikey.Pepper) apikey.Digest { return pepper.DigestSHA256([sha256.Size]byte(sum)) })}
+}
+
+// proofOfHash is the proof of an Agent Access Token that only its holder knows, and that no digest finds
+// before its holder comes.
+func (s *Service) proofOfHash(in *ImportInput) proof {
+	hash, err := apikey.ParseAgentHash(in.Argon2ID.Salt, in.Argon2ID.Hash)
+	bad, isBad := errors.AsType[*apikey.InvalidError](err)
+	p := proof{typ: apikey.TypeAgent, hash: &hash}
+	switch {
+	case in.Secret != "" || in.SHA256 != "":
+		p.err = apikey.Invalid("argon2id", "does not go with secret or sha256: give one of them")
+	case isBad:
+		p.err = apikey.Invalid("argon2id."+bad.Field, bad.Reason)
+	case in.Argon2ID.Parameters != "" && in.Argon2ID.Parameters != AgentHashParameters:
+		p.err = apikey.Invalid("argon2id.parameters", "must be "+AgentHashParameters+": a hash with others is not one of FoundationaLLM's")
+	case !slices.Contains(s.cfg.Format.Foreign, apikey.Shape{AgentToken: true}):
+		p.err = apikey.Invalid("argon2id", "is of no use: the server's configuration does not register Agent Access Tokens (credentials.foreign), so it would know none")
+	case in.ID == "":
+		p.err = apikey.Invalid("id", "is missing: it is part of the token")
+	}
+	return p
 }
 
 // digests are those under the current pepper and, during a rotation, the previous one.
@@ -241,11 +275,23 @@ func (b *importing) one(ctx context.Context, row *ImportRow, p *proof) (ImportSt
 	if err != nil {
 		return RowRefused, apikey.ID{}, err
 	}
-	digest := p.digests[0]
+	digests, same := p.digests, "secret"
+	if p.hash != nil {
+		digests, same = []apikey.Digest{k.ID.PendingDigest()}, "id"
+	}
+	digest := digests[0]
 	if other, twice := b.rowOf[digest]; twice {
-		return RowRefused, apikey.ID{}, apikey.Invalid("secret", "is that of row "+strconv.Itoa(other)+" too")
+		return RowRefused, apikey.ID{}, apikey.Invalid(same, "is that of row "+strconv.Itoa(other)+" too")
 	}
 	b.rowOf[digest] = row.Number
+	if p.hash != nil {
+		switch there, err := b.thereByHash(ctx, k, p.hash); {
+		case err != nil:
+			return RowRefused, apikey.ID{}, err
+		case there:
+			return RowExisting, k.ID, nil
+		}
+	}
 	for _, d := range p.digests {
 		found, _, err := b.tx.FindKey(ctx, d)
 		switch {
@@ -266,11 +312,40 @@ func (b *importing) one(ctx context.Context, row *ImportRow, p *proof) (ImportSt
 	} else if err != nil {
 		return RowRefused, apikey.ID{}, err
 	}
-	if err := b.tx.InsertGeneration(ctx, k.ID, k.Generations[0], digest, b.s.cfg.Peppers.Current.Version()); err != nil {
+	if p.hash != nil {
+		err = b.tx.InsertPending(ctx, k.ID, k.Generations[0], *p.hash)
+	} else {
+		err = b.tx.InsertGeneration(ctx, k.ID, k.Generations[0], digest, b.s.cfg.Peppers.Current.Version())
+	}
+	if err != nil {
 		return RowRefused, apikey.ID{}, err
 	}
 	b.made++
 	return RowImported, k.ID, b.caller.audit(ctx, b.tx, importKeys, b.instance.ID, k.ID.String(), nil, auditOf(k))
+}
+
+// thereByHash reports whether a token that is imported by its hash is there. Once its holder has come, or if it
+// was imported itself, nothing is left to compare the hash with: then it is there if the key with its id is one
+// that was imported for the same agent.
+func (b *importing) thereByHash(ctx context.Context, k *apikey.Key, hash *apikey.AgentHash) (bool, error) {
+	found, err := b.tx.Key(ctx, b.instance.ID, k.ID)
+	switch {
+	case isNotFound(err):
+		return false, nil
+	case err != nil:
+		return false, err
+	case found.Type != apikey.TypeAgent || found.AgentName != k.AgentName || !strings.HasPrefix(found.CreatedBy, ImportedBy):
+		return false, &StateError{"another key has this id"}
+	}
+	switch kept, err := b.tx.AgentHash(ctx, k.ID); {
+	case isNotFound(err):
+		return true, nil
+	case err != nil:
+		return false, err
+	case kept != *hash:
+		return false, &StateError{"the key with this id was imported with another hash"}
+	}
+	return true, nil
 }
 
 // key checks a row and makes the key that it describes.
@@ -282,7 +357,7 @@ func (b *importing) key(in *ImportInput, p *proof) (*apikey.Key, error) {
 	case input.Type == "":
 		input.Type = p.typ
 	case p.typ != "" && input.Type != p.typ:
-		bad.add(apikey.Invalid("type", "is not the one that the secret's prefix says"))
+		bad.add(apikey.Invalid("type", "is not the one that the secret says"))
 	}
 	id := in.ID
 	if t := p.token; t != nil {

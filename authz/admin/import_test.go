@@ -18,7 +18,7 @@ import (
 	"keyward/authz/apikey"
 )
 
-var acme = apikey.Format{Foreign: []apikey.Shape{{Prefix: "acme_", MinLength: 21, MaxLength: 60}, {AgentToken: true}}}
+var acme = apikey.Format{Foreign: []apikey.Shape{{Prefix: "acme_", MinLength: 21, MaxLength: 60}, {Prefix: "exact_", MinLength: 22, MaxLength: 22}, {AgentToken: true}}}
 
 // importer opens a service that knows foreign secrets.
 func importer(t *testing.T) *desk {
@@ -120,6 +120,8 @@ func TestWhatCannotBeImported(t *testing.T) {
 	}
 	taken := d.key(t, "b")
 	ours := apikey.Format{}.New(apikey.KindAgent).Reveal()
+	const exact = "exact_0123456789abcdef" // of a shape of one length
+	agentToken := "keya.aa.bb.cc." + strings.Repeat("d", 130) + ".ayek"
 	for name, c := range map[string]struct {
 		in    admin.ImportInput
 		field string // "": the state is in the way
@@ -135,9 +137,14 @@ func TestWhatCannotBeImported(t *testing.T) {
 		"id":                 {admin.ImportInput{Secret: foreign(""), ID: "x"}, "id"},
 		"id of zeros":        {admin.ImportInput{Secret: foreign(""), ID: "00000000-0000-0000-0000-000000000000"}, "id"},
 		"from the future":    {admin.ImportInput{Secret: foreign(""), CreatedAt: "2999-01-01"}, "createdAt"},
+		"from the year -1":   {admin.ImportInput{Secret: foreign(""), CreatedAt: "0000-01-01T00:00:00+23:59"}, "createdAt"},
+		"somebody's zero":    {admin.ImportInput{Secret: foreign(""), CreatedAt: "0001-01-01"}, "createdAt"},
 		"over":               {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{ExpirationDate: "2020-01-01"}}, "expirationDate"},
 		"too long a life":    {admin.ImportInput{Secret: foreign(""), CreatedAt: "2020-01-01", KeyInput: admin.KeyInput{ExpiresIn: "366d"}}, "expiresIn"},
 		"a secret as a name": {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Description: "it is " + foreign("") + ", ok"}}, "description"},
+		"and a full stop":    {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Description: "it is " + exact + ". Ok?"}}, "description"},
+		"in an address":      {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Metadata: map[string]string{"at": "https://x?key=" + exact + "&n=" + strings.Repeat("1", 40)}}}, "metadata"},
+		"in brackets":        {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Description: "(" + agentToken + ")"}}, "description"},
 		"scope":              {admin.ImportInput{Secret: foreign(""), KeyInput: admin.KeyInput{Scopes: []string{"y"}}}, "scopes"},
 		"id that is taken":   {admin.ImportInput{Secret: foreign(""), ID: taken.Key.ID.String()}, ""},
 		"another's secret":   {admin.ImportInput{Secret: taken.Secret.Reveal()}, ""},
@@ -274,7 +281,7 @@ func TestExportHasEveryKeyOnce(t *testing.T) {
 		in.Input.CreatedAt = "2025-01-01" // all at one instant, so that pages end in the middle of it
 		rows = append(rows, in)
 	}
-	for batch := range slices.Chunk(rows, 200) {
+	for batch := range slices.Chunk(rows, 50) {
 		if done := d.bring(t, false, batch...); !done.Done {
 			t.Fatal(done.Rows[0].Err)
 		}
@@ -292,5 +299,32 @@ func TestExportHasEveryKeyOnce(t *testing.T) {
 	}
 	if events, err := d.store.FindEvents(t.Context(), admin.EventFilter{Action: "key.export"}, admin.EventPlace{}, 10); err != nil || len(events) != 1 {
 		t.Errorf("exports in the audit: %v, %v", events, err)
+	}
+}
+
+// TestImportKeepsSecretsOutOfOtherFields: a column that slipped puts secrets where everybody reads them.
+func TestImportKeepsSecretsOutOfOtherFields(t *testing.T) {
+	d := importer(t)
+	ours := acme.New(apikey.KindInstance).Reveal()
+	for _, secret := range []string{ours, ours[:20] + "x" + ours[21:], foreign("secret")} {
+		for field, set := range map[string]func(in *admin.ImportInput){
+			"name":              func(in *admin.ImportInput) { in.Name = "of " + secret },
+			"description":       func(in *admin.ImportInput) { in.Description = secret },
+			"metadata":          func(in *admin.ImportInput) { in.Metadata = map[string]string{"was": secret} },
+			"scopes":            func(in *admin.ImportInput) { in.Scopes = []string{"a:b", secret} },
+			"environment":       func(in *admin.ImportInput) { in.Environment = secret },
+			"agentName":         func(in *admin.ImportInput) { in.Type, in.AgentName = apikey.TypeAgent, secret },
+			"userPrincipalName": func(in *admin.ImportInput) { in.Type, in.UserPrincipalName = apikey.TypeUser, secret },
+		} {
+			in := row(1, "n", foreign("own"))
+			set(&in.Input)
+			done := d.bring(t, false, in)
+			if bad, ok := errors.AsType[*apikey.InvalidError](done.Rows[0].Err); !ok || bad.Field != field || !strings.Contains(bad.Reason, "contains a secret") {
+				t.Errorf("%s: got %v", field, done.Rows[0].Err)
+			}
+		}
+	}
+	if got := d.names(t); got != nil {
+		t.Errorf("imported: %v", got)
 	}
 }

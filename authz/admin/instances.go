@@ -3,6 +3,7 @@ package admin
 import (
 	"context"
 	"errors"
+	"math"
 	"slices"
 
 	"keyward/authz/apikey"
@@ -17,6 +18,15 @@ type PutResult struct {
 
 // PutInstance creates an instance or replaces its policy.
 func (s *Service) PutInstance(ctx context.Context, caller Caller, instanceID string, policy apikey.Policy) (PutResult, error) {
+	return s.PutInstanceIf(ctx, caller, instanceID, policy, 0)
+}
+
+// IfThere is a condition that holds for every version of what there is.
+const IfThere apikey.Revision = math.MaxUint64
+
+// PutInstanceIf does the same on condition that the instance still has the revision ifMatch, that it is
+// there ([IfThere]), or on none (0). Errors: [ErrPrecondition].
+func (s *Service) PutInstanceIf(ctx context.Context, caller Caller, instanceID string, policy apikey.Policy, ifMatch apikey.Revision) (PutResult, error) {
 	// The one place where an id that none can have is the caller's mistake: it chooses the id here.
 	if _, err := apikey.CanonicalInstanceID(instanceID); err != nil {
 		return PutResult{}, err
@@ -47,6 +57,9 @@ func (s *Service) PutInstance(ctx context.Context, caller Caller, instanceID str
 			return err
 		}
 		created = before == nil
+		if ifMatch != 0 && (created || ifMatch != IfThere && ifMatch != old.Revision) {
+			return ErrPrecondition
+		}
 		if err := tx.PutInstance(ctx, in); err != nil {
 			return err
 		}

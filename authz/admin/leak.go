@@ -28,6 +28,7 @@ type leak struct {
 const (
 	leakQueue = 1024
 	leakPause = time.Second // before a store that does not answer is asked again
+	leakTries = 30          // before other reports have their turn
 )
 
 // leakRate is how often one address may report.
@@ -95,9 +96,10 @@ func (s *Service) RunLeakReports(ctx context.Context) error {
 	}
 }
 
-// leaked acts on one report. While the store is away it tries on; false if ctx ended before.
+// leaked acts on one report. While the store is away it tries on; false if ctx ended before. A report that fails
+// by itself (a record that cannot be read, say) goes to the end of the queue, and does not hold up the others.
 func (s *Service) leaked(ctx context.Context, l leak) bool {
-	for {
+	for tries := 1; ; tries++ {
 		err := s.endLeaked(ctx, l)
 		if err == nil || isNotFound(err) || errors.Is(err, errNothing) {
 			return true
@@ -106,6 +108,13 @@ func (s *Service) leaked(ctx context.Context, l leak) bool {
 			return false
 		}
 		s.log.Warn("cannot act on the report of a leaked key yet", slog.String("from", l.from), slog.Any("error", err))
+		if tries >= leakTries && len(s.leaks.queue) > 0 {
+			select {
+			case s.leaks.queue <- l:
+				return true // it comes again
+			default:
+			}
+		}
 		select {
 		case <-time.After(leakPause):
 		case <-ctx.Done():
@@ -125,6 +134,7 @@ func (s *Service) endLeaked(ctx context.Context, l leak) error {
 			return err
 		}
 	}
+	var done slog.Attr // what the report did
 	caller := Caller{Name: "leak report", RemoteAddr: l.from, RequestID: l.requestID}
 	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
 		old, _, err := tx.FindKey(ctx, digest)
@@ -141,10 +151,12 @@ func (s *Service) endLeaked(ctx context.Context, l leak) error {
 		k.Generations = slices.Clone(old.Generations)
 		i := slices.IndexFunc(k.Generations, func(g apikey.Generation) bool { return g.Number == number })
 		flags := in.Policy.InForce().OnLeak.Of(k.Type) == apikey.LeakFlags
-		if !k.RevokedAt.IsZero() || flags && !k.LeakReportedAt.IsZero() || k.Generations[i].Revoked {
+		// A report from before a secret was made is about another one.
+		known := !k.LeakReportedAt.Before(k.Generations[i].CreatedAt)
+		if !k.RevokedAt.IsZero() || flags && known || k.Generations[i].Revoked {
 			return errNothing
 		}
-		if k.LeakReportedAt.IsZero() {
+		if !known {
 			k.LeakReportedAt = at
 		}
 		if !flags {
@@ -158,9 +170,18 @@ func (s *Service) endLeaked(ctx context.Context, l leak) error {
 		if err := tx.UpdateKey(ctx, &k); err != nil {
 			return err
 		}
+		action := "its secret is ended"
+		switch {
+		case flags:
+			action = "it goes on, as the policy says (onLeak): rotate it"
+		case !k.RevokedAt.IsZero():
+			action = "it is revoked"
+		}
+		done = slog.Group("", slog.String("instance", k.InstanceID), slog.String("key_id", k.ID.String()), slog.Int("generation", number), slog.String("done", action))
 		return caller.audit(ctx, tx, leakKey, k.InstanceID, k.ID.String(), auditOf(old), auditOf(&k))
 	})
 	if err == nil {
+		s.log.Warn("a key was reported as leaked", done, slog.String("from", l.from), slog.String("request_id", l.requestID))
 		s.propagate(ctx, rev, createWait)
 	}
 	return err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -264,6 +265,29 @@ func TestPolicyRightsOnCreation(t *testing.T) {
 	}
 }
 
+// TestUserCountsInAnyCase: nobody has more keys by being spelled in another way. What may be seen goes by the
+// exact spelling: two spellings may be two people elsewhere.
+func TestUserCountsInAnyCase(t *testing.T) {
+	d := open(t)
+	d.policy(t, "a", apikey.Policy{Caps: apikey.Caps{User: 2}})
+	d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "ann@example.com"})
+	other := d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "Ann@Example.com"})
+	_, err := d.CreateKey(t.Context(), root, "a", admin.KeyInput{Name: "n", Type: "user", UserPrincipalName: "ANN@example.com"})
+	if full, ok := errors.AsType[*admin.QuotaExceededError](err); !ok || full.Cap != "user" || full.Used != 2 {
+		t.Errorf("a third: error %v", err)
+	}
+	ann := admin.Caller{Name: "oidc:ann", Role: admin.RoleUser, UserPrincipalName: "ann@example.com"}
+	for _, owner := range []string{"ann@example.com", "aNN@example.com"} {
+		got, err := d.KeyLimits(t.Context(), ann, "a", admin.KeyOwner{Type: apikey.TypeUser, Name: owner})
+		if err != nil || got.Owner == nil || got.Owner.Used != 2 {
+			t.Errorf("%s: got %+v and error %v", owner, got, err)
+		}
+	}
+	if _, err := d.Key(t.Context(), ann, "a", other.Key.ID); !errors.Is(err, apikey.ErrNotFound) {
+		t.Errorf("the key of another spelling: error %v", err)
+	}
+}
+
 func TestKeyLimits(t *testing.T) {
 	d := open(t)
 	d.policy(t, "a", apikey.Policy{Caps: apikey.Caps{Instance: 3, Agent: apikey.Unlimited}, Creation: apikey.Creation{PerHour: 5}})
@@ -331,6 +355,7 @@ func TestUpdateKey(t *testing.T) {
 			{`{"disabled":true}`, func(k *apikey.Key) { k.Disabled = true }, ""},
 			{`{"expiresIn":"1d"}`, func(k *apikey.Key) { k.ExpirationDate = k.CreatedAt.Add(oneDay) }, ""},
 			{`{"expirationDate":null}`, func(k *apikey.Key) { k.ExpirationDate = time.Time{} }, ""},
+			{`{"expiresIn":null}`, func(*apikey.Key) {}, ""}, // it takes away what is not there
 			{`{"inactivityDays":null}`, func(k *apikey.Key) { k.InactivityDays = 0 }, ""},
 			{`{"inactivityDays":7}`, func(k *apikey.Key) { k.InactivityDays = 7 }, ""},
 			{`{"expirationPolicy":"none"}`, func(k *apikey.Key) { k.ExpirationDate, k.InactivityDays = time.Time{}, 0 }, ""},
@@ -358,6 +383,9 @@ func TestUpdateKey(t *testing.T) {
 			{`{"expiresIn":"1d","expirationDate":"2030-01-01"}`, nil, "expiresIn"},
 			{`{"expirationPolicy":null}`, nil, "expirationPolicy"},
 			{`{"expirationPolicy":"never"}`, nil, "expirationPolicy"},
+			{`{"expirationPolicy":""}`, nil, "expirationPolicy"},
+			{`{"expirationDate":""}`, nil, "expirationDate"},
+			{`{"expiresIn":""}`, nil, "expiresIn"},
 			{`{"expirationPolicy":"none","inactivityDays":3}`, nil, "expirationPolicy"},
 			{`{"expirationPolicy":"time","inactivityDays":3}`, nil, "inactivityDays"},
 			{`{"inactivityDays":0}`, nil, "inactivityDays"},
@@ -397,6 +425,22 @@ func TestUpdateKey(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestDisableWhateverTheWords: a word that would not be accepted any more, because a foreign shape was registered
+// since, keeps nobody from disabling its key.
+func TestDisableWhateverTheWords(t *testing.T) {
+	d := open(t)
+	d.instance(t, "a")
+	k := d.make(t, admin.KeyInput{Description: "was " + foreign("")}).Key
+	d.knows(apikey.Peppers{Current: d.pepper})
+	if k = d.patch(t, k.ID, admin.KeyPatch{Disabled: admin.To(true)}); !k.Disabled {
+		t.Error("it goes on")
+	}
+	_, err := d.UpdateKey(t.Context(), root, "a", k.ID, admin.KeyPatch{Name: admin.To("new")}, 0)
+	if field := invalidField(err); field != "description" {
+		t.Errorf("got error %v", err)
+	}
 }
 
 // Of twenty that change what all of them saw, one wins, and the others are told.
@@ -443,7 +487,7 @@ func TestNarrowingWaitsForReplicas(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t)
 		d.instance(t, "a")
-		made := d.make(t, admin.KeyInput{ExpiresIn: "10d"})
+		made, other := d.make(t, admin.KeyInput{ExpiresIn: "10d"}), d.make(t, admin.KeyInput{})
 		if err := d.store.Register(t.Context(), "behind", 2, time.Hour); err != nil {
 			t.Fatal(err)
 		}
@@ -464,9 +508,13 @@ func TestNarrowingWaitsForReplicas(t *testing.T) {
 				return c.Propagation, err
 			}, time.Second},
 			"rotation": {func() (admin.Propagation, error) {
-				c, err := d.RotateKey(t.Context(), root, "a", made.Key.ID, admin.RotateInput{EndOldest: true, ExpiresIn: "1d"}, 0)
+				c, err := d.RotateKey(t.Context(), root, "a", made.Key.ID, admin.RotateInput{ExpiresIn: "1d"}, 0)
 				return c.Propagation, err
 			}, time.Second},
+			"a short grace": {func() (admin.Propagation, error) {
+				c, err := d.RotateKey(t.Context(), root, "a", other.Key.ID, admin.RotateInput{GracePeriod: "10s"}, 0)
+				return c.Propagation, err
+			}, 5 * time.Second},
 			"kill switch": {func() (admin.Propagation, error) {
 				c, err := d.SwitchInstance(t.Context(), root, "a", true)
 				return c.Propagation, err
@@ -611,6 +659,51 @@ func TestRotateRefused(t *testing.T) {
 		d.policy(t, "a", apikey.Policy{Expiration: apikey.Expiration{Required: true}})
 		if _, err := d.RotateKey(t.Context(), root, "a", endless.Key.ID, admin.RotateInput{}, 0); invalidField(err) != "expirationPolicy" {
 			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// TestRotationsAreNotEndless: each leaves a secret in the store for as long as the key is there, so they are as
+// many in an hour as new keys may be.
+func TestRotationsAreNotEndless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t)
+		d.policy(t, "a", apikey.Policy{Creation: apikey.Creation{PerHour: 14, PerHourAndUser: 12}})
+		ann := admin.Caller{Name: "oidc:ann", Role: admin.RoleUser, UserPrincipalName: "ann"}
+		k := d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "ann"}).Key
+		rotate := func(caller admin.Caller) error {
+			time.Sleep(time.Minute)
+			_, err := d.RotateKey(t.Context(), caller, "a", k.ID, admin.RotateInput{GracePeriod: "0s"}, 0)
+			return err
+		}
+		for range 11 {
+			if err := rotate(ann); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := len(d.actions(t))
+		err := rotate(ann)
+		often, ok := errors.AsType[*admin.RateError](err)
+		if !ok || often.Limit != 12 || often.RetryAfter != 48*time.Minute { // the first came 12 minutes ago
+			t.Fatalf("a thirteenth secret within the hour: %v", err)
+		}
+		if n := len(d.actions(t)); n != before {
+			t.Errorf("%d events for what was refused", n-before)
+		}
+		if err := rotate(root); err != nil {
+			t.Errorf("an operator has another rate: %v", err)
+		}
+		time.Sleep(often.RetryAfter)
+		if err := rotate(ann); err != nil {
+			t.Errorf("after the wait that was named: %v", err)
+		}
+		// Where new keys are to be rare, a secret can still be replaced.
+		time.Sleep(time.Hour)
+		d.policy(t, "a", apikey.Policy{Creation: apikey.Creation{PerHour: 1}})
+		for n := range 11 {
+			if err := rotate(root); (err == nil) != (n < 10) {
+				t.Errorf("rotation %d: %v", n+1, err)
+			}
 		}
 	})
 }
@@ -866,5 +959,90 @@ func TestSwitchInstance(t *testing.T) {
 	}
 	if _, err := d.SwitchInstance(t.Context(), root, "nobody", true); !errors.Is(err, apikey.ErrNotFound) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestLastPlaceWhoeverComes: new keys, imported ones, and expired ones that are given a new life go for the last
+// places of the instance at once, and of one user in another spelling; rotations and enabling, which take none,
+// go on beside them.
+func TestLastPlaceWhoeverComes(t *testing.T) {
+	d := sealed(t, filepath.Join(t.TempDir(), "keys.db"), 0)
+	free := apikey.Policy{
+		Caps:     apikey.Caps{Instance: apikey.Unlimited, User: apikey.Unlimited},
+		Creation: apikey.Creation{PerHour: apikey.Unlimited},
+	}
+	d.policy(t, "a", free)
+	const places = 12
+	var over []apikey.ID
+	for n := range 20 {
+		k := d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: []string{"ann", "Ann"}[n%2]}).Key
+		past := *k
+		past.ExpirationDate = time.Now().Add(-time.Minute)
+		_, err := d.store.Update(t.Context(), func(tx admin.Tx) error {
+			return errors.Join(tx.UpdateKey(t.Context(), &past), tx.Audit(t.Context(), admin.Event{}))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		over = append(over, k.ID)
+	}
+	var living []apikey.ID
+	for range places - 3 {
+		living = append(living, d.make(t, admin.KeyInput{Type: "user", UserPrincipalName: "ann"}).Key.ID)
+	}
+	free.Caps = apikey.Caps{Instance: places, User: places}
+	d.policy(t, "a", free)
+
+	var all sync.WaitGroup
+	var won atomic.Int64
+	try := func(takes bool, do func() error) {
+		all.Go(func() {
+			err := do()
+			for errors.Is(err, apikey.ErrUndecided) { // a machine that is too busy
+				err = do()
+			}
+			_, full := errors.AsType[*admin.QuotaExceededError](err)
+			_, state := errors.AsType[*admin.StateError](err) // of a rotation: two secrets are valid already
+			switch {
+			case err == nil && takes:
+				won.Add(1)
+			case err != nil && takes != full && !state:
+				t.Errorf("got error %v", err)
+			}
+		})
+	}
+	for n, id := range over {
+		try(true, func() error {
+			_, err := d.UpdateKey(t.Context(), root, "a", id, admin.KeyPatch{ExpiresIn: admin.To("1d")}, 0)
+			return err
+		})
+		try(true, func() error {
+			_, err := d.CreateKey(t.Context(), root, "a", admin.KeyInput{Name: "n", Type: "user", UserPrincipalName: "ANN"})
+			return err
+		})
+		try(true, func() error {
+			secret := apikey.Format{}.New(apikey.KindUser).Reveal()
+			in := admin.ImportInput{KeyInput: admin.KeyInput{Name: "n", UserPrincipalName: "ann"}, Secret: secret}
+			done, err := d.ImportKeys(t.Context(), root, "a", []admin.ImportRow{{Number: 1, Input: in}}, false)
+			if err == nil && !done.Done {
+				err = done.Rows[0].Err
+			}
+			return err
+		})
+		try(false, func() error {
+			_, err := d.RotateKey(t.Context(), root, "a", living[n%len(living)], admin.RotateInput{}, 0)
+			return err
+		})
+		try(false, func() error {
+			_, err := d.UpdateKey(t.Context(), root, "a", living[n%len(living)], admin.KeyPatch{Disabled: admin.To(n%2 == 0)}, 0)
+			return err
+		})
+	}
+	all.Wait()
+	for _, owner := range []admin.KeyOwner{{}, {Type: apikey.TypeUser, Name: "ann"}} {
+		counts, err := d.store.CountKeys(t.Context(), "a", owner, time.Now())
+		if err != nil || counts.Usable != places || won.Load() != 3 {
+			t.Errorf("%+v: got %+v and error %v; %d got a place, want 3", owner, counts, err, won.Load())
+		}
 	}
 }

@@ -211,12 +211,12 @@ func (o *OIDC) authenticate(ctx context.Context, token string) (Caller, error) {
 		return Caller{}, ErrUnauthenticated
 	}
 	var claims map[string]any
-	if err := verified.Claims(&claims); err != nil || claims == nil {
+	if err := verified.Claims(&claims); err != nil || claims == nil || respelled(claims) {
 		return Caller{}, ErrUnauthenticated
 	}
 	if nbf, there := claims["nbf"]; there {
-		seconds, ok := nbf.(float64)
-		if !ok || time.Unix(int64(seconds), 0).After(time.Now().Add(oidcSkew)) {
+		seconds, ok := nbf.(float64) // compared as such: of one too large for an int64 nobody knows what becomes
+		if !ok || seconds > float64(time.Now().Add(oidcSkew).Unix()) {
 			return Caller{}, ErrUnauthenticated
 		}
 	}
@@ -227,7 +227,7 @@ func (o *OIDC) authenticate(ctx context.Context, token string) (Caller, error) {
 		return Caller{}, ErrUnauthenticated
 	}
 	// An issuer has no fragment, so no two identities have one name.
-	caller := Caller{Name: "oidc:" + one.Issuer + "#" + verified.Subject}
+	caller := Caller{Name: "oidc:" + one.Issuer + "#" + verified.Subject, shown: &credential{until: verified.Expiry.Add(oidcSkew)}}
 	for _, rule := range one.Rules {
 		instance, fits := rule.fits(claims)
 		if !fits {
@@ -242,6 +242,19 @@ func (o *OIDC) authenticate(ctx context.Context, token string) (Caller, error) {
 		return caller, nil
 	}
 	return caller, &ForbiddenError{Reason: "the caller has no role here"}
+}
+
+// respelled reports whether a claim is one of those that go-oidc reads, in another case: it would take
+// SUB or EXP for the issuer's own, and an issuer may let its users choose what such claims hold.
+func respelled(claims map[string]any) bool {
+	for name := range claims {
+		for _, own := range []string{"iss", "sub", "aud", "exp", "nbf", "iat", "nonce", "at_hash", "_claim_names", "_claim_sources"} {
+			if name != own && strings.EqualFold(name, own) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // isSubject: it becomes part of a name in the audit.

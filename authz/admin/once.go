@@ -149,6 +149,9 @@ func (s *Service) replay(ctx context.Context, caller Caller, instanceID string, 
 	case !bytes.Equal(r.Body, o.Body[:]):
 		return CreatedKey{}, false, ErrReplayBody
 	}
+	if err := stillGood(ctx, s.store); err != nil { // a secret is told, though nothing is changed
+		return CreatedKey{}, false, err
+	}
 	k, err := s.store.Key(ctx, instanceID, r.KeyID)
 	switch {
 	case isNotFound(err):

@@ -30,18 +30,8 @@ type QuotaInput struct {
 
 // A QuotaRecord is a quota as people read it: as it is defined, and as it is enforced.
 type QuotaRecord struct {
-	Name                   string           `json:"name"`
-	Description            string           `json:"description,omitempty"`
-	Context                string           `json:"context"`
-	Partition              apikey.Partition `json:"partition" enum:"None,UserPrincipalName,UserIdentifier,ApiKey"`
-	Limit                  int              `json:"limit"`
-	Window                 apikey.Duration  `json:"window,omitempty"`
-	Period                 apikey.Period    `json:"period,omitempty" enum:"day,month"`
-	Smoothed               bool             `json:"smoothed,omitempty"`
-	Lockout                apikey.Duration  `json:"lockout,omitempty"`
-	DistributedEnforcement bool             `json:"distributedEnforcement,omitempty"`
-	Shadow                 bool             `json:"shadow,omitempty"`
-	Enforced               EnforcedQuota    `json:"enforced"`
+	QuotaInput
+	Enforced EnforcedQuota `json:"enforced"`
 }
 
 // An EnforcedQuota is what a quota comes to.
@@ -52,26 +42,15 @@ type EnforcedQuota struct {
 	Counted string          `json:"counted" enum:"perReplica" doc:"Where the units are counted: perReplica, whatever distributedEnforcement says, because each replica keeps the state of limits for itself."`
 }
 
-// countedPerReplica: limits are local to each replica; see [limits.Limiter] for who keeps their state.
+// countedPerReplica: each replica keeps the state of limits for itself.
 const countedPerReplica = "perReplica"
 
 // QuotaRecordOf returns q as people read it.
 func QuotaRecordOf(q *apikey.Quota) QuotaRecord {
 	enforced := limits.QuotaOf(q, q.Limit)
 	return QuotaRecord{
-		Name: q.Name, Description: q.Description, Context: q.Context, Partition: q.Partition, Limit: q.Limit,
-		Window: apikey.Duration(q.Window), Period: q.Period, Smoothed: q.Smoothed, Lockout: apikey.Duration(q.Lockout),
-		DistributedEnforcement: q.Distributed, Shadow: q.Shadow,
-		Enforced: EnforcedQuota{Limit: enforced.Limit, Window: apikey.Duration(enforced.Window), Period: q.Period, Counted: countedPerReplica},
-	}
-}
-
-// Quota returns the definition that the record is of.
-func (r *QuotaRecord) Quota() apikey.Quota {
-	return apikey.Quota{
-		Name: r.Name, Description: r.Description, Context: r.Context, Partition: r.Partition, Limit: r.Limit,
-		Window: r.Window.Std(), Period: r.Period, Smoothed: r.Smoothed, Lockout: r.Lockout.Std(),
-		Distributed: r.DistributedEnforcement, Shadow: r.Shadow,
+		QuotaInput: QuotaInputOf(q),
+		Enforced:   EnforcedQuota{Limit: enforced.Limit, Window: apikey.Duration(enforced.Window), Period: q.Period, Counted: countedPerReplica},
 	}
 }
 
@@ -90,6 +69,13 @@ func QuotaInputOf(q *apikey.Quota) QuotaInput {
 		}
 	}
 	return in
+}
+
+// Quota checks in and returns the quota that it describes. Errors: *apikey.InvalidError, all joined.
+func (in *QuotaInput) Quota() (apikey.Quota, error) {
+	q, bad := in.quota()
+	bad.add(q.Validate(""))
+	return q, bad.err()
 }
 
 // quota reads in. bad are the fields that could not be read, whose faults Validate does not know; something
@@ -131,6 +117,9 @@ func (in *QuotaInput) secretFree(format apikey.Format, field string) error {
 // quotasOf checks the quotas that an instance is to have. Errors: *apikey.InvalidError, all joined.
 func quotasOf(format apikey.Format, list []QuotaInput) ([]apikey.Quota, error) {
 	var bad faults
+	if len(list) > apikey.MaxQuotas {
+		return nil, apikey.ValidateQuotas(make([]apikey.Quota, len(list)))
+	}
 	for i := range list {
 		bad.add(list[i].secretFree(format, fmt.Sprintf("quotas[%d].", i)))
 	}
@@ -228,9 +217,8 @@ func (s *Service) PutQuota(ctx context.Context, caller Caller, instanceID, name 
 	if err := in.secretFree(s.cfg.Format, ""); err != nil {
 		return QuotasChange{}, err
 	}
-	q, bad := in.quota()
-	bad.add(q.Validate(""))
-	if err := bad.err(); err != nil {
+	q, err := in.Quota()
+	if err != nil {
 		return QuotasChange{}, err
 	}
 	return s.changeQuotas(ctx, caller, id, ifMatch, false, func(old []apikey.Quota) ([]apikey.Quota, error) {
@@ -368,14 +356,20 @@ func quotaChanges(before, after []apikey.Quota) []QuotaChange {
 
 // overrides checks what a key of a type is to have instead of quotas of its instance.
 func overrides(quotas []apikey.Quota, t apikey.Type, list map[string]apikey.QuotaOverride) error {
+	if len(list) > apikey.MaxQuotas {
+		return apikey.Invalid("quotas", fmt.Sprintf("has more than %d entries", apikey.MaxQuotas))
+	}
 	var bad faults
+	unknown := false
 	for _, name := range slices.Sorted(maps.Keys(list)) {
-		i := slices.IndexFunc(quotas, named(name))
-		if i < 0 { // it is not repeated: it may be a secret
-			bad.add(apikey.Invalid("quotas", "names a quota that the instance does not have: "+haveQuotas(quotas)))
-			continue
+		if i := slices.IndexFunc(quotas, named(name)); i < 0 {
+			unknown = true
+		} else {
+			bad.add(quotas[i].ValidateOverride("quotas."+name, t, list[name]))
 		}
-		bad.add(quotas[i].ValidateOverride("quotas."+name, t, list[name]))
+	}
+	if unknown { // the name is not repeated: it may be a secret
+		bad.add(apikey.Invalid("quotas", "names a quota that the instance does not have: "+haveQuotas(quotas)))
 	}
 	return bad.err()
 }
@@ -396,24 +390,28 @@ func haveQuotas(quotas []apikey.Quota) string {
 	return "it has " + strings.Join(names, ", ")
 }
 
-// patchQuotas returns the overrides that a patch leaves, and those of them that it says anew.
+// patchQuotas returns the overrides that a patch leaves, and those of them that it makes or changes.
 func patchQuotas(old map[string]apikey.QuotaOverride, patch Member[map[string]*apikey.QuotaOverride]) (left, said map[string]apikey.QuotaOverride) {
-	if patch.Null {
-		return nil, nil
-	}
-	left, said = maps.Clone(old), map[string]apikey.QuotaOverride{}
-	if left == nil {
-		left = map[string]apikey.QuotaOverride{}
+	left, said = map[string]apikey.QuotaOverride{}, map[string]apikey.QuotaOverride{}
+	if !patch.Null {
+		maps.Copy(left, old)
 	}
 	for name, own := range patch.Value {
 		if own == nil {
 			delete(left, name)
-		} else {
-			left[name], said[name] = *own, *own
+			continue
 		}
+		if before, ok := old[name]; !ok || before != *own {
+			said[name] = *own
+		}
+		left[name] = *own
 	}
-	if len(left) == 0 {
-		return nil, said
+	switch {
+	case len(left) > 0:
+	case len(old) == 0: // nil and empty are the same, and no change
+		left = old
+	default:
+		left = nil
 	}
 	return left, said
 }

@@ -353,7 +353,8 @@ func TestKeyOverridesQuotas(t *testing.T) {
 		"the user's own": {admin.KeyInput{Type: "user", UserPrincipalName: "ann", Quotas: map[string]apikey.QuotaOverride{"user": {Limit: 5}}}, []string{"quotas.user"}},
 		"with all else that is wrong": {admin.KeyInput{Environment: "?", Quotas: map[string]apikey.QuotaOverride{"each": {Limit: 2}, "global": {Limit: 5}}},
 			[]string{"environment", "quotas.each.limit", "quotas.global"}},
-		"a secret": {admin.KeyInput{Quotas: map[string]apikey.QuotaOverride{made.Secret.Reveal(): {Limit: 5}}}, []string{"quotas"}},
+		"two that are not there": {admin.KeyInput{Quotas: map[string]apikey.QuotaOverride{"x": {Limit: 5}, "y": {Limit: 5}, "each": {Limit: 2}}}, []string{"quotas", "quotas.each.limit"}},
+		"a secret":               {admin.KeyInput{Quotas: map[string]apikey.QuotaOverride{made.Secret.Reveal(): {Limit: 5}}}, []string{"quotas"}},
 	} {
 		c.in.Name = "n"
 		_, err := d.CreateKey(ctx, root, "a", c.in)
@@ -386,6 +387,7 @@ func TestKeyOverridesQuotas(t *testing.T) {
 	if diff := cmp.Diff(map[string]apikey.QuotaOverride{"user": {Limit: apikey.Unlimited}}, k.Quotas); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
+	k = d.patch(t, made.Key.ID, patch(map[string]*apikey.QuotaOverride{"user": override(apikey.Unlimited)})) // as it is
 	again := k.Revision
 	if k = d.patch(t, made.Key.ID, patch(map[string]*apikey.QuotaOverride{"none": nil})); k.Revision != again {
 		t.Error("a change of nothing is one")
@@ -438,6 +440,13 @@ func TestRoleUserOverridesNothing(t *testing.T) {
 		if no, forbidden := errors.AsType[*admin.ForbiddenError](err); !forbidden || no.Field != "quotas" {
 			t.Errorf("%v by a change: %v", own, err)
 		}
+	}
+	_, err = d.UpdateKey(t.Context(), ann, "a", made.Key.ID, admin.KeyPatch{Quotas: admin.To(map[string]*apikey.QuotaOverride{"none": override(5)})}, 0)
+	if no, forbidden := errors.AsType[*admin.ForbiddenError](err); !forbidden || strings.Contains(no.Error(), "each") {
+		t.Errorf("it is told which quotas there are: %v", err)
+	}
+	if _, err := d.UpdateKey(t.Context(), ann, "a", made.Key.ID, admin.KeyPatch{Quotas: admin.To(map[string]*apikey.QuotaOverride{"each": override(60)})}, 0); err != nil {
+		t.Errorf("what is so already: %v", err)
 	}
 	if _, err := d.UpdateKey(t.Context(), ann, "a", made.Key.ID, admin.KeyPatch{Name: admin.To("m")}, 0); err != nil {
 		t.Errorf("what else there is to change: %v", err)

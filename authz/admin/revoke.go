@@ -75,13 +75,13 @@ type BulkRevocation struct {
 	All    bool                    `json:"all,omitempty" doc:"Every key of the instance: only with an empty filter, which is refused without."`
 	Reason apikey.RevocationReason `json:"reason,omitempty" enum:"keyCompromise,superseded,ownerLeft,unused,other"`
 	DryRun bool                    `json:"dryRun,omitempty" doc:"Tell what would go, and revoke nothing."`
-	Count  *int                    `json:"count,omitempty" doc:"How many keys the caller expects. Needed where they are more than 10, or where one of them was used within the last 7 days."`
+	Count  *int                    `json:"count,omitempty" doc:"How many keys the caller expects. Needed where they are more than 10, or where one of them was used, or was imported or restored, within the last 7 days."`
 }
 
 // BulkRevoked is what a bulk revocation did, or with DryRun would do.
 type BulkRevoked struct {
 	Count        int           // of the keys that the filter means and that were not revoked before
-	RecentlyUsed int           // of those: used within the last 7 days
+	RecentlyUsed int           // of those: used within the last 7 days, or nobody knows
 	Keys         []*apikey.Key // the first 1000 of them, as they were before
 	Revoked      int           // 0 with DryRun. Fewer than Count where a key no longer passed the filter when it came to it.
 	Propagation  Propagation   // zero with DryRun
@@ -97,6 +97,27 @@ func (e *ConfirmError) Error() string {
 	return fmt.Sprintf("this revokes %d keys, of which %d were used within the last 7 days: repeat it with count %[1]d", e.Count, e.RecentlyUsed)
 }
 
+// A PartialError says that a bulk revocation failed on the way, and how far it came: what it counts is revoked
+// for good. The batch that failed may be revoked as well. To go on, the call is repeated.
+type PartialError struct {
+	Revoked, Count int         // at least so many, of those that the filter meant
+	Propagation    Propagation // of those that are revoked
+	Err            error
+}
+
+func (e *PartialError) Error() string { return e.Progress() + ": " + e.Err.Error() }
+
+// Progress is the error without its cause.
+func (e *PartialError) Progress() string {
+	text := fmt.Sprintf("it failed on the way: %d of %d keys are revoked", e.Revoked, e.Count)
+	if !e.Propagation.Everywhere {
+		text += ", which is not known everywhere yet"
+	}
+	return text + "; repeat it for the others, with their count"
+}
+
+func (e *PartialError) Unwrap() error { return e.Err }
+
 const (
 	fewKeys    = 10
 	recentUse  = 7 * 24 * time.Hour
@@ -110,7 +131,7 @@ const (
 //
 // A key that no longer passes the filter when its turn comes (it was used, say) is spared. An error after
 // the first batch leaves revoked what is: repeat the call.
-// Errors: *ConfirmError.
+// Errors: *ConfirmError, *PartialError.
 func (s *Service) RevokeKeys(ctx context.Context, caller Caller, instanceID string, in BulkRevocation) (BulkRevoked, error) {
 	instance, err := caller.mayIn(instanceID, revokeKey)
 	if err != nil {
@@ -136,7 +157,7 @@ func (s *Service) RevokeKeys(ctx context.Context, caller Caller, instanceID stri
 		some.Status = status
 		err := allKeys(ctx, s.store, instance, some, func(k *apikey.Key) bool {
 			ids = append(ids, k.ID)
-			if q.Now.Sub(k.LastUsedAt) < recentUse {
+			if recentlyUsed(k, q.Now) {
 				done.RecentlyUsed++
 			}
 			if len(done.Keys) < listedKeys {
@@ -186,14 +207,23 @@ func (s *Service) RevokeKeys(ctx context.Context, caller Caller, instanceID stri
 		switch {
 		case errors.Is(err, errNothing):
 			continue
+		case err != nil && done.Revoked > 0:
+			// Whoever reads the number takes it for done.
+			done.Propagation = s.propagate(ctx, rev, revokeWait)
+			return done, &PartialError{done.Revoked, done.Count, done.Propagation, err}
 		case err != nil:
-			return done, fmt.Errorf("%d of %d keys are revoked; repeat it for the others: %w", done.Revoked, done.Count, err)
+			return done, err
 		}
 		done.Revoked += revoked
 		rev = at
 	}
 	done.Propagation = s.propagate(ctx, rev, revokeWait)
 	return done, nil
+}
+
+// recentlyUsed reports whether a key was used lately, or may have been: where IdleFrom says so, nobody knows.
+func recentlyUsed(k *apikey.Key, at time.Time) bool {
+	return at.Sub(k.LastUsedAt) < recentUse || at.Sub(k.IdleFrom) < recentUse
 }
 
 // query checks in and returns the query for the keys that it means.
@@ -219,7 +249,7 @@ func (in *BulkRevocation) query(at time.Time) (KeyQuery, error) {
 // An Advice says whether a key seems to be needed.
 type Advice struct {
 	LastUsedAt time.Time `json:"lastUsedAt,omitzero" doc:"Absent: never."`
-	UnusedDays int       `json:"unusedDays" doc:"Whole days since the last use, or since it was made."`
+	UnusedDays int       `json:"unusedDays" doc:"Whole days since the last use, or since it was made, imported or restored."`
 	Safe       bool      `json:"safe" doc:"Nobody seems to use it: it can be revoked."`
 	Text       string    `json:"text"`
 }
@@ -230,12 +260,15 @@ const safeAfter = 35 * 24 * time.Hour
 
 // AdviceOn says whether a key seems to be needed at a time, by when it was last used.
 func AdviceOn(k *apikey.Key, at time.Time) Advice {
-	quiet := at.Sub(OrderLastUsed.PlaceOf(k).At)
+	since := quietSince(k)
+	quiet := at.Sub(since)
 	a := Advice{LastUsedAt: k.LastUsedAt.UTC(), UnusedDays: max(int(quiet/(24*time.Hour)), 0), Safe: quiet >= safeAfter}
 	switch status := statusOf(k, at); {
 	case status == statusRevoked || status == statusExpired:
 		a.Safe, a.Text = true, "It is "+status+" and opens nothing."
-	case a.Safe && k.LastUsedAt.IsZero():
+	case !a.Safe && since.After(k.LastUsedAt) && since.After(k.CreatedAt):
+		a.Text = fmt.Sprintf("Not used in the %d days since it was imported or restored, and nothing is known from before: too soon to tell.", a.UnusedDays)
+	case a.Safe && k.LastUsedAt.IsZero() && since.Equal(k.CreatedAt):
 		a.Text = fmt.Sprintf("Never used in the %d days since it was made: safe to revoke.", a.UnusedDays)
 	case a.Safe:
 		a.Text = fmt.Sprintf("Unused for %d days: safe to revoke.", a.UnusedDays)

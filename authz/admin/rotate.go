@@ -12,9 +12,9 @@ import (
 
 // A RotateInput says how a key gets another secret. Empty fields say nothing.
 type RotateInput struct {
-	GracePeriod    string `json:"gracePeriod,omitempty" doc:"How long the secret before this one goes on: a duration from 0s to 30d, by default 24h, and never beyond the end that the key had."`
-	ExpirationDate string `json:"expirationDate,omitempty" doc:"As on creation. By default, if the key has a date, it gets as long again as the secret before was given."`
-	ExpiresIn      string `json:"expiresIn,omitempty" doc:"Instead of a date: a duration such as 30d."`
+	GracePeriod    string `json:"gracePeriod,omitempty" strict:"notempty" minLength:"1" doc:"How long the secret before this one goes on: a duration from 0s to 30d, by default 24h, and never beyond the end that the key had."`
+	ExpirationDate string `json:"expirationDate,omitempty" strict:"notempty" minLength:"1" doc:"As on creation. By default, if the key has a date, it gets as long again as the secret before was given."`
+	ExpiresIn      string `json:"expiresIn,omitempty" strict:"notempty" minLength:"1" doc:"Instead of a date: a duration such as 30d."`
 	EndOldest      bool   `json:"endOldest,omitempty" doc:"Where two secrets are valid already: end the older one at once."`
 }
 
@@ -24,12 +24,15 @@ const (
 	LongestGrace = 30 * 24 * time.Hour
 	// MaxValid is how many secrets of a key are valid at once.
 	MaxValid = 2
+	// soonOver is longer than a replica goes on without news: a secret that ends sooner may be accepted there
+	// after its end.
+	soonOver = time.Minute
 )
 
 // RotateKey gives an active key another secret, a new generation under the same id: counters, limits and
 // history go on. The secret before stays valid for the grace period. ifMatch is the Revision that the
 // caller saw, 0 for whatever it is now.
-// Errors: [ErrPrecondition], *StateError.
+// Errors: [ErrPrecondition], *StateError, *RateError.
 func (s *Service) RotateKey(ctx context.Context, caller Caller, instanceID string, id apikey.ID, in RotateInput, ifMatch apikey.Revision) (CreatedKey, error) {
 	instance, err := caller.mayIn(instanceID, rotateKey)
 	if err != nil {
@@ -50,7 +53,7 @@ func (s *Service) rotateKey(ctx context.Context, caller Caller, instance string,
 	secret := s.cfg.Format.New(k.Type.Kind())
 	pepper := s.cfg.Peppers.Current
 	digest := pepper.Digest(secret.Reveal())
-	ended := false // at once
+	ended := false // at once, or nearly
 	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
 		ended = false
 		instance, err := tx.Instance(ctx, instance)
@@ -67,6 +70,9 @@ func (s *Service) rotateKey(ctx context.Context, caller Caller, instance string,
 		at, policy := now(), instance.Policy.InForce()
 		if status := statusOf(old, at); status != statusActive {
 			return &StateError{"the key is " + status + ": only an active key can be rotated"}
+		}
+		if err := mayRotate(caller, old, policy.Creation, at); err != nil {
+			return err
 		}
 		rotated := *old
 		rotated.Generations = slices.Clone(old.Generations)
@@ -94,7 +100,7 @@ func (s *Service) rotateKey(ctx context.Context, caller Caller, instance string,
 			case len(valid)-i >= MaxValid || grace == 0: // all but the newest
 				g.ValidUntil, g.Revoked, ended = at, true, true
 			case g.ValidUntil.IsZero() || until.Before(g.ValidUntil):
-				g.ValidUntil = until
+				g.ValidUntil, ended = until, ended || until.Before(at.Add(soonOver))
 			default:
 				continue // it ends earlier already
 			}

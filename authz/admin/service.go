@@ -18,7 +18,7 @@ import (
 // Errors of its methods: *apikey.InvalidError for an input that cannot be accepted (several at once
 // joined), *ForbiddenError, apikey.ErrNotFound, apikey.ErrConflict, [ErrInUse], [ErrPrecondition],
 // *[StateError], *[QuotaExceededError], *[RateError], *[ConfirmError]; anything else is an outage and
-// wraps apikey.ErrUndecided.
+// wraps apikey.ErrUndecided, *[PartialError] among it.
 type Service struct {
 	store    Store
 	cfg      Config
@@ -28,7 +28,7 @@ type Service struct {
 	audit    AuditKeys
 	refusals refusals
 	uses     tokenUses
-	verifies sync.Mutex // held while the audit is verified
+	verifies sync.Mutex // held while the audit is verified, and while old events are removed
 }
 
 // Config says how the service makes secrets and finds them.
@@ -54,7 +54,10 @@ func New(store Store, cfg Config, replicas Propagator, log *slog.Logger) *Servic
 
 // A Caller is who asks. Whoever makes one vouches for it: [Service.Authenticate] does for a token.
 type Caller struct {
-	Name       string // for the audit, e.g. "token:0192f0c1-…", "oidc:https://login.example#sub", "keyward dev"
+	// Name is who it is, and never anybody else's: "token:" and the token's id, "oidc:" with issuer and subject,
+	// or a process such as "keyward dev". It is not what a token or a person is called, so creations, replays
+	// and the audit go by it.
+	Name       string
 	Role       Role
 	InstanceID string // canonical; "": all instances
 	// UserPrincipalName is whose keys a caller with the role user has to do with: no others exist for it.
@@ -63,6 +66,14 @@ type Caller struct {
 	RequestID         string
 	Once              *Once    // nil: a request without an Idempotency-Key
 	Attempt           *Attempt // nil: nobody wants to know
+
+	shown *credential // nil: nothing that could be over
+}
+
+// A credential is what a caller showed: a management token, by its digest, or something that ends by itself.
+type credential struct {
+	token apikey.Digest
+	until time.Time // zero with a token
 }
 
 // An Attempt is what a caller tried, as far as that was found out before it was refused.
@@ -94,6 +105,7 @@ const (
 	expireKey = "key.expire"
 	removeKey = "key.remove"
 	leakKey   = "key.leak"
+	settleKey = "key.settle"
 
 	readTokens   = "token.read"
 	createToken  = "token.create"
@@ -269,8 +281,44 @@ func now() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }
 
 const updateTimeout = 10 * time.Second
 
-// update runs fn in one transaction.
+type credentialKey struct{}
+
+// WithCredential makes every change with the context depend on what the caller showed to [Service.Authenticate]:
+// the transaction that makes the change looks at it once more. A request may be long on its way, and wait
+// long for its turn, and what the caller showed may be revoked or over meanwhile: then it changes nothing.
+func WithCredential(ctx context.Context, caller Caller) context.Context {
+	return context.WithValue(ctx, credentialKey{}, caller.shown)
+}
+
+// stillGood returns ErrUnauthenticated if what the caller of [WithCredential] showed is good no more.
+func stillGood(ctx context.Context, from Reader) error {
+	shown, _ := ctx.Value(credentialKey{}).(*credential)
+	at := time.Now()
+	switch {
+	case shown == nil, !shown.until.IsZero() && !at.After(shown.until):
+		return nil
+	case !shown.until.IsZero():
+		return ErrUnauthenticated
+	}
+	t, err := from.Token(ctx, shown.token)
+	if isNotFound(err) || err == nil && t.statusAt(at) != "active" {
+		return ErrUnauthenticated
+	}
+	return err
+}
+
+// update runs fn in one transaction, for whom [WithCredential] names if that still may.
 func (s *Service) update(ctx context.Context, fn func(ctx context.Context, tx Tx) error) (apikey.Revision, error) {
+	return s.write(ctx, func(ctx context.Context, tx Tx) error {
+		if err := stillGood(ctx, tx); err != nil {
+			return err
+		}
+		return fn(ctx, tx)
+	})
+}
+
+// write runs fn in one transaction, whoever asked.
+func (s *Service) write(ctx context.Context, fn func(ctx context.Context, tx Tx) error) (apikey.Revision, error) {
 	// A caller that goes away must not cut a commit short: nobody would know whether it happened.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), updateTimeout)
 	defer cancel()

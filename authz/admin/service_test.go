@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
@@ -438,8 +439,8 @@ func TestAuthenticate(t *testing.T) {
 		}
 		got, err := d.Authenticate(t.Context(), good.Secret)
 		want := admin.Caller{Name: "token:" + good.Token.ID.String(), Role: admin.RoleOperator, InstanceID: "a"}
-		if err != nil || got != want {
-			t.Errorf("got %+v, %v, want %+v", got, err, want)
+		if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(admin.Caller{})); err != nil || diff != "" {
+			t.Errorf("%v (-want +got)\n%s", err, diff)
 		}
 	})
 }

@@ -102,6 +102,9 @@ type Reader interface {
 	// FindKey returns the key that a digest finds, with Digest and Generation set, whatever its status,
 	// and a revision: the record is at least as new as that. The revision comes with ErrNotFound too.
 	FindKey(ctx context.Context, d apikey.Digest) (*apikey.Key, apikey.Revision, error)
+	// AgentHash returns what a Tx kept of a key by InsertPending, until Settle.
+	// Errors: apikey.ErrNotFound.
+	AgentHash(ctx context.Context, id apikey.ID) (apikey.AgentHash, error)
 	// LastUsed returns when a key was last used, as far as the store knows; zero for never.
 	// Errors: apikey.ErrNotFound.
 	LastUsed(ctx context.Context, id apikey.ID) (time.Time, error)
@@ -172,12 +175,19 @@ type Tx interface {
 	// DeleteKey removes a key with its digests. Errors: as UpdateKey.
 	DeleteKey(ctx context.Context, instanceID string, id apikey.ID) error
 	// MarkEnded notes that a key was found to be over. It then counts as expired in KeyCounts, and is not
-	// listed by DueKeys any more. Marking twice is no error; the first time stays. A use that shows that
-	// the key is not idle takes the mark back. Errors: apikey.ErrNotFound.
+	// listed by DueKeys any more. Marking twice is no error; the first time stays. A later use of a key that
+	// is then neither over by its date nor idle takes the mark back. Errors: apikey.ErrNotFound.
 	MarkEnded(ctx context.Context, id apikey.ID, at time.Time) error
 	// InsertGeneration adds a generation with its digest under a pepper version. Errors:
 	// apikey.ErrConflict if the digest or the number is taken, apikey.ErrNotFound if there is no such key.
 	InsertGeneration(ctx context.Context, id apikey.ID, g apikey.Generation, d apikey.Digest, pepperVersion uint32) error
+	// InsertPending adds a generation of whose secret only a hash is known. The key's PendingDigest finds it,
+	// under apikey.NoPepper, until Settle. Errors: as InsertGeneration; a key has one such generation at most.
+	InsertPending(ctx context.Context, id apikey.ID, g apikey.Generation, h apikey.AgentHash) error
+	// Settle gives the generation of InsertPending the digest of its secret, and forgets the hash and the
+	// PendingDigest. Errors: apikey.ErrConflict if the digest is taken, apikey.ErrNotFound if the key has no
+	// such generation.
+	Settle(ctx context.Context, id apikey.ID, d apikey.Digest, pepperVersion uint32) error
 	// EndGeneration replaces ValidUntil and Revoked of a generation. Its digest goes on finding it.
 	// Errors: apikey.ErrNotFound.
 	EndGeneration(ctx context.Context, id apikey.ID, number int, validUntil time.Time, revoked bool) error

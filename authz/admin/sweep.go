@@ -15,23 +15,36 @@ const (
 	sweepEvery = time.Minute
 	sweepTTL   = 3 * time.Minute // of the lead: whoever takes it over comes that late at most
 	sweepBatch = 200             // of one transaction
-	// idleLag is how late a last use may be written down, with room: until then a key that looks idle may
-	// have been in use.
-	idleLag = 2 * time.Minute
+	pruneEvery = time.Hour       // the audit is looked through
 )
+
+// IdleLag is how late a last use may be written down, with room: until then a key that looks idle may have
+// been in use.
+const IdleLag = 2 * time.Minute
 
 // sweeper is who the audit says did it.
 var sweeper = Caller{Name: "keyward serve"}
 
 // RunSweep keeps house until ctx is done, in one process at a time; holder names this one. It marks the
-// keys that have expired, by time or for inactivity, so that counts and audit know of it; and it removes
-// revoked keys with their digests when the policy's time to keep them is over.
+// keys that have expired, by time or for inactivity, so that counts and audit know of it; and it removes what
+// is over: revoked keys with their digests when the policy's time to keep them is, kept answers, and old
+// events of the audit.
 func (s *Service) RunSweep(ctx context.Context, holder string) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
+	var pruned time.Time
 	for {
 		if err := s.sweep(ctx, holder); err != nil && ctx.Err() == nil {
-			s.log.Warn("cannot mark expired keys and remove old ones; it is tried again", slog.Any("error", err))
+			s.log.Warn("cannot mark expired keys and remove what is over; it is tried again", slog.Any("error", err))
+		}
+		if time.Since(pruned) >= pruneEvery {
+			led, err := s.leading(ctx, holder, s.pruneAudit)
+			if err != nil && ctx.Err() == nil {
+				s.log.Error("old audit events could not be removed", slog.Any("error", err))
+			}
+			if led {
+				pruned = time.Now()
+			}
 		}
 		select {
 		case <-tick.C:
@@ -47,28 +60,33 @@ func (s *Service) RunSweep(ctx context.Context, holder string) error {
 	}
 }
 
-func (s *Service) sweep(ctx context.Context, holder string) error {
-	step := func(do func() (more bool, err error)) error {
-		for more := true; more; {
-			leads, err := s.store.Lead(ctx, sweepJob, holder, sweepTTL)
-			if err != nil || !leads {
-				return err
-			}
-			if more, err = do(); err != nil {
-				return err
-			}
+// leading does something again and again while there is more to do and this process leads; led reports whether
+// it did at all.
+func (s *Service) leading(ctx context.Context, holder string, do func(context.Context) (more bool, err error)) (led bool, err error) {
+	for more := true; more; led = true {
+		leads, err := s.store.Lead(ctx, sweepJob, holder, sweepTTL)
+		if err != nil || !leads {
+			return led, err
 		}
-		return nil
+		if more, err = do(ctx); err != nil {
+			return true, err
+		}
 	}
-	if err := step(func() (bool, error) { return s.markEnded(ctx) }); err != nil {
-		return err
-	}
+	return led, nil
+}
+
+func (s *Service) sweep(ctx context.Context, holder string) error {
+	_, forgetting := s.leading(ctx, holder, func(ctx context.Context) (bool, error) { return false, s.store.ForgetReplays(ctx, now()) })
+	_, marking := s.leading(ctx, holder, s.markEnded)
 	instances, err := s.store.Instances(ctx)
-	if err != nil {
+	if err = errors.Join(forgetting, marking, err); err != nil {
 		return err
 	}
 	for _, in := range instances {
-		if err := step(func() (bool, error) { return s.removeRevoked(ctx, in.ID, in.Policy.InForce().KeepRevoked.Std()) }); err != nil {
+		_, err := s.leading(ctx, holder, func(ctx context.Context) (bool, error) {
+			return s.removeRevoked(ctx, in.ID, in.Policy.InForce().KeepRevoked.Std())
+		})
+		if err != nil {
 			return err
 		}
 	}
@@ -78,7 +96,7 @@ func (s *Service) sweep(ctx context.Context, holder string) error {
 // markEnded marks one batch; more says that there may be another.
 func (s *Service) markEnded(ctx context.Context) (more bool, err error) {
 	at := now()
-	idle := at.Add(-idleLag)
+	idle := at.Add(-IdleLag)
 	due, err := s.store.DueKeys(ctx, at, idle, 1) // without a turn of the one writer
 	if err != nil || len(due) == 0 {
 		return false, err

@@ -140,7 +140,11 @@ var ErrUnauthenticated = errors.New("not a valid management token")
 func (s *Service) Authenticate(ctx context.Context, secret apikey.Secret) (Caller, error) {
 	sent := secret.Reveal()
 	if s.cfg.OIDC != nil && isJWT(sent) {
-		return s.cfg.OIDC.authenticate(ctx, sent)
+		caller, err := s.cfg.OIDC.authenticate(ctx, sent)
+		if s.cfg.Format.Within(caller.Name) {
+			return Caller{}, ErrUnauthenticated // the audit would have it in clear
+		}
+		return caller, err
 	}
 	// Shape and checksum first: garbage costs no hash and no look-up.
 	if kind, err := s.cfg.Format.Check(sent); err != nil || kind != apikey.KindManagement {
@@ -170,7 +174,12 @@ func (s *Service) Authenticate(ctx context.Context, secret apikey.Secret) (Calle
 		}
 	}
 	s.uses.note(t.ID, time.Now())
-	return Caller{Name: "token:" + t.ID.String(), Role: t.Role, InstanceID: t.InstanceID, UserPrincipalName: t.UserPrincipalName}, nil
+	if byPrevious {
+		digest = old // which goes on finding it, whether it got the new one or not
+	}
+	return Caller{
+		Name: "token:" + t.ID.String(), Role: t.Role, InstanceID: t.InstanceID, UserPrincipalName: t.UserPrincipalName, shown: &credential{token: digest},
+	}, nil
 }
 
 // tokenUses remembers when tokens were last used until that is written. Safe for concurrent use; the zero

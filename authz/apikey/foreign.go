@@ -1,7 +1,10 @@
 package apikey
 
 import (
+	"crypto/sha256"
 	"errors"
+	"fmt"
+	"io"
 	"math/big"
 	"strings"
 )
@@ -66,6 +69,20 @@ func (f Format) foreign(s string) *Shape {
 		}
 	}
 	return nil
+}
+
+// beginsForeign reports whether s begins with what could be a foreign secret, whatever follows: the full stop
+// after one may be part of a secret as well.
+func (f Format) beginsForeign(s string) bool {
+	shape := f.foreign(s)
+	switch {
+	case shape == nil:
+		return false
+	case shape.AgentToken:
+		end := strings.Index(s, agentTokenSuffix)
+		return end >= 0 && isAgentToken(s[:end+len(agentTokenSuffix)])
+	}
+	return len(s) >= shape.MinLength && isForeignText(s[:shape.MinLength])
 }
 
 // validateForeign reports shapes that are unsafe, or that overlap with others or with ours.
@@ -134,6 +151,8 @@ type AgentToken struct {
 	InstanceID string // canonical
 	AgentName  string
 	KeyID      ID
+	// Random is the 128 bytes that make it a secret. Whoever knows the rest of a token can make up these alone.
+	Random Secret
 }
 
 var errAgentToken = errors.New("not an Agent Access Token")
@@ -160,8 +179,49 @@ func ParseAgentToken(s string) (t AgentToken, err error) {
 	if t.KeyID, err = ParseID(string(parts[2])); err != nil {
 		return AgentToken{}, errAgentToken
 	}
+	t.Random = NewSecret(string(parts[3]))
 	return t, nil
 }
+
+// An AgentHash is what the application keeps of an Agent Access Token: the Argon2id hash of its random bytes.
+// It confirms a secret, and finds none. Nothing prints it.
+type AgentHash struct {
+	Salt [16]byte
+	Hash [128]byte
+}
+
+// ParseAgentHash reads salt and hash in base58, as the application writes them.
+// Errors: *InvalidError for salt or hash.
+func ParseAgentHash(salt, hash string) (h AgentHash, err error) {
+	for _, part := range []struct {
+		field, text string
+		to          []byte
+	}{{"salt", salt, h.Salt[:]}, {"hash", hash, h.Hash[:]}} {
+		// Longer ones are not decoded: that takes the square of the length.
+		if len(part.text) > 2*len(part.to) || strings.Trim(part.text, base58) != "" {
+			return AgentHash{}, Invalid(part.field, fmt.Sprintf("must be %d bytes in base58", len(part.to)))
+		}
+		decoded := decodeBase58(part.text)
+		if len(decoded) != len(part.to) {
+			return AgentHash{}, Invalid(part.field, fmt.Sprintf("must be %d bytes in base58", len(part.to)))
+		}
+		copy(part.to, decoded)
+	}
+	return h, nil
+}
+
+// Format keeps every verb from showing the hash.
+func (h AgentHash) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[hash]") }
+
+// PendingDigest is what finds a key of which only an [AgentHash] is known, until a secret is seen that it
+// confirms. It says nothing of any secret: whoever is found by it has proved nothing. It is under no pepper,
+// because ids are public; [NoPepper] is its version. No secret has it as its digest.
+func (id ID) PendingDigest() Digest {
+	return sha256.Sum256(append([]byte("keyward pending agent access token\x00"), id[:]...))
+}
+
+// NoPepper is the version of digests that are under no pepper. Those of peppers begin at 1.
+const NoPepper = 0
 
 // decodeBase58 decodes what has the alphabet. Each leading 1 is a zero byte.
 func decodeBase58(s string) []byte {

@@ -1,12 +1,15 @@
 package apikey_test
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"keyward/authz/apikey"
 )
@@ -107,7 +110,14 @@ func TestParseAgentToken(t *testing.T) {
 	got, err := apikey.ParseAgentToken(agentToken)
 	id, _ := apikey.ParseID("aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee")
 	want := apikey.AgentToken{InstanceID: "11111111-2222-3333-4444-555555555555", AgentName: "demo-agent", KeyID: id}
-	if diff := cmp.Diff(want, got); err != nil || diff != "" {
+	random := make([]byte, 128)
+	for i := range random {
+		random[i] = byte(i + 1)
+	}
+	if got.Random.Reveal() != string(random) {
+		t.Errorf("random part: got %x", got.Random.Reveal())
+	}
+	if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(apikey.AgentToken{}, "Random")); err != nil || diff != "" {
 		t.Errorf("%v (-want +got)\n%s", err, diff)
 	}
 	parts := strings.Split(agentToken, ".")
@@ -164,6 +174,59 @@ func TestForeignSecretsCostNoAllocation(t *testing.T) {
 			p.DigestOf(kind, secret)
 		}); n != 0 {
 			t.Errorf("%d characters: %v allocations", len(secret), n)
+		}
+	}
+}
+
+// The salt and hash of the reference token, as the application keeps them.
+const (
+	tokenSalt = "LqTT3d9tPF8RJqfzmsVnhC"
+	tokenHash = "QuqkFxrzS5VjSrsEU8P71nAj9xMKjutNBZsTNqWYPGgs4yPJLMFbYJFJTjeSiQiH7WEV62EawUMAQgX2cKthVjxA18TQETxJyrSPo3MEKzVML9WjvSvV8JPjjD3xGcWJJaYXWvmRqQb1EtNXusAiyf3Zre8TDHJcNsiVo2GD8nTFZWP"
+)
+
+func TestParseAgentHash(t *testing.T) {
+	h, err := apikey.ParseAgentHash(tokenSalt, tokenHash)
+	if err != nil || h.Salt[0] != 0xa0 || h.Salt[15] != 0xaf || !bytes.HasPrefix(h.Hash[:], []byte{0xe9, 0xaa, 0x41, 0xd8, 0xf4, 0x0f, 0xaa, 0x1e}) {
+		t.Errorf("got %x, error %v", h.Salt, err)
+	}
+	for _, verb := range []string{"%v", "%+v", "%#v", "%x", "%s", "%d"} {
+		if got := fmt.Sprintf(verb, h); got != "[hash]" {
+			t.Errorf("%s shows %q", verb, got)
+		}
+	}
+	for name, c := range map[string]struct{ salt, hash, field string }{
+		"no salt":        {"", tokenHash, "salt"},
+		"short salt":     {tokenSalt[2:], tokenHash, "salt"},
+		"long salt":      {"1" + tokenSalt, tokenHash, "salt"},
+		"salt in hex":    {"a0a1a2a3a4a5a6a7a8a9aaabacadaeaf", tokenHash, "salt"},
+		"no hash":        {tokenSalt, "", "hash"},
+		"cut hash":       {tokenSalt, tokenHash[:len(tokenHash)-2], "hash"},
+		"not base58":     {tokenSalt, "0" + tokenHash[1:], "hash"},
+		"in the middle":  {tokenSalt, tokenHash[:9] + "l" + tokenHash[10:], "hash"},
+		"a megabyte":     {tokenSalt, strings.Repeat("z", 1<<20), "hash"},
+		"the other way":  {tokenHash, tokenSalt, "salt"},
+		"zeros too many": {tokenSalt, strings.Repeat("1", 129), "hash"},
+	} {
+		_, err := apikey.ParseAgentHash(c.salt, c.hash)
+		bad, ok := errors.AsType[*apikey.InvalidError](err)
+		if !ok || bad.Field != c.field {
+			t.Errorf("%s: got %v, want field %s", name, err, c.field)
+		} else if c.hash != "" && strings.Contains(err.Error(), c.hash) || c.salt != "" && strings.Contains(err.Error(), c.salt) {
+			t.Errorf("%s: the error shows it", name)
+		}
+	}
+}
+
+// What finds a pending key is under no pepper, and no digest of a secret.
+func TestPendingDigests(t *testing.T) {
+	id, other := apikey.ID{1}, apikey.ID{2}
+	if id.PendingDigest() == other.PendingDigest() {
+		t.Error("two ids have one digest")
+	}
+	p := apikey.NewPepper(1, false)
+	for _, text := range []string{string(id[:]), id.String(), "keyward pending agent access token\x00" + string(id[:])} {
+		if d := id.PendingDigest(); d == p.Digest(text) || d == p.DigestOf(apikey.KindForeign, text) || d == sha256.Sum256([]byte(id.String())) {
+			t.Error("a secret could have it as its digest")
 		}
 	}
 }

@@ -55,12 +55,12 @@ type Key struct {
 	Disabled          bool
 	RevokedAt         time.Time // zero: not revoked
 	RevokedReason     RevocationReason
-	LeakReportedAt    time.Time // zero: nobody has reported a secret of it as leaked
+	LeakReportedAt    time.Time // of the newest secret that was: the first time; zero: nobody has reported a leak
 	CreatedAt         time.Time
 	CreatedBy         string
 	LastUsedAt        time.Time // zero: never; up to a minute behind
-	// IdleFrom is the earliest instant that idleness counts from, where that is not the creation: what was
-	// known of uses before it was lost with a restored backup. Zero: creation.
+	// IdleFrom is the earliest instant that idleness counts from, where that is not the creation: nothing is
+	// known of uses before it, since the key was imported, or restored from a backup. Zero: creation.
 	IdleFrom    time.Time
 	Generations []Generation // by number
 	// Revision is that of the last change to the key. Uses are none.

@@ -212,10 +212,10 @@ func (q *Quota) ValidateOverride(field string, t Type, own QuotaOverride) error 
 // quotas.{name}.{field}, or quotas[{position}].{field} where the name itself is at fault. Errors: as
 // [Quota.Validate].
 func ValidateQuotas(quotas []Quota) error {
-	var bad []error
-	if len(quotas) > MaxQuotas {
-		bad = append(bad, Invalid("quotas", fmt.Sprintf("are more than %d, the most that an instance can have", MaxQuotas)))
+	if len(quotas) > MaxQuotas { // and of so many no more is said
+		return Invalid("quotas", fmt.Sprintf("are more than %d, the most that an instance can have", MaxQuotas))
 	}
+	var bad []error
 	for i := range quotas {
 		q, field := &quotas[i], QuotaField(quotas, i)
 		if before := firstNamed(quotas, q.Name); before < i && isQuotaName(q.Name) {

@@ -153,6 +153,27 @@ func (f Format) Owns(s string) (Kind, bool) {
 	return 0, false
 }
 
+// Within reports whether there is a secret anywhere in a text, also one with a wrong checksum: somebody may
+// have typed it where it does not belong.
+func (f Format) Within(text string) bool {
+	for i := range len(text) {
+		kind, ours := f.Owns(text[i:])
+		if !ours {
+			continue
+		}
+		if kind == KindForeign {
+			if f.beginsForeign(text[i:]) {
+				return true
+			}
+			continue
+		}
+		if _, err := f.Check(text[i:min(i+f.Len(), len(text))]); !errors.Is(err, ErrShape) {
+			return true
+		}
+	}
+	return false
+}
+
 // made is Owns of what keyward makes itself.
 func (f Format) made(s string) (Kind, bool) {
 	first := f.first()

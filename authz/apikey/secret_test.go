@@ -446,6 +446,21 @@ func TestOwnsAndCheck(t *testing.T) {
 	}
 }
 
+func TestWithin(t *testing.T) {
+	f := apikey.Format{Foreign: []apikey.Shape{{Prefix: "acme_", MinLength: 21, MaxLength: 64}}}
+	key := f.New(apikey.KindUser).Reveal()
+	mistyped := key[:10] + string(alphabet[(strings.IndexByte(alphabet, key[10])+1)%62]) + key[11:]
+	for text, want := range map[string]bool{
+		"": false, "kwi_": false, "a text with kwi_ and acme_ in it": false, key[:52]: false, key[1:]: false, "acme_short": false,
+		key: true, "x" + key + "y": true, "see\n" + key: true, mistyped: true, "kwi_ " + key: true, key[:20] + key: true,
+		"acme_0123456789abcdef": true, "token: acme_0123456789abcdef, please": true, "acme_0123456789abcdef.(end)": true,
+	} {
+		if got := f.Within(text); got != want {
+			t.Errorf("%q: got %t", text, got)
+		}
+	}
+}
+
 func TestFormatPrefixes(t *testing.T) {
 	for _, first := range []string{"", "kw", "k", "acme", "a1", "abcdefghij"} {
 		f := apikey.Format{First: first}

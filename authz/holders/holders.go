@@ -6,7 +6,7 @@
 //	POST /revoke   end a leaked key: {"secret": "…"}; answered before anything is looked up
 //
 // Neither tells whether a secret is a key's unless it is and may be used. Whoever tries secrets out is held
-// to a few wrong ones per address.
+// to a few wrong ones per address. docs/holders-openapi.json describes it to programs.
 package holders
 
 import (
@@ -21,6 +21,7 @@ import (
 	"mime"
 	"net/http"
 	"net/netip"
+	"path"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -59,9 +60,7 @@ func New(keys Keys, reports Reports, log *slog.Logger) http.Handler {
 	h.mux.HandleFunc("POST /revoke", h.revoke)
 	h.mux.HandleFunc("/self", notAllowed("GET, HEAD"))
 	h.mux.HandleFunc("/revoke", notAllowed("POST"))
-	h.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		refuse(w, http.StatusNotFound, "NotFound", "there is GET /self and POST /revoke here, and nothing else")
-	})
+	h.mux.HandleFunc("/", nothing)
 	return h
 }
 
@@ -88,38 +87,45 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler)
 		}
 	}()
+	// ServeMux would redirect a path that is not clean, and a secret with it; there is nothing at such a path.
+	if r.URL.Path == "" || path.Clean(r.URL.Path) != r.URL.Path {
+		nothing(w, r)
+		return
+	}
 	h.mux.ServeHTTP(w, r)
+}
+
+func nothing(w http.ResponseWriter, _ *http.Request) {
+	refuse(w, http.StatusNotFound, "NotFound", "there is GET /self and POST /revoke here, and nothing else")
 }
 
 // An Answer says what a key may, as JSON.
 type Answer struct {
-	KeyID             apikey.ID     `json:"keyId"`
+	KeyID             apikey.ID     `json:"keyId" format:"uuid"`
 	InstanceID        string        `json:"instanceId"`
-	Type              apikey.Type   `json:"type"`
-	AgentName         string        `json:"agentName,omitempty"`
-	UserPrincipalName string        `json:"userPrincipalName,omitempty"`
+	Type              apikey.Type   `json:"type" enum:"instance,agent,user"`
+	AgentName         string        `json:"agentName,omitempty" doc:"Set for agent keys only."`
+	UserPrincipalName string        `json:"userPrincipalName,omitempty" doc:"Set for user keys only."`
 	Environment       string        `json:"environment,omitempty"`
-	Scopes            []string      `json:"scopes"` // in force; ["*"] for every right
-	Limits            apikey.Limits `json:"limits"` // in force; -1 where there is none
-	Remaining         *Remaining    `json:"remaining,omitempty"`
+	Scopes            []string      `json:"scopes" nullable:"false" doc:"In force; [\"*\"] for every right."`
+	Limits            apikey.Limits `json:"limits" doc:"In force; -1 where there is none."`
+	Remaining         *Remaining    `json:"remaining,omitempty" doc:"Requests that the limits leave now, on the replica that answers."`
 	ExpirationDate    time.Time     `json:"expirationDate,omitzero"`
-	// IdleAfter is when the key ends if it is not used any more. Asking about a key is no use of it.
-	IdleAfter  time.Time  `json:"idleAfter,omitzero"`
-	Generation Generation `json:"generation"`
+	IdleAfter         time.Time     `json:"idleAfter,omitzero" doc:"When the key ends if it is not used any more. Asking about a key is no use of it."`
+	Generation        Generation    `json:"generation" doc:"Which of the key's secrets was sent."`
 }
 
-// Remaining says how many requests the limits leave now, on the replica that answers; -1 for no limit.
+// Remaining says how many requests the limits leave now, on the replica that answers.
 type Remaining struct {
-	Burst         int64 `json:"burst"`
-	MaxConcurrent int64 `json:"maxConcurrent"`
+	Burst         int64 `json:"burst" doc:"-1: no limit."`
+	MaxConcurrent int64 `json:"maxConcurrent" doc:"-1: no limit."`
 }
 
 // Generation says which of the key's secrets was sent.
 type Generation struct {
-	Number     int       `json:"number"`
-	ValidUntil time.Time `json:"validUntil,omitzero"`
-	// DeprecatedSince is when a newer secret came; none for the newest.
-	DeprecatedSince time.Time `json:"deprecatedSince,omitzero"`
+	Number          int       `json:"number"`
+	ValidUntil      time.Time `json:"validUntil,omitzero"`
+	DeprecatedSince time.Time `json:"deprecatedSince,omitzero" doc:"When a newer secret came. Absent for the newest."`
 }
 
 func (h *handler) self(w http.ResponseWriter, r *http.Request) {
@@ -177,13 +183,13 @@ func answerOf(s authz.Self) Answer {
 
 // A Report is the body of POST /revoke.
 type Report struct {
-	Secret string `json:"secret"`
+	Secret string `json:"secret" doc:"What was found, whole: it is its own proof."`
 }
 
 // An Accepted is its answer: the same whether the secret is anybody's or not.
 type Accepted struct {
 	Message   string `json:"message"`
-	RequestID string `json:"requestId"` // by which the audit knows the report
+	RequestID string `json:"requestId" format:"uuid" doc:"By which the audit knows the report."`
 }
 
 func (h *handler) revoke(w http.ResponseWriter, r *http.Request) {
@@ -197,13 +203,8 @@ func (h *handler) revoke(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusRequestEntityTooLarge, "PayloadTooLarge", "the body is larger than 4 KiB")
 		return
 	}
-	var report Report
-	decoder := json.NewDecoder(bytes.NewReader(body))
-	decoder.DisallowUnknownFields()
-	if err == nil {
-		err = decoder.Decode(&report)
-	}
-	if _, more := decoder.Token(); err != nil || !errors.Is(more, io.EOF) {
+	report, good := readReport(body)
+	if err != nil || !good {
 		refuse(w, http.StatusBadRequest, "InvalidRequest", `the body must be {"secret": "…"} and nothing else`)
 		return
 	}
@@ -226,6 +227,28 @@ func (h *handler) revoke(w http.ResponseWriter, r *http.Request) {
 	default:
 		reply(w, http.StatusAccepted, Accepted{"if the secret is a key's, it is ended now or its owner is told, as the instance's policy says", id})
 	}
+}
+
+// readReport reads a report that is one object with one member, a text. encoding/json alone would take the
+// last of two secrets, and whoever sent both would believe that both are ended.
+func readReport(body []byte) (report Report, good bool) {
+	d := json.NewDecoder(bytes.NewReader(body))
+	var tokens []json.Token
+	for len(tokens) <= 4 {
+		token, err := d.Token()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return report, false
+		}
+		tokens = append(tokens, token)
+	}
+	if len(tokens) != 4 || tokens[0] != json.Delim('{') || tokens[1] != "secret" || tokens[3] != json.Delim('}') {
+		return report, false
+	}
+	report.Secret, good = tokens[2].(string)
+	return report, good
 }
 
 // peerOf returns the address of the connection's other end, which is who counts: a header that names
@@ -251,14 +274,19 @@ func refuseFor(w http.ResponseWriter, status int, code, message string, wait tim
 	refuse(w, status, code, message)
 }
 
+// ErrorBody is an error as JSON.
+type ErrorBody struct {
+	Error ErrorMembers `json:"error"`
+}
+
+// ErrorMembers are the members of an error. Codes are those of [Codes].
+type ErrorMembers struct {
+	Code    string `json:"code" example:"Unauthorized"`
+	Message string `json:"message"`
+}
+
 func refuse(w http.ResponseWriter, status int, code, message string) {
-	type members struct {
-		Code    string `json:"code"`
-		Message string `json:"message"`
-	}
-	reply(w, status, struct {
-		Error members `json:"error"`
-	}{members{code, message}})
+	reply(w, status, ErrorBody{ErrorMembers{code, message}})
 }
 
 func reply(w http.ResponseWriter, status int, body any) {

@@ -185,8 +185,7 @@ func (h *handler) auditVerify(ctx context.Context, c *call, in *auditVerificatio
 		}
 		heads = append(heads, head)
 	}
-	// It takes as long as the audit is, longer than other answers may.
-	_ = http.NewResponseController(c.w).SetWriteDeadline(time.Time{})
+	defer c.unhurried()()
 	report, err := h.svc.AuditVerify(ctx, c.Caller, heads...)
 	if err != nil {
 		return nil, err

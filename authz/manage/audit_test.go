@@ -109,7 +109,7 @@ func TestRepeatedRefusalsAreCounted(t *testing.T) {
 		d.instance(t, "a")
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- d.svc.Run(ctx, "test") }()
+		go func() { done <- d.svc.Run(ctx) }()
 		auditor := d.token(t, admin.TokenInput{Name: "n", Role: admin.RoleAuditor})
 		for range 5 {
 			d.send(auditor.Secret, "DELETE", "/instances/a", "")
@@ -159,7 +159,7 @@ func TestUnauthenticatedNoiseIsCounted(t *testing.T) {
 		d := open(t)
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- d.svc.Run(ctx, "test") }()
+		go func() { done <- d.svc.Run(ctx) }()
 		from := func(addr string, n int) {
 			for range n {
 				r := httptest.NewRequest("GET", "/instances", nil)
@@ -213,7 +213,7 @@ func TestLastUseOfTokens(t *testing.T) {
 		d := open(t)
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- d.svc.Run(ctx, "test") }()
+		go func() { done <- d.svc.Run(ctx) }()
 		token := d.token(t, admin.TokenInput{Name: "n", Role: admin.RoleAuditor})
 		events, err := d.store.Events(t.Context(), 0, 1000)
 		if err != nil {
@@ -390,5 +390,24 @@ func TestUserSeesAndMakesItsOwnKeysOnly(t *testing.T) {
 	}
 	if k := read[admin.KeyRecord](t, d.send(d.owner, "GET", aKeys+"/"+bobs.Key.ID.String(), ""), 200); k.Status != "active" {
 		t.Errorf("bob's key is %s", k.Status)
+	}
+}
+
+// Whoever gets the id of an instance that was deleted does not get its history.
+func TestAuditOfAnInstanceBeforeItsTime(t *testing.T) {
+	d := open(t)
+	d.instance(t, "a")
+	d.key(t, "a")
+	read[any](t, d.send(d.owner, "DELETE", "/instances/a?revokeKeys=true", ""), 200)
+	d.instance(t, "a")
+	mine := d.key(t, "a").Key
+	auditor := d.token(t, admin.TokenInput{Name: "n", Role: admin.RoleAuditor, InstanceID: "a"}).Secret
+	for query, want := range map[string]int{"": 3, "?from=2020-01-01T00:00:00Z": 3, "?action=key.create": 1, "?target=" + mine.ID.String(): 1} {
+		if got := read[list[admin.EventRecord]](t, d.send(auditor, "GET", "/instances/a/auditEvents"+query, ""), 200).Value; len(got) != want {
+			t.Errorf("%q: the new tenant sees %d events, want %d: %+v", query, len(got), want, got)
+		}
+		if got := read[list[admin.EventRecord]](t, d.send(d.owner, "GET", "/instances/a/auditEvents"+query, ""), 200).Value; query == "" && len(got) != 6 {
+			t.Errorf("the owner of all sees %d events", len(got))
+		}
 	}
 }

@@ -48,6 +48,19 @@ func (c *Client) Instance(ctx context.Context, instanceID string) (Instance, err
 	return send[Instance](ctx, c, http.MethodGet, instancePath(instanceID), nil, nil)
 }
 
+// A VersionedInstance is an instance with its ETag.
+type VersionedInstance struct {
+	Instance
+	ETag string `json:"etag,omitempty"`
+}
+
+func (i *VersionedInstance) version(etag string) { i.ETag = etag }
+
+// VersionedInstance returns one instance with its ETag, for [WithIfMatch].
+func (c *Client) VersionedInstance(ctx context.Context, instanceID string) (VersionedInstance, error) {
+	return send[VersionedInstance](ctx, c, http.MethodGet, instancePath(instanceID), nil, nil)
+}
+
 // Instances lists the instances that the token can see.
 func (c *Client) Instances(ctx context.Context) ([]Instance, error) {
 	answer, err := send[list[Instance]](ctx, c, http.MethodGet, "/instances", nil, nil)
@@ -191,7 +204,11 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 	if err != nil {
 		return nil, fmt.Errorf("read the answer: %w", err)
 	}
-	return nil, errorOf(resp, got)
+	failed := errorOf(resp, got)
+	if failed.Code == "" {
+		failed.Message = fmt.Sprintf("%s answers with HTTP status %d, and not as a Management API does: is there something else, or something in between?", c.base, failed.Status)
+	}
+	return nil, failed
 }
 
 func errorOf(resp *http.Response, got []byte) *Error {

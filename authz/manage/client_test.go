@@ -148,7 +148,7 @@ func TestClientErrors(t *testing.T) {
 		if err == nil || strings.Contains(err.Error(), "<html>") {
 			t.Errorf("%s: got %v", name, err)
 		}
-		if e, ok := errors.AsType[*Error](err); ok && (e.Status != 502 || e.RetryAfter != 7*time.Second || e.Error() != "HTTP status 502") {
+		if e, ok := errors.AsType[*Error](err); ok && (e.Status != 502 || e.RetryAfter != 7*time.Second || !strings.Contains(e.Error(), " answers with HTTP status 502, and not as a Management API does")) {
 			t.Errorf("%s: got %+v", name, e)
 		}
 		noCanary(t, err.Error(), d.owner)

@@ -65,7 +65,8 @@ func readDataAs(w http.ResponseWriter, r *http.Request, types ...string) ([]byte
 // accepts the opposite of most of these, and two readers that disagree about a document are a hole.
 //
 // null stands for an absent member, except where the field's tag says strict:"notnull" because absent
-// and empty mean opposite things, and in a merge patch, whose admin.Member tells the two apart.
+// and empty mean opposite things, and in a merge patch, whose admin.Member tells the two apart. So does an empty
+// string, but where the tag says strict:"notempty": there it is somebody's mistake, and what it leaves out matters.
 //
 // Shape: into points to a struct of strings, ints, bools, structs, slices, maps of strings or structs, pointers
 // to those, and members of merge patches of them. Depth is bounded by that type. Errors: *apikey.InvalidError, which never repeats a value.
@@ -80,20 +81,19 @@ func decode(data []byte, into any) error {
 	}
 	d := decoder{json.NewDecoder(bytes.NewReader(data))}
 	d.UseNumber()
-	return d.value("", reflect.ValueOf(into).Elem())
-}
-
-type decoder struct{ *json.Decoder }
-
-// value reads the next value into v; path names it.
-func (d decoder) value(path string, v reflect.Value) error {
 	token, err := d.Token()
 	if err != nil {
 		return err // cannot be: the document is valid
 	}
-	return d.from(token, path, v)
+	if token == nil { // absent is what its members may be, not the object
+		return apikey.Invalid("", "the body must be a JSON object")
+	}
+	return d.from(token, "", reflect.ValueOf(into).Elem())
 }
 
+type decoder struct{ *json.Decoder }
+
+// from reads the value that begins with token into v; path names it.
 func (d decoder) from(token json.Token, path string, v reflect.Value) error {
 	if isMember(v.Type()) {
 		v.FieldByName("Present").SetBool(true)
@@ -246,8 +246,11 @@ func (d decoder) members(path string, v reflect.Value) error {
 		if err != nil {
 			return err
 		}
-		if value == nil && field.Tag.Get("strict") == "notnull" {
+		switch strict := field.Tag.Get("strict"); {
+		case strict == "notnull" && value == nil:
 			return apikey.Invalid(at, "must not be null: leave it out, or give []")
+		case strict == "notempty" && value == "":
+			return apikey.Invalid(at, "must not be empty: leave it out")
 		}
 		if err := d.from(value, at, v.FieldByIndex(field.Index)); err != nil {
 			return err

@@ -105,3 +105,29 @@ func TestStatusOf(t *testing.T) {
 		}
 	}
 }
+
+// An empty string in the place of a date or of a filter would leave out what the caller meant to say: a key
+// without an end, a revocation of every user's keys.
+func TestDecodeRefusesEmptyWhereItMatters(t *testing.T) {
+	for body, c := range map[string]struct {
+		into  any
+		field string
+	}{
+		`{"name":"n","expirationDate":""}`:                           {new(admin.KeyInput), "expirationDate"},
+		`{"name":"n","expiresIn":""}`:                                {new(admin.KeyInput), "expiresIn"},
+		`{"name":"n","notBefore":""}`:                                {new(admin.KeyInput), "notBefore"},
+		`{"name":"n","secret":"s","expirationDate":""}`:              {new(admin.ImportInput), "expirationDate"},
+		`{"gracePeriod":""}`:                                         {new(admin.RotateInput), "gracePeriod"},
+		`{"filter":{"type":"user","userPrincipalName":""}}`:          {new(admin.BulkRevocation), "filter.userPrincipalName"},
+		`{"filter":{"environment":"test","unusedFor":""},"count":9}`: {new(admin.BulkRevocation), "filter.unusedFor"},
+		`{"filter":{"type":"","agentName":"x"}}`:                     {new(admin.BulkRevocation), "filter.type"},
+	} {
+		err := decode([]byte(body), c.into)
+		if bad, ok := errors.AsType[*apikey.InvalidError](err); !ok || bad.Field != c.field {
+			t.Errorf("%s: got %v, want an error about %s", body, err, c.field)
+		}
+	}
+	if err := decode([]byte(`{"name":"n","description":"","expirationDate":null}`), new(admin.KeyInput)); err != nil {
+		t.Error(err)
+	}
+}

@@ -83,6 +83,14 @@ func typeOf(s *huma.Schema) docsType {
 	switch name, ok := strings.CutPrefix(s.Ref, "#/components/schemas/"); {
 	case ok:
 		return docsType{"", name}
+	case len(s.AnyOf) == 2 && s.AnyOf[1].Type == "null":
+		of := typeOf(s.AnyOf[0])
+		return docsType{"null or " + of.Words, of.Ref}
+	case s.Nullable && (s.Items != nil || s.Type != ""):
+		plain := *s
+		plain.Nullable = false
+		of := typeOf(&plain)
+		return docsType{"null or " + of.Words, of.Ref}
 	case s.Items != nil:
 		of := typeOf(s.Items)
 		return docsType{"list of " + of.Words, of.Ref}

@@ -118,6 +118,11 @@ func TestDocsPageIsWhole(t *testing.T) {
 	for _, code := range Codes {
 		want = append(want, "<code>"+code.Code+"</code>")
 	}
+	for _, twice := range regexp.MustCompile(`<td>([A-Z][^<.]{10,}\.[^<]*?) ([A-Z][^<]*)`).FindAllStringSubmatch(page, -1) {
+		if strings.HasPrefix(twice[2], twice[1]) {
+			t.Errorf("the page says twice %q", twice[1])
+		}
+	}
 	if len(want) < 100 {
 		t.Fatalf("only %d things to look for", len(want))
 	}

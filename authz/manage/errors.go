@@ -60,7 +60,7 @@ var Codes = []CodeMeaning{
 	{CodePayloadTooLarge, http.StatusRequestEntityTooLarge, "The body has more than 1 MiB."},
 	{CodeUnsupportedMediaType, http.StatusUnsupportedMediaType, "The body is not `application/json` in UTF-8, or is compressed."},
 	{CodeIdempotencyKeyReused, http.StatusUnprocessableEntity, "The `Idempotency-Key` was used with another body within the last ten minutes."},
-	{CodeTooManyRequests, http.StatusTooManyRequests, "As many keys as the instance's policy allows were made within the last hour. `Retry-After` says when the next one may be."},
+	{CodeTooManyRequests, http.StatusTooManyRequests, "As many keys, or secrets of one key, as the instance's policy allows were made within the last hour. `Retry-After` says when the next one may be."},
 	{CodeInternalError, http.StatusInternalServerError, "A bug. The server's log knows the request by the id in `X-Request-Id`."},
 	{CodeServiceUnavailable, http.StatusServiceUnavailable, "It cannot be decided or done now, because the store or an OIDC issuer does not answer. `Retry-After` says when to come again."},
 }
@@ -131,8 +131,15 @@ var (
 	errMediaType = errors.New("the body must be application/json in UTF-8, not compressed; for an import, application/x-ndjson")
 )
 
+const challenge = `Bearer realm="keyward management"`
+
 // statusOf translates an error into an answer. It is the one place that does.
 func statusOf(err error) *failure {
+	if some, ok := errors.AsType[*admin.PartialError](err); ok {
+		f := statusOf(some.Err)
+		f.ErrorBody.Error.Message = some.Progress()
+		return f
+	}
 	if bad := invalid(err); len(bad) > 0 {
 		f := fail(http.StatusBadRequest, CodeInvalidRequest, bad[0].Error())
 		f.ErrorBody.Error.Target = bad[0].Field
@@ -174,7 +181,9 @@ func statusOf(err error) *failure {
 	case errors.Is(err, admin.ErrReplayGone):
 		return fail(http.StatusConflict, CodeIdempotencyResultGone, "what the first request with this Idempotency-Key made does not work any more: take a new one")
 	case errors.Is(err, admin.ErrUnauthenticated):
-		return fail(http.StatusUnauthorized, CodeUnauthorized, "a management token is needed: Authorization: Bearer <token>")
+		f := fail(http.StatusUnauthorized, CodeUnauthorized, "a management token is needed: Authorization: Bearer <token>")
+		f.header.Set("WWW-Authenticate", challenge+`, error="invalid_token"`)
+		return f
 	case errors.Is(err, apikey.ErrNotFound):
 		return fail(http.StatusNotFound, CodeNotFound, "there is no such thing here")
 	case errors.Is(err, admin.ErrInUse):

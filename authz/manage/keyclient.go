@@ -15,8 +15,8 @@ import (
 
 type ifMatchKey struct{}
 
-// WithIfMatch makes the calls of a client that change a key, with the context that it returns, fail with
-// [CodePreconditionFailed] unless the key is as it was when it had this ETag.
+// WithIfMatch makes the calls of a client that change a key or put an instance, with the context that it
+// returns, fail with [CodePreconditionFailed] unless that is as it was when it had this ETag; *: is there.
 func WithIfMatch(ctx context.Context, etag string) context.Context {
 	return context.WithValue(ctx, ifMatchKey{}, etag)
 }

@@ -55,20 +55,24 @@ var actions = map[string]bool{
 	"applyQuotas": true,
 }
 
-// versioned are the operations that answer with a key, or quotas, and their ETag, conditional those that heed If-Match.
+// versioned are the operations that answer with a key, an instance or quotas and their ETag, conditional those
+// that heed If-Match.
 var (
 	versioned = map[string]bool{
 		"createKey": true, "getKey": true, "updateKey": true, "rotateKey": true, "revokeGeneration": true,
+		"getInstance": true, "putInstance": true, "disableInstance": true, "enableInstance": true,
 		"listQuotas": true, "getQuota": true, "putQuota": true, "deleteQuota": true, "applyQuotas": true,
 	}
-	conditional = map[string]bool{"updateKey": true, "rotateKey": true, "putQuota": true, "deleteQuota": true, "applyQuotas": true}
+	conditional = map[string]bool{
+		"updateKey": true, "rotateKey": true, "putInstance": true, "putQuota": true, "deleteQuota": true, "applyQuotas": true,
+	}
 )
 
 const ifMatchHeader = "If-Match"
 
 var ifMatchParameter = &huma.Param{
 	Name: ifMatchHeader, In: "header", Schema: &huma.Schema{Type: huma.TypeString},
-	Description: "The ETag of the key, or of quotas, as the caller saw it: 412 if it has changed since. Absent or *: whatever it is now.",
+	Description: "The ETag of the key, the instance or the quotas as the caller saw it: 412 if it has changed since. Absent: whatever it is now; *: the same, if it is there.",
 }
 
 // keyLife registers the routes of what happens to a key after it was made.
@@ -110,23 +114,23 @@ func (orNull[T]) Schema(r huma.Registry) *huma.Schema {
 	return &huma.Schema{AnyOf: []*huma.Schema{r.Schema(reflect.TypeFor[T](), true, ""), {Type: "null"}}}
 }
 
-// etag is the version of a key: what was decided of it, not when it was last used.
-func etag(k *apikey.Key) string { return etagOf(k.Revision) }
-
-func etagOf(rev apikey.Revision) string { return `"` + strconv.FormatInt(int64(rev), 10) + `"` }
+// etag is the version of a key, an instance or its quotas: what was decided of it, not when it was last used.
+func etag(r apikey.Revision) string { return `"` + strconv.FormatInt(int64(r), 10) + `"` }
 
 var (
 	oneTag = regexp.MustCompile(`^(W/)?"[!#-~]*"$`)
 	ours   = regexp.MustCompile(`^"([1-9][0-9]{0,17})"$`)
 )
 
-// ifMatch returns the revision that the caller saw, 0 for whatever it is now. A tag that no key can have is
-// that of another version.
+// ifMatch returns the revision that the caller saw, 0 or [admin.IfThere] for whatever it is now. A tag that
+// nothing can have is that of another version.
 func (c *call) ifMatch() (apikey.Revision, error) {
 	sent := c.r.Header.Values(ifMatchHeader)
 	switch {
-	case len(sent) == 0 || len(sent) == 1 && sent[0] == "*":
+	case len(sent) == 0:
 		return 0, nil
+	case len(sent) == 1 && sent[0] == "*":
+		return admin.IfThere, nil
 	case len(sent) > 1 || !oneTag.MatchString(sent[0]):
 		return 0, apikey.Invalid(ifMatchHeader, "must be one ETag, with its quotes, or *")
 	}
@@ -174,7 +178,7 @@ func (h *handler) updateKey(ctx context.Context, c *call, in *atKey) (*out[Chang
 func changedKey(change admin.KeyChange) *out[ChangedKey] {
 	return &out[ChangedKey]{
 		Status: sooner(change.Propagation),
-		ETag:   etag(change.Key),
+		ETag:   etag(change.Key.Revision),
 		Body:   ChangedKey{admin.RecordOf(change.Key, time.Now()), effectOf(change.Propagation)},
 	}
 }
@@ -194,7 +198,7 @@ func (h *handler) rotateKey(ctx context.Context, c *call, in *atKey) (*out[rotat
 	}
 	answer := &out[rotatedKey]{
 		Status: sooner(made.Propagation),
-		ETag:   etag(made.Key),
+		ETag:   etag(made.Key.Revision),
 		Body:   rotatedKey{admin.RecordOf(made.Key, time.Now()), made.Secret.Reveal(), effectOf(made.Propagation)},
 	}
 	if made.Replayed {
@@ -217,6 +221,7 @@ func (h *handler) revokeKeys(ctx context.Context, c *call, in *atInstance) (*out
 	if err := readBody(c.w, c.r, &body); err != nil {
 		return nil, err
 	}
+	defer c.unhurried()()
 	done, err := h.svc.RevokeKeys(ctx, c.Caller, in.InstanceID, body)
 	if err != nil {
 		return nil, err
@@ -248,6 +253,6 @@ func (h *handler) switchInstance(disabled bool) func(context.Context, *call, *at
 		if err != nil {
 			return nil, err
 		}
-		return &out[ChangedInstance]{Status: sooner(put.Propagation), Body: ChangedInstance{instanceOf(put.Instance), effectOf(put.Propagation)}}, nil
+		return changedInstance(put), nil
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strconv"
@@ -478,4 +479,20 @@ func TestClientKeyLife(t *testing.T) {
 func isCode(err error, code string) bool {
 	e, ok := errors.AsType[*Error](err)
 	return ok && e.Code == code
+}
+
+// A bulk revocation may take longer than other answers; its caller is told what became of it.
+func TestABulkRevocationOutlastsTheWriteTimeout(t *testing.T) {
+	slow := &slowKeys{Store: open(t).store, between: func() { time.Sleep(300 * time.Millisecond) }}
+	d := on(t, slow, apikey.Peppers{Current: pepper})
+	d.instance(t, "a")
+	d.key(t, "a")
+	server := httptest.NewUnstartedServer(d)
+	server.Config.WriteTimeout = 100 * time.Millisecond
+	server.Start()
+	defer server.Close()
+	done, err := NewClient(server.URL, d.owner, nil).RevokeKeys(t.Context(), "a", admin.BulkRevocation{All: true})
+	if err != nil || done.Revoked != 1 {
+		t.Errorf("%d revoked, %v", done.Revoked, err)
+	}
 }

@@ -18,7 +18,7 @@ type keyList struct {
 	Environment       string `query:"environment"`
 	CreatedBy         string `query:"createdBy" doc:"As the keys show it."`
 	NamePrefix        string `query:"namePrefix" doc:"What the name begins with. Case matters."`
-	UnusedFor         string `query:"unusedFor" doc:"A duration such as 90d: not used for so long, nor made in that time."`
+	UnusedFor         string `query:"unusedFor" doc:"A duration such as 90d: not used for so long, nor made, imported or restored in that time."`
 	ExpiresBefore     string `query:"expiresBefore" doc:"RFC 3339, a date, which means its end in UTC, or a duration from now such as 30d."`
 	IdleBefore        string `query:"idleBefore" doc:"Will expire for idleness before, unless it is used. Written as expiresBefore."`
 	NeverUsed         yesNo  `query:"neverUsed"`

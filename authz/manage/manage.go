@@ -23,7 +23,7 @@ import (
 
 // Config says what differs from one server to another. The zero Config works.
 type Config struct {
-	// Format is that of our secrets; a request id that looks like one is not repeated.
+	// Format is that of our secrets; a request id with one in it is not repeated.
 	Format apikey.Format
 	// Pepper is what the key of list cursors is derived from, so that every replica reads every
 	// replica's. nil: a key of this handler's own.
@@ -133,7 +133,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.refuse(answer, r, id, unrouted(route, r))
 	default:
 		c := &call{Caller: caller, w: w}
-		c.r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
+		c.r = r.WithContext(context.WithValue(admin.WithCredential(r.Context(), caller), callKey{}, c))
 		h.mux.ServeHTTP(answer, c.r)
 	}
 }
@@ -173,11 +173,7 @@ func (h *handler) refuse(w http.ResponseWriter, r *http.Request, id string, f *f
 	for name, values := range f.header {
 		header[name] = values
 	}
-	if f.status == http.StatusUnauthorized {
-		challenge := `Bearer realm="keyward management"`
-		if r.Header.Get("Authorization") != "" {
-			challenge += `, error="invalid_token"`
-		}
+	if f.status == http.StatusUnauthorized && r.Header.Get("Authorization") == "" {
 		header.Set("WWW-Authenticate", challenge)
 	}
 	header.Set("Content-Type", "application/json")
@@ -217,8 +213,8 @@ func (h *handler) requestID(r *http.Request) string {
 	if len(sent) != 1 || !printable(sent[0], 128) {
 		return uuid.NewString()
 	}
-	if _, ours := h.cfg.Format.Owns(sent[0]); ours {
-		return uuid.NewString()
+	if _, ours := h.cfg.Format.Owns(sent[0]); ours || h.cfg.Format.Within(sent[0]) {
+		return uuid.NewString() // it goes to the log and the audit
 	}
 	return sent[0]
 }

@@ -779,7 +779,7 @@ func TestBadBodies(t *testing.T) {
 		{"empty", " ", 400, "", nil},
 		{"not JSON", "name=n", 400, "", nil},
 		{"array", "[]", 400, "", nil},
-		{"null", "null", 400, "name", nil},
+		{"null", "null", 400, "", nil},
 		{"trailing bytes", `{"name":"n"} x`, 400, "", nil},
 		{"two documents", `{"name":"n"}{"name":"m"}`, 400, "", nil},
 		{"member twice", `{"name":"n","name":"m"}`, 400, "name", nil},
@@ -878,14 +878,17 @@ func TestForbiddenScopeNamesTheField(t *testing.T) {
 func TestRequestIDs(t *testing.T) {
 	d := open(t)
 	for sent, echoed := range map[string]bool{
-		"abc-123":                true,
-		strings.Repeat("x", 128): true,
-		"":                       false,
-		strings.Repeat("x", 129): false,
-		"a b":                    false,
-		"a\tb":                   false,
-		"é":                      false,
-		d.owner.Reveal():         false,
+		"abc-123":                           true,
+		strings.Repeat("x", 128):            true,
+		"":                                  false,
+		strings.Repeat("x", 129):            false,
+		"a b":                               false,
+		"a\tb":                              false,
+		"é":                                 false,
+		d.owner.Reveal():                    false,
+		"deploy:" + d.owner.Reveal() + ":1": false,
+		"Bearer=" + apikey.Format{}.New(apikey.KindUser).Reveal() + ";": false,
+		"deploy:" + d.owner.Reveal()[:20]:                               true, // too short for one
 	} {
 		for _, target := range []string{"/instances", "/nothing", "/openapi.json"} {
 			got := d.send(d.owner, "GET", target, "", "X-Request-Id", sent).Header().Get("X-Request-Id")
@@ -941,6 +944,18 @@ func TestStoreAwayIs503(t *testing.T) {
 	wantError(t, w, 503, CodeServiceUnavailable, "")
 	if got := w.Header().Get("WWW-Authenticate"); got != "" {
 		t.Errorf("WWW-Authenticate %q", got)
+	}
+}
+
+func TestWhatWasDoneBeforeAFailureIsTold(t *testing.T) {
+	for cause, status := range map[error]int{fmt.Errorf("full: %w", apikey.ErrUndecided): 503, os.ErrInvalid: 500} {
+		f := statusOf(fmt.Errorf("revoke: %w", &admin.PartialError{Revoked: 200, Count: 450, Propagation: admin.Propagation{Everywhere: true}, Err: cause}))
+		if f.status != status || !strings.Contains(f.ErrorBody.Error.Message, "200 of 450 keys are revoked; repeat it") || f.cause == nil || (f.header.Get("Retry-After") == "1") != (status == 503) {
+			t.Errorf("%v: got %d, %+v, %v", cause, f.status, f.ErrorBody, f.header)
+		}
+		if strings.Contains(f.ErrorBody.Error.Message, cause.Error()) {
+			t.Errorf("what is inside is told: %s", f.ErrorBody.Error.Message)
+		}
 	}
 }
 
@@ -1023,5 +1038,51 @@ func TestOpenAPIDocument(t *testing.T) {
 	}
 	if diff := cmp.Diff(strings.TrimSpace(string(want)), strings.TrimSpace(w.Body.String())); diff != "" {
 		t.Errorf("the document changed; if that is meant, run with -update (-want +got)\n%s", diff)
+	}
+}
+
+// Of two who read an instance, the second to write is told, and has changed nothing.
+func TestPutInstanceIfMatch(t *testing.T) {
+	d := open(t)
+	const at = "/instances/a"
+	wantError(t, d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", "*"), 412, CodePreconditionFailed, "")
+	wantError(t, d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", `"1"`), 412, CodePreconditionFailed, "")
+	wantError(t, d.send(d.owner, "GET", at, ""), 404, CodeNotFound, "")
+	made := d.send(d.owner, "PUT", at, `{"policy":{}}`)
+	seen := made.Header().Get("ETag")
+	if got := d.send(d.owner, "GET", at, "").Header().Get("ETag"); made.Code != 201 || seen == "" || got != seen {
+		t.Fatalf("got %d with ETag %q, then %q", made.Code, seen, got)
+	}
+	first := d.send(d.owner, "PUT", at, `{"policy":{"caps":{"user":3}}}`, "If-Match", seen)
+	now := first.Header().Get("ETag")
+	if first.Code != 200 || now == seen || now != d.send(d.owner, "GET", at, "").Header().Get("ETag") {
+		t.Errorf("got %d with ETag %q after %q", first.Code, now, seen)
+	}
+	for _, old := range []string{seen, "W/" + now, `"0"`} {
+		wantError(t, d.send(d.owner, "PUT", at, `{"policy":{"caps":{"user":4}}}`, "If-Match", old), 412, CodePreconditionFailed, "")
+	}
+	wantError(t, d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", "1"), 400, CodeInvalidRequest, "If-Match")
+	if got := read[Instance](t, d.send(d.owner, "GET", at, ""), 200); got.Policy.Caps.User != 3 {
+		t.Errorf("caps %+v: a refused change changed them", got.Policy.Caps)
+	}
+	// The kill switch needs no condition, and is a change.
+	off := d.send(d.owner, "POST", at+"/disable", "")
+	if off.Code != 200 || off.Header().Get("ETag") == now {
+		t.Errorf("got %d with ETag %q after %q", off.Code, off.Header().Get("ETag"), now)
+	}
+	wantError(t, d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", now), 412, CodePreconditionFailed, "")
+	if got := d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-Match", "*"); got.Code != 200 {
+		t.Errorf("got %d", got.Code)
+	}
+	c := NewClient(serve(t, d), d.owner, nil)
+	in, err := c.VersionedInstance(t.Context(), "a")
+	if err != nil || in.ETag == "" || in.ID != "a" {
+		t.Fatalf("got %+v, %v", in, err)
+	}
+	if _, err := c.PutInstance(WithIfMatch(t.Context(), in.ETag), "a", admin.PolicyInput{}); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.PutInstance(WithIfMatch(t.Context(), in.ETag), "a", admin.PolicyInput{}); !isCode(err, CodePreconditionFailed) {
+		t.Errorf("got %v", err)
 	}
 }

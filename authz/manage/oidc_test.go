@@ -282,6 +282,11 @@ func TestOIDCTokensThatAreRefused(t *testing.T) {
 		"no expiry":                      token("exp", nil),
 		"not yet valid":                  token("nbf", at(2*time.Minute)),
 		"not-before as text":             token("nbf", "soon"),
+		"not before the end of time":     token("nbf", 1e300),
+		"another subject in capitals":    token("SUB", "root"),
+		"another end, folded":            token("exp", at(-2*time.Minute), "Exp", at(time.Hour)),
+		"another audience in capitals":   token("aud", "other", "zAUD", 1, "AUD", "keyward"),
+		"a subject by Unicode's folding": token("sub", "x", "\u017fub", "root"),
 		"another audience":               token("aud", "other"),
 		"no audience":                    token("aud", nil),
 		"another issuer":                 token("iss", "https://other.example"),
@@ -291,6 +296,7 @@ func TestOIDCTokensThatAreRefused(t *testing.T) {
 		"empty subject":                  token("sub", ""),
 		"long subject":                   token("sub", strings.Repeat("x", 256)),
 		"subject of two lines":           token("sub", "a\nb"),
+		"subject that is a secret":       token("sub", "x"+apikey.Format{}.New(apikey.KindUser).Reveal()),
 		"a nonce":                        token("nonce", "n"),
 		"another key of the same id":     stranger.sign(t, i.claims("roles", "owners")),
 		"HS256 under the public key":     sign(t, jose.SigningKey{Algorithm: jose.HS256, Key: public}, i.claims("roles", "owners")),
@@ -515,4 +521,41 @@ func TestOIDCConfigurationIsChecked(t *testing.T) {
 	if _, err := admin.NewOIDC([]admin.OIDCIssuer{local}, nil); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestCreationsAreCountedByIdentity: neither a name that others have too, nor another name for oneself, changes
+// how many keys a user may make within an hour.
+func TestCreationsAreCountedByIdentity(t *testing.T) {
+	s := newSigner(t, "1", jose.RS256)
+	here, there := newIssuer(t, s), newIssuer(t, s)
+	config := func(i *issuer, suffix string) admin.OIDCIssuer {
+		return admin.OIDCIssuer{
+			Issuer: i.url, Audience: "keyward", UPNClaim: "upn", UPNSuffix: suffix,
+			Rules: []admin.OIDCRule{{Claim: "groups", Value: "users", Role: admin.RoleUser, InstanceID: "a"}},
+		}
+	}
+	d := trusting(t, nil, config(here, "@example.com"), config(there, "@example.org"))
+	if _, err := d.svc.PutInstance(t.Context(), root, "a", apikey.Policy{
+		Caps: apikey.Caps{User: apikey.Unlimited}, Creation: apikey.Creation{PerHour: apikey.Unlimited, PerHourAndUser: 2},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	makes := func(who string, caller apikey.Secret, wants ...int) {
+		t.Helper()
+		for n, want := range wants {
+			if w := d.send(caller, "POST", aKeys, `{"name":"n"}`); w.Code != want {
+				t.Errorf("%s, key %d: got %d %s, want %d", who, n+1, w.Code, w.Body, want)
+			}
+		}
+	}
+	ann := admin.TokenInput{Name: "ann's", Role: admin.RoleUser, UserPrincipalName: "ann@example.com"}
+	makes("a token", d.token(t, ann).Secret, 201, 201, 429)
+	makes("another token of the same name", d.token(t, ann).Secret, 201, 201, 429)
+	of := func(i *issuer, and ...any) apikey.Secret {
+		return s.sign(t, i.claims(append([]any{"groups", "users", "name", "Ann"}, and...)...))
+	}
+	makes("who an issuer knows", of(here, "upn", "ann@example.com"), 201, 201, 429)
+	makes("the same by another name", of(here, "upn", "ann.married@example.com", "name", "Ann Other"), 429)
+	makes("somebody else of the same name", of(here, "upn", "ann@example.com", "sub", "ann2"), 201, 201, 429)
+	makes("the same subject of another issuer", of(there, "upn", "ann@example.org"), 201, 201, 429)
 }

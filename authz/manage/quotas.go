@@ -73,7 +73,7 @@ func (h *handler) listQuotas(ctx context.Context, c *call, in *atInstance) (*out
 		return nil, err
 	}
 	answer := ok(listOf(quotas, func(q apikey.Quota) admin.QuotaRecord { return admin.QuotaRecordOf(&q) }))
-	answer.ETag = etagOf(rev)
+	answer.ETag = etag(rev)
 	return answer, nil
 }
 
@@ -82,7 +82,7 @@ func (h *handler) getQuota(ctx context.Context, c *call, in *atQuota) (*out[admi
 	if err != nil {
 		return nil, err
 	}
-	return &out[admin.QuotaRecord]{Status: http.StatusOK, ETag: etagOf(rev), Body: admin.QuotaRecordOf(&q)}, nil
+	return &out[admin.QuotaRecord]{Status: http.StatusOK, ETag: etag(rev), Body: admin.QuotaRecordOf(&q)}, nil
 }
 
 func (h *handler) putQuota(ctx context.Context, c *call, in *atQuota) (*out[ChangedQuota], error) {
@@ -100,7 +100,7 @@ func (h *handler) putQuota(ctx context.Context, c *call, in *atQuota) (*out[Chan
 	}
 	q := put.Quota(in.Name)
 	answer := &out[ChangedQuota]{
-		Status: sooner(put.Propagation), ETag: etagOf(put.Revision),
+		Status: sooner(put.Propagation), ETag: etag(put.Revision),
 		Body: ChangedQuota{admin.QuotaRecordOf(&q), effectOf(put.Propagation)},
 	}
 	if len(put.Changes) > 0 && put.Changes[0].Before == nil {
@@ -119,7 +119,7 @@ func (h *handler) deleteQuota(ctx context.Context, c *call, in *atQuota) (*out[D
 		return nil, err
 	}
 	return &out[DeletedQuota]{
-		Status: sooner(gone.Propagation), ETag: etagOf(gone.Revision), Body: DeletedQuota{in.Name, effectOf(gone.Propagation)},
+		Status: sooner(gone.Propagation), ETag: etag(gone.Revision), Body: DeletedQuota{in.Name, effectOf(gone.Propagation)},
 	}, nil
 }
 
@@ -142,7 +142,7 @@ func (h *handler) applyQuotas(ctx context.Context, c *call, in *atInstance) (*ou
 	answer := ok(AppliedQuotas{
 		DryRun: body.DryRun, Changes: listOf(applied.Changes, quotaChangeOf).Value, Effect: effectOf(applied.Propagation),
 	})
-	answer.ETag = etagOf(applied.Revision)
+	answer.ETag = etag(applied.Revision)
 	if !body.DryRun {
 		answer.Status = sooner(applied.Propagation)
 	}

@@ -167,7 +167,10 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 		if err != nil {
 			f := statusOf(err)
 			h.logCause(c.r, c.RequestID, f)
-			if slices.Contains(refusals, f.status) {
+			switch {
+			case f.status == http.StatusUnauthorized: // it was good when the request began
+				h.svc.Unauthenticated(c.RemoteAddr)
+			case slices.Contains(refusals, f.status):
 				h.svc.Refused(ctx, c.Caller, c.target(), f.ErrorBody.Error.Code)
 			}
 			return nil, f
@@ -274,7 +277,7 @@ func (h *handler) getInstance(ctx context.Context, c *call, in *atInstance) (*ou
 	if err != nil {
 		return nil, err
 	}
-	return ok(instanceOf(instance)), nil
+	return &out[Instance]{Status: http.StatusOK, ETag: etag(instance.Revision), Body: instanceOf(instance)}, nil
 }
 
 func (h *handler) putInstance(ctx context.Context, c *call, in *atInstance) (*out[ChangedInstance], error) {
@@ -289,15 +292,27 @@ func (h *handler) putInstance(ctx context.Context, c *call, in *atInstance) (*ou
 	if err != nil {
 		return nil, err
 	}
-	put, err := h.svc.PutInstance(ctx, c.Caller, in.InstanceID, policy)
+	seen, err := c.ifMatch()
 	if err != nil {
 		return nil, err
 	}
-	answer := &out[ChangedInstance]{Status: sooner(put.Propagation), Body: ChangedInstance{instanceOf(put.Instance), effectOf(put.Propagation)}}
+	put, err := h.svc.PutInstanceIf(ctx, c.Caller, in.InstanceID, policy, seen)
+	if err != nil {
+		return nil, err
+	}
+	answer := changedInstance(put)
 	if put.Created {
 		answer.Status, answer.Location = http.StatusCreated, "/instances/"+put.Instance.ID
 	}
 	return answer, nil
+}
+
+func changedInstance(put admin.PutResult) *out[ChangedInstance] {
+	return &out[ChangedInstance]{
+		Status: sooner(put.Propagation),
+		ETag:   etag(put.Instance.Revision),
+		Body:   ChangedInstance{instanceOf(put.Instance), effectOf(put.Propagation)},
+	}
 }
 
 func (h *handler) deleteInstance(ctx context.Context, c *call, in *instanceDeletion) (*out[DeletedInstance], error) {
@@ -351,7 +366,7 @@ func (h *handler) createKey(ctx context.Context, c *call, in *atInstance) (*out[
 	return &out[createdKey]{
 		Status:   http.StatusCreated,
 		Replayed: replayed,
-		ETag:     etag(made.Key),
+		ETag:     etag(made.Key.Revision),
 		Location: "/instances/" + made.Key.InstanceID + "/apiKeys/" + made.Key.ID.String(),
 		Body:     createdKey{admin.RecordOf(made.Key, time.Now()), made.Secret.Reveal()},
 	}, nil
@@ -362,7 +377,7 @@ func (h *handler) getKey(ctx context.Context, c *call, in *atKey) (*out[admin.Ke
 	if err != nil {
 		return nil, err
 	}
-	return &out[admin.KeyRecord]{Status: http.StatusOK, ETag: etag(k), Body: admin.RecordOf(k, time.Now())}, nil
+	return &out[admin.KeyRecord]{Status: http.StatusOK, ETag: etag(k.Revision), Body: admin.RecordOf(k, time.Now())}, nil
 }
 
 func (h *handler) revokeKey(ctx context.Context, c *call, in *keyRevocation) (*out[RevokedKey], error) {

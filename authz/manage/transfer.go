@@ -26,9 +26,10 @@ const ndjson = "application/x-ndjson"
 
 // transferRoutes are those by which keys come and go in numbers.
 func (h *handler) transferRoutes(api huma.API, keys string) {
-	const how = " One JSON object a line, at most 500 in 1 MiB: all of them, or none. To repeat it does no harm."
-	route(h, api, http.MethodPost, keys+":import", "importKeys", "Import keys whose secrets their holders have already."+how, admin.ImportInput{}, h.importKeys, 200)
-	body := api.OpenAPI().Paths[keys+":import"].Post.RequestBody
+	route(h, api, http.MethodPost, keys+":import", "importKeys", "Import keys whose secrets their holders have already", admin.ImportInput{}, h.importKeys, 200)
+	imports := api.OpenAPI().Paths[keys+":import"].Post
+	imports.Description = "One JSON object a line, at most 500 in 1 MiB: all of them, or none. To repeat it does no harm."
+	body := imports.RequestBody
 	body.Content[ndjson] = body.Content["application/json"] // the schema of each line
 
 	route(h, api, http.MethodGet, keys+":export", "exportKeys", "Export what is known of the keys, without secrets and digests, the oldest first: one JSON object a line", nil, h.exportKeys)
@@ -163,10 +164,18 @@ func (h *handler) exportKeys(ctx context.Context, c *call, in *atInstance) (*out
 	return ok(func(answer huma.Context) {
 		defer stop()
 		answer.SetHeader("Content-Type", ndjson)
-		// It takes as long as there are keys, longer than other answers may.
-		_ = http.NewResponseController(c.w).SetWriteDeadline(time.Time{})
 		w := bufio.NewWriterSize(answer.BodyWriter(), 64<<10)
+		var looked time.Time
 		for at := time.Now(); more && err == nil; k, err, more = next() {
+			if time.Since(looked) >= exportLook {
+				// It takes as long as there are keys, longer than other answers may and perhaps than the
+				// caller may ask for them: a token that is revoked meanwhile gets no more of them.
+				if _, err = h.authenticate(c.r); err != nil {
+					break
+				}
+				looked = time.Now()
+				_ = http.NewResponseController(c.w).SetWriteDeadline(looked.Add(answerStall))
+			}
 			if err = writeJSON(w, admin.RecordOf(k, at)); err != nil {
 				break
 			}
@@ -181,6 +190,22 @@ func (h *handler) exportKeys(ctx context.Context, c *call, in *atInstance) (*out
 			panic(http.ErrAbortHandler) // an end that looks like one would hide what is missing
 		}
 	}), nil
+}
+
+const (
+	// exportLook is how often an export asks whether its caller still may.
+	exportLook = time.Second
+	// answerStall is how long a caller may take none of an answer before that ends: a connection is not
+	// held for who has stopped reading.
+	answerStall = time.Minute
+)
+
+// unhurried lets a request take as long as there is data, longer than others may. What it returns is
+// called when the answer is made, which then has to be taken.
+func (c *call) unhurried() (made func()) {
+	control := http.NewResponseController(c.w)
+	_ = control.SetWriteDeadline(time.Time{})
+	return func() { _ = control.SetWriteDeadline(time.Now().Add(answerStall)) }
 }
 
 // ImportOptions say how a client imports.

@@ -1,6 +1,7 @@
 package manage
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -10,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -37,7 +40,7 @@ func TestReportsNameTheRow(t *testing.T) {
 		{Row: 103, Status: admin.RowRefused, Errors: []Detail{{"InvalidRequest", "secret: must be a string", "secret"}}},
 		{Row: 104, Status: admin.RowRefused, Errors: []Detail{{"InvalidRequest", "the body is not one JSON document", ""}}},
 		{Row: 105, Status: admin.RowRefused, Errors: []Detail{
-			{"InvalidRequest", "secret: is missing: give it, or sha256", "secret"},
+			{"InvalidRequest", "secret: is missing: give it, or sha256 or argon2id", "secret"},
 			{"InvalidRequest", "name: is missing", "name"},
 			{"InvalidRequest", "expiresIn: is not a duration such as 90s, 24h or 30d", "expiresIn"},
 			{"InvalidRequest", "id: must be a UUID such as 0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f", "id"},
@@ -180,6 +183,65 @@ func TestAnExportThatBreaksOffIsAnError(t *testing.T) {
 	failing.after = 0
 	w := on(t, failing, apikey.Peppers{Current: pepper}).send(d.owner, "GET", "/instances/a/apiKeys:export", "")
 	wantError(t, w, http.StatusServiceUnavailable, CodeServiceUnavailable, "")
+}
+
+// A token that is revoked gets no more of an export that runs, and what it got does not look whole.
+func TestAnExportEndsWithItsToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t)
+		d.instance(t, "a")
+		for range 2 { // more than a page
+			body := strings.Join(rowsOf(300), "\n")
+			read[ImportReport](t, d.send(d.owner, "POST", "/instances/a/apiKeys:import", body, "Content-Type", ndjson), 201)
+		}
+		export := func(between func(auditor *admin.Token)) (rows int, whole bool) {
+			slow := &slowKeys{Store: d.store}
+			d := on(t, slow, apikey.Peppers{Current: pepper})
+			auditor := d.token(t, admin.TokenInput{Name: "auditor", Role: admin.RoleAuditor})
+			slow.between = func() {
+				time.Sleep(2 * time.Second)
+				between(auditor.Token)
+			}
+			r := httptest.NewRequest("GET", "/instances/a/apiKeys:export", nil)
+			r.Header.Set("Authorization", "Bearer "+auditor.Secret.Reveal())
+			w := httptest.NewRecorder()
+			whole = true
+			func() {
+				defer func() {
+					if v := recover(); v != nil {
+						whole = v != http.ErrAbortHandler //nolint:errorlint // net/http compares it so too
+					}
+				}()
+				d.ServeHTTP(w, r)
+			}()
+			return bytes.Count(w.Body.Bytes(), []byte("\n")), whole
+		}
+		if rows, whole := export(func(*admin.Token) {}); rows != 600 || !whole {
+			t.Errorf("a token that goes on: %d keys, whole: %v", rows, whole)
+		}
+		rows, whole := export(func(auditor *admin.Token) {
+			if _, err := d.svc.RevokeToken(t.Context(), root, auditor.ID); err != nil {
+				t.Error(err)
+			}
+		})
+		if rows > 500 || whole {
+			t.Errorf("a token that was revoked after the first page: %d keys, whole: %v", rows, whole)
+		}
+	})
+}
+
+// slowKeys does something after the first page of a list.
+type slowKeys struct {
+	admin.Store
+	between func()
+	pages   int
+}
+
+func (s *slowKeys) Keys(ctx context.Context, instance string, q admin.KeyQuery) ([]*apikey.Key, error) {
+	if s.pages++; s.pages == 2 {
+		s.between()
+	}
+	return s.Store.Keys(ctx, instance, q)
 }
 
 // failingKeys lists keys so many times, and then no more.

@@ -106,7 +106,7 @@ func wireUp(t *testing.T, more string) *wired {
 		t.Fatal(err)
 	}
 	w := &wired{log: new(lockedBuffer), config: fmt.Sprintf(`
-listen: {check: {address: "127.0.0.1:0"}, manage: {address: "127.0.0.1:0"}, metrics: {address: "127.0.0.1:0"}}
+listen: {check: {address: "127.0.0.1:0"}, manage: {address: "127.0.0.1:0"}, holders: {address: "127.0.0.1:0"}, metrics: {address: "127.0.0.1:0"}}
 store: {sqlite: {path: %q}}
 pepper: {file: %q}
 log: {level: debug, decisionsPerSecond: 1000000}

@@ -34,7 +34,9 @@ type leakSearch struct {
 	t    *testing.T
 	dir  string // of what came back, beside the store's own folder
 	kept int
-	web  http.Client
+	// statuses counts the answers over HTTP.
+	statuses map[int]int
+	web      http.Client
 }
 
 // keep writes what came back to a file.
@@ -76,6 +78,7 @@ func (l *leakSearch) call(base, method, target, body string, headers ...string) 
 	}
 	var whole bytes.Buffer
 	_ = answer.Header.Write(&whole)
+	l.statuses[answer.StatusCode]++
 	l.keep(fmt.Sprintf("answer %d", answer.StatusCode), append(whole.Bytes(), text...))
 	return text
 }
@@ -99,7 +102,7 @@ func (l *leakSearch) make(token, target, body, what string, headers ...string) (
 	defer answer.Body.Close()
 	text, err := io.ReadAll(answer.Body)
 	var made map[string]json.RawMessage
-	if err := errors.Join(err, json.Unmarshal(text, &made)); err != nil || answer.StatusCode != http.StatusCreated {
+	if err := errors.Join(err, json.Unmarshal(text, &made)); err != nil || answer.StatusCode/100 != 2 {
 		l.t.Fatalf("%s: %d, %v", target, answer.StatusCode, err)
 	}
 	var thing struct{ ID string }
@@ -141,8 +144,9 @@ func (p panicking) Instance(context.Context, string) (*apikey.Instance, error) {
 // them, but for the answers that create them.
 func TestNoSecretIsWrittenDown(t *testing.T) {
 	t.Parallel()
-	l := &leakSearch{t: t, dir: t.TempDir(), wired: wireUp(t, `
-credentials: {query: key}
+	issuer := newOIDC(t)
+	l := &leakSearch{t: t, dir: t.TempDir(), statuses: map[int]int{}, wired: wireUp(t, issuer.config()+`
+credentials: {query: key, foreign: [{prefix: acme_}]}
 routes:
 - {path: /, scopes: [orders:read]}
 - {path: "/a/{agent}", agent: "{agent}"}
@@ -182,7 +186,8 @@ routes:
 	unknown, unknownToken := l.secret(apikey.Format{}.New(apikey.KindUser)), l.secret(apikey.Format{}.New(apikey.KindManagement))
 	mistyped := flipped(l.secret(apikey.Format{}.New(apikey.KindInstance)), 30)
 	l.Add(mistyped)
-	secrets := []string{admins, token, gone, user, good, agent, users, again, revoked, unknown, unknownToken, mistyped, string(key)}
+	secrets := append(l.imports(token), l.life(token)...)
+	secrets = append(secrets, admins, token, gone, user, good, agent, users, again, revoked, unknown, unknownToken, mistyped, string(key))
 
 	// To Envoy's side: each in every place where a secret can stand, and where it should not.
 	for _, s := range secrets[:len(secrets)-1] {
@@ -266,6 +271,12 @@ routes:
 			l.call(metricsAt, "GET", target, "", as(s)...)
 		}
 	}
+	changedID, _ := l.make(token, keys, `{"name":"to change"}`, "key")
+	for _, s := range secrets[:len(secrets)-1] {
+		l.mistaken(token, changedID, s)
+		l.ofOIDC(issuer, s)
+		l.commands(token, s)
+	}
 	l.call(manageAt, "POST", keys, `{"name":"over the cap"}`, as(user)...)
 	l.call(manageAt, "POST", keys, `{"name":"another"}`, append(as(token), "Idempotency-Key", "once")...)
 
@@ -287,6 +298,29 @@ routes:
 		l.keep("printed", fmt.Appendf(nil, verb, []any{apikey.NewSecret(good), l.pepper, l.cfg, l.admin}))
 	}
 	l.service.log.Warn("by mistake", slog.Any("secret", apikey.NewSecret(good)), slog.Any("pepper", l.pepper))
+
+	// Last, because it ends keys; and what becomes of the reports is written down too.
+	for _, s := range secrets[:len(secrets)-1] {
+		l.ofHolders(s)
+	}
+	// What was done along the way, so that nothing of it is looked for in vain.
+	for _, action := range []string{
+		"key.create", "key.update", "key.rotate", "key.revokeGeneration", "key.revoke", "key.import", "key.export", "key.leak", "instance.put", "token.create", "token.revoke",
+	} {
+		if err := eventually(func() error {
+			if events := l.call(manageAt, "GET", "/auditEvents?outcome=done&action="+action, "", as(token)...); !bytes.Contains(events, []byte(`"action":"`+action)) {
+				return fmt.Errorf("%s was never done: %s", action, events)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, status := range []int{200, 201, 202, 400, 401, 403, 404, 405, 409, 412, 415, 422, 429} {
+		if l.statuses[status] == 0 {
+			t.Errorf("nothing was answered with %d", status)
+		}
+	}
 
 	// What can be read afterwards.
 	for _, target := range []string{"/metrics", "/readyz", "/debug/pprof/goroutine?debug=2", "/debug/pprof/cmdline", "/debug/pprof/heap"} {
@@ -318,7 +352,7 @@ routes:
 			t.Errorf("the log lacks %s: what was to be looked into is not there", part)
 		}
 	}
-	if l.kept < 1500 || l.Len() < 14 {
+	if l.kept < 6000 || l.Len() < 40 {
 		t.Errorf("too little to prove anything: %d answers, %d secrets", l.kept, l.Len())
 	}
 	t.Logf("%d secrets, %d answers, log of %d KiB", l.Len(), l.kept, len(said)>>10)

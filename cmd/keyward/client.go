@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -150,6 +152,43 @@ func (a *app) withStore(ctx context.Context, fn func(ctx context.Context, c *man
 	return fn(ctx, c)
 }
 
+// onceFor is how long a command asks again after it lost the connection over a call that makes a secret:
+// as long as a server takes to be started again.
+const onceFor = 15 * time.Second
+
+// once makes a call that makes a secret. If the connection is lost after the call was sent, nobody knows
+// whether the server heard it: then the call is repeated, with the same Idempotency-Key, so that it is done
+// once. key is one that the user chose; "" is a fresh one.
+func (a *app) once(ctx context.Context, key string, call func(ctx context.Context) error) error {
+	key = cmp.Or(key, rand.Text())
+	ctx = manage.WithIdempotencyKey(ctx, key)
+	lost := false
+	for start, pause := time.Now(), 100*time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
+		err := call(ctx)
+		lostNow, refused := connectionLost(err)
+		if lost = lost || lostNow; !lost || !lostNow && !refused {
+			return err
+		}
+		if time.Since(start) > onceFor || ctx.Err() != nil {
+			fmt.Fprintf(a.stderr, "Whether it was done is not known: within ten minutes, repeat the command with --idempotency-key %s\n", key)
+			return err
+		}
+		fmt.Fprintln(a.stderr, "The connection was lost before the answer came; asking again.")
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// connectionLost tells of a call that got no answer whether it may have been heard, or nobody was there.
+func connectionLost(err error) (lost, refused bool) {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		return op.Op == "read" || op.Op == "write", op.Op == "dial"
+	}
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, context.DeadlineExceeded), false
+}
+
 // inProcess carries requests to a handler in this process.
 type inProcess struct{ handler http.Handler }
 
@@ -202,6 +241,39 @@ func (m *memoryResponse) Write(b []byte) (int, error) {
 	return m.body.Write(b)
 }
 
+// await waits for what a read brings, or for the user to stop the command: a signal ends no read that has
+// begun. What arrives afterwards is lost, which is no matter to a command that ends.
+func await[T any](a *app, read func() (T, error)) (T, error) {
+	type result struct {
+		got T
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		got, err := read()
+		done <- result{got, err}
+	}()
+	select {
+	case r := <-done:
+		return r.got, r.err
+	case <-a.stopped:
+		var none T
+		return none, errInterrupted
+	}
+}
+
+// An input is standard input that does not keep a command from ending.
+type input struct{ *app }
+
+func (in input) Read(p []byte) (int, error) {
+	got, err := await(in.app, func() ([]byte, error) {
+		own := make([]byte, len(p)) // p is the caller's again when the user stops
+		n, err := in.stdin.Read(own)
+		return own[:n], err
+	})
+	return copy(p, got), err
+}
+
 // confirm asks before something is ended. Without a terminal nobody can answer: then --yes is needed.
 func (a *app) confirm(question string) error {
 	if a.yes {
@@ -214,7 +286,11 @@ func (a *app) confirm(question string) error {
 	fmt.Fprintf(a.stderr, "%s [y/N] ", question)
 	line := make([]byte, 0, 8)
 	for b := make([]byte, 1); ; {
-		n, err := in.Read(b)
+		n, err := input{a}.Read(b)
+		if errors.Is(err, errInterrupted) {
+			fmt.Fprintln(a.stderr)
+			return err
+		}
 		if n == 0 || err != nil || b[0] == '\n' {
 			break
 		}

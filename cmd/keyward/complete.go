@@ -122,7 +122,7 @@ func (a *app) completeArguments(names []string) cobra.CompletionFunc {
 			return nil, cobra.ShellCompDirectiveDefault
 		case name == "CONTEXT":
 			return a.contextNames(), cobra.ShellCompDirectiveNoFileComp
-		case completers[name] == nil:
+		case completers[name] == nil || a.offline: // which would open the store, and bring its schema up to date
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), completeTimeout)

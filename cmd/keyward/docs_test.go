@@ -20,6 +20,8 @@ import (
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/authz/holders"
+	"keyward/authz/manage"
 )
 
 var updateDocs = flag.Bool("update", false, "rewrite the generated parts of docs/")
@@ -41,6 +43,13 @@ func generated() map[string]string {
 	}
 	for _, r := range apikey.RevocationReasons() {
 		reasons = append(reasons, fmt.Sprintf("`%s` | %s", r, about[r]))
+	}
+	var errorsOfManage, errorsOfHolders []string
+	for _, c := range manage.Codes {
+		errorsOfManage = append(errorsOfManage, fmt.Sprintf("%d | `%s` | %s", c.Status, c.Code, c.Meaning))
+	}
+	for _, c := range holders.Codes {
+		errorsOfHolders = append(errorsOfHolders, fmt.Sprintf("%d | `%s` | %s", c.Status, c.Code, c.Meaning))
 	}
 	leak := func(t apikey.Type) string {
 		says := map[apikey.LeakAction]string{
@@ -81,7 +90,8 @@ func generated() map[string]string {
 		),
 		"revocation": table("`reason` | Meaning", reasons...),
 		"leaks":      table("Type | What a report does | Policy", leak(apikey.TypeInstance), leak(apikey.TypeAgent), leak(apikey.TypeUser)),
-		"quota":      table("Field | Needed | What it is", quotaRows()...),
+		"errors":     table("Status | Code | Meaning", errorsOfManage...), "holdersErrors": table("Status | Code | Meaning", errorsOfHolders...),
+		"quota": table("Field | Needed | What it is", quotaRows()...),
 		"quotabounds": table("Limit | Value",
 			fmt.Sprintf("Quotas of an instance, at most | %d", apikey.MaxQuotas),
 			fmt.Sprintf("Window of a smoothed quota, in which its share is counted | %s", apikey.Duration(apikey.SmoothedWindow)),

@@ -30,6 +30,12 @@ type holdersClient struct {
 	address string
 }
 
+// A holdersError is an error that the holders' listener answered, where no management token is the cure.
+type holdersError struct{ answer *manage.Error }
+
+func (e holdersError) Error() string { return e.answer.Error() }
+func (e holdersError) Unwrap() error { return e.answer }
+
 func (h *holdersClient) flags(c *cobra.Command) {
 	c.Flags().StringVar(&h.address, "holders", "", "holders' listener to call (KEYWARD_HOLDERS; default http://"+usualHolders+")")
 	c.Flags().StringVar(&h.contextName, "context", "", "context to work in, see keyward context (KEYWARD_CONTEXT)")
@@ -125,10 +131,15 @@ func (a *app) readSecret() (apikey.Secret, error) {
 	var err error
 	if in, ok := a.stdin.(*os.File); ok && term.IsTerminal(int(in.Fd())) {
 		fmt.Fprint(a.stderr, "Secret: ")
-		text, err = term.ReadPassword(int(in.Fd()))
+		fd := int(in.Fd())
+		shows, _ := term.GetState(fd)
+		text, err = await(a, func() ([]byte, error) { return term.ReadPassword(fd) })
+		if errors.Is(err, errInterrupted) && shows != nil {
+			err = errors.Join(err, term.Restore(fd, shows)) // it is still being read, unseen
+		}
 		fmt.Fprintln(a.stderr)
 	} else {
-		text, err = io.ReadAll(io.LimitReader(a.stdin, 4<<10))
+		text, err = io.ReadAll(io.LimitReader(input{a}, 4<<10))
 	}
 	if err != nil {
 		return apikey.Secret{}, err
@@ -204,7 +215,10 @@ func (h *holdersClient) call(ctx context.Context, method, path string, secret ap
 		if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil {
 			failed.RetryAfter = time.Duration(seconds) * time.Second
 		}
-		return failed
+		if failed.Code == "" {
+			failed.Message = fmt.Sprintf("%s answers with HTTP status %d, and not as keyward does to holders: is there something else?", base, failed.Status)
+		}
+		return holdersError{failed}
 	}
 	if err := json.Unmarshal(answer, into); err != nil {
 		return fmt.Errorf("the answer is not what keyward sends to holders: is there something else at %s?", base)

@@ -83,11 +83,16 @@ func (a *app) instancesGet() *cobra.Command {
 		Use: "get INSTANCE", Short: "Show an instance and its policy", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
-				in, err := client.Instance(ctx, args[0])
+				in, err := client.VersionedInstance(ctx, args[0])
 				if err != nil {
 					return err
 				}
-				return a.printInstance(in)
+				if a.output == "table" && !a.quiet {
+					fmt.Fprintf(a.stdout, "ETAG     %s\n", in.ETag)
+				} else if a.output != "table" && !a.quiet {
+					return a.printData(in)
+				}
+				return a.printInstance(in.Instance)
 			})
 		},
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
@@ -30,7 +31,7 @@ func (a *app) keysCommand() *cobra.Command {
 
 func (a *app) keysCreate() *cobra.Command {
 	var in admin.KeyInput
-	var keyType, rate, expires, policy string
+	var keyType, rate, expires, policy, once string
 	var noScopes bool
 	var burst, maxConcurrent, inactivityDays int
 	var quotas map[string]string
@@ -75,11 +76,13 @@ func (a *app) keysCreate() *cobra.Command {
 				}
 			}
 			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
-				created, err := client.CreateKey(ctx, args[0], in)
-				if err != nil {
-					return err
-				}
-				return a.printMade(created)
+				return a.once(ctx, once, func(ctx context.Context) error {
+					created, err := client.CreateKey(ctx, args[0], in)
+					if err != nil {
+						return err
+					}
+					return a.printMade(created)
+				})
 			})
 		},
 	}
@@ -103,8 +106,13 @@ func (a *app) keysCreate() *cobra.Command {
 	f.StringVar(&in.NotBefore, "not-before", "", "beginning of the key's life")
 	f.IntVar(&inactivityDays, "inactivity-days", 0, "the key ends after so many days without use")
 	f.StringToStringVar(&in.Metadata, "metadata", nil, "name=value to keep with the key; repeat for more")
+	onceFlag(f, &once)
 	_ = c.MarkFlagRequired("name")
 	return c
+}
+
+func onceFlag(f *pflag.FlagSet, to *string) {
+	f.StringVar(to, "idempotency-key", "", "repeated within ten minutes with the same key and flags, the command shows the same secret again")
 }
 
 // parseRate reads 120/1m or unlimited.

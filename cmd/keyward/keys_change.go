@@ -223,7 +223,7 @@ func (a *app) sayWhere(e manage.Effect) {
 
 func (a *app) keysRotate() *cobra.Command {
 	var in admin.RotateInput
-	var ifMatch string
+	var ifMatch, once string
 	c := &cobra.Command{
 		Use:   "rotate INSTANCE KEY-ID",
 		Short: "Give a key another secret, which is shown once; the one before goes on for a while",
@@ -245,12 +245,14 @@ func (a *app) keysRotate() *cobra.Command {
 				if ifMatch != "" {
 					ctx = manage.WithIfMatch(ctx, ifMatch)
 				}
-				rotated, err := client.RotateKey(ctx, args[0], id, in)
-				if err != nil {
-					return err
-				}
-				a.sayWhere(rotated.Effect)
-				return a.printMade(rotated.CreatedKey)
+				return a.once(ctx, once, func(ctx context.Context) error {
+					rotated, err := client.RotateKey(ctx, args[0], id, in)
+					if err != nil {
+						return err
+					}
+					a.sayWhere(rotated.Effect)
+					return a.printMade(rotated.CreatedKey)
+				})
 			})
 		},
 	}
@@ -260,14 +262,27 @@ func (a *app) keysRotate() *cobra.Command {
 	f.StringVar(&in.ExpiresIn, "expires-in", "", "life of the key from now; by default, if it has an end, as long again as before")
 	f.BoolVar(&in.EndOldest, "end-oldest", false, "where two secrets are valid already: end the older one at once")
 	f.StringVar(&ifMatch, "if-match", "", "ETag that the key must still have")
+	onceFlag(f, &once)
 	return c
 }
 
-// printMade shows a key with a secret that is nowhere else.
+// printMade shows a key with a secret that is nowhere else. Where it cannot be shown, it says what to end.
 func (a *app) printMade(made manage.CreatedKey) error {
-	if a.quiet {
-		fmt.Fprintln(a.stdout, made.Secret.Reveal())
+	err := a.showMade(made)
+	if err == nil {
 		return nil
+	}
+	end := fmt.Sprintf("keyward keys revoke %s %s", made.Key.InstanceID, made.Key.ID)
+	if n := len(made.Key.Generations); n > 1 {
+		end += fmt.Sprintf(" --generation %d", made.Key.Generations[n-1].Number)
+	}
+	return fmt.Errorf("%w; the secret was made and is lost: end it with %s", err, end)
+}
+
+func (a *app) showMade(made manage.CreatedKey) error {
+	if a.quiet {
+		_, err := fmt.Fprintln(a.stdout, made.Secret.Reveal())
+		return err
 	}
 	fmt.Fprintln(a.stderr, "Keep the secret now: it is not shown again.")
 	answer := struct {

@@ -30,6 +30,20 @@ func filterFlags(f *pflag.FlagSet, in *admin.KeyListInput) {
 	f.BoolVar(&in.NoExpiration, "no-expiration", false, "expires neither by time nor for idleness")
 }
 
+// noEmptyFilter refuses a filter that was given and is empty, such as --unused-for "$DAYS" in a script that
+// has lost its DAYS: as one that was not given it would mean more keys, not fewer.
+func noEmptyFilter(given *pflag.FlagSet) error {
+	var err error
+	own := pflag.NewFlagSet("", pflag.ContinueOnError)
+	filterFlags(own, &admin.KeyListInput{})
+	own.VisitAll(func(f *pflag.Flag) {
+		if g := given.Lookup(f.Name); g.Changed && g.Value.String() == "" {
+			err = usageError{fmt.Errorf("--%s: is empty: say which keys, or leave it out for all", f.Name)}
+		}
+	})
+	return err
+}
+
 func (a *app) keysList() *cobra.Command {
 	var in admin.KeyListInput
 	var limit int
@@ -41,6 +55,9 @@ func (a *app) keysList() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if limit < 0 {
 				return usageError{errors.New("--limit: must be 0 (all) or more")}
+			}
+			if err := noEmptyFilter(cmd.Flags()); err != nil {
+				return err
 			}
 			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
 				var all []admin.KeyRecord
@@ -78,6 +95,9 @@ func (a *app) keysRevoke() *cobra.Command {
 			"  keyward keys revoke demo --unused-for 90d --reason unused --dry-run",
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := noEmptyFilter(cmd.Flags()); err != nil {
+				return err
+			}
 			if cmd.Flags().Changed("count") {
 				in.Count = &count
 			}
@@ -163,6 +183,7 @@ func (a *app) revokeGeneration(ctx context.Context, instance string, id apikey.I
 // revokeMany shows at a terminal what would go before it asks; a script has said --yes, and the server asks
 // it for the number of keys where that matters.
 func (a *app) revokeMany(ctx context.Context, instance string, in admin.BulkRevocation) error {
+	a.long = true
 	return a.withClient(ctx, func(ctx context.Context, client *manage.Client) error {
 		if !in.DryRun && !a.yes {
 			look := in

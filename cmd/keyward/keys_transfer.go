@@ -20,7 +20,8 @@ func (a *app) keysImport() *cobra.Command {
 	var opts manage.ImportOptions
 	c := &cobra.Command{
 		Use: "import INSTANCE FILE", Short: "Make keys of secrets that their holders have already",
-		Long: "Import reads one JSON object a line (- for standard input): what keys create takes, and \"secret\".\n" +
+		Long: "Import reads one JSON object a line (- for standard input): what keys create takes, and \"secret\"\n" +
+			"(or \"sha256\" of it, or \"argon2id\" of an Agent Access Token: see docs/agent-access-token.md).\n" +
 			"Rows go in batches, of which each is imported as a whole or not at all. It stops at the first batch\n" +
 			"with a row that cannot be imported. Mend the file and import it again: what is there already is\n" +
 			"passed over.",
@@ -34,7 +35,7 @@ func (a *app) keysImport() *cobra.Command {
 			if opts.FromRow < 1 {
 				return usageError{errors.New("--from-row: must be at least 1")}
 			}
-			from := a.stdin
+			var from io.Reader = input{a}
 			if args[1] != "-" {
 				f, err := os.Open(args[1])
 				if err != nil {

@@ -1,10 +1,10 @@
 package main
 
 import (
-	"context"
 	"database/sql"
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -22,65 +22,27 @@ import (
 )
 
 var (
-	kills    = flag.Int("kills", 0, "rounds of TestKillLoop; 0: 50 in CI, 10 elsewhere")
+	kills    = flag.Int("kills", 0, "rounds of TestKillLoop; 0: 30 in CI, 10 elsewhere")
 	killSeed = flag.Uint64("killseed", 0, "seed of TestKillLoop; 0: a random one, which is logged")
 )
 
-// An ackedKey is a key whose creation was acknowledged.
-type ackedKey struct {
-	id     apikey.ID
-	secret string
-	// asked and revoked: a revocation was sent, and acknowledged. Between the two it may or may not be done.
-	asked, revoked bool
+// killMutations are all that writers make; TestKillLoop wants each of them.
+var killMutations = []string{
+	"bulk revoke", "create", "create token", "delete instance", "disable", "enable", "import", "patch", "put instance", "report", "revoke",
+	"revoke generation", "revoke token", "rotate", "switch instance, disabled false", "switch instance, disabled true",
 }
 
-// A ledger is what a server has acknowledged. Safe for concurrent use.
-type ledger struct {
-	mu   sync.Mutex
-	keys []*ackedKey
-	acks atomic.Int64
-}
-
-// write creates keys through a Management API, and revokes some, until something fails.
-func (l *ledger) write(ctx context.Context, c *manage.Client, random *rand.Rand) {
-	var mine []*ackedKey
-	for n := 0; ; n++ {
-		created, err := c.CreateKey(ctx, "demo", admin.KeyInput{Name: fmt.Sprintf("key %d", n)})
-		if err != nil {
-			return
-		}
-		k := &ackedKey{id: created.Key.ID, secret: created.Secret.Reveal()}
-		l.mu.Lock()
-		l.keys = append(l.keys, k)
-		l.mu.Unlock()
-		l.acks.Add(1)
-		mine = append(mine, k)
-		if random.IntN(2) > 0 {
-			continue
-		}
-		k = mine[random.IntN(len(mine))]
-		l.mu.Lock()
-		k.asked = true
-		l.mu.Unlock()
-		if _, err := c.RevokeKey(ctx, "demo", k.id, "other"); err != nil {
-			return
-		}
-		l.mu.Lock()
-		k.revoked = true
-		l.mu.Unlock()
-		l.acks.Add(1)
-	}
-}
-
-// TestKillLoop kills a writing server with SIGKILL at a random moment, again and again on the same
-// files: each time all that it acknowledged is there, works or is refused, and nothing is half-made.
+// TestKillLoop kills a server with SIGKILL at a random moment while writers make every change that there
+// is, again and again on the same files. Each time all that was acknowledged is there and works or is
+// refused, has its audit event, and is told again to who repeats it with its Idempotency-Key; what was not
+// acknowledged was done with its event, or not at all; and the audit proves itself.
 func TestKillLoop(t *testing.T) {
 	t.Parallel()
 	rounds, seed := *kills, *killSeed
 	if rounds == 0 {
 		rounds = 10
 		if os.Getenv("CI") != "" {
-			rounds = 50
+			rounds = 30
 		}
 	}
 	if seed == 0 {
@@ -106,11 +68,22 @@ func TestKillLoop(t *testing.T) {
 	web := &http.Client{Transport: &http.Transport{}, Timeout: patience}
 	defer web.CloseIdleConnections()
 
-	acked := &ledger{}
+	var acks atomic.Int64
+	var mu sync.Mutex
+	made := map[string]int{} // by what it is
+	acked := func(what string) {
+		mu.Lock()
+		made[what]++
+		mu.Unlock()
+		acks.Add(1)
+	}
+	const writers = 4
+	var all [writers]*killWriter
 	var client *manage.Client
-	checked := 0 // keys of earlier rounds, each looked at once
-	for round := range rounds {
-		if server, err = serve(dir, at); err != nil {
+	done, not := 0, 0 // of the changes that were not acknowledged
+	begin := func(round int) {
+		t.Helper()
+		if server, err = serve(dir, at, "--set", "listen.holders.address="+at.holders); err != nil {
 			t.Fatalf("round %d: after the kill: %v", round, err)
 		}
 		if round == 0 {
@@ -119,103 +92,135 @@ func TestKillLoop(t *testing.T) {
 				t.Fatal(err)
 			}
 			client = manage.NewClient("http://"+at.manage, apikey.NewSecret(strings.TrimSpace(string(token))), web)
-			unbounded := admin.PolicyInput{Caps: admin.CapsInput{Instance: new(-1)}, Creation: admin.CreationInput{PerHour: new(-1)}}
-			if _, err := client.PutInstance(t.Context(), "demo", unbounded); err != nil {
-				t.Fatal(err)
+			for i := range all {
+				name := fmt.Sprintf("w%d", i)
+				all[i] = &killWriter{
+					name: name, client: client, manage: "http://" + at.manage, holders: "http://" + at.holders + "/revoke", web: web,
+					random: rand.New(rand.NewPCG(seed, uint64(i+1))), acked: acked, events: map[string]int{},
+					home: killTenant{id: name}, spare: killTenant{id: name + "-spare"},
+				}
 			}
 		}
-		// Those of the last round, and some of the earlier ones; now and then, and at the end, all. What is
-		// damaged stays so: it is found late, not missed.
-		recent := slices.Clone(acked.keys[checked:])
-		for range min(5, checked) {
-			recent = append(recent, acked.keys[random.IntN(checked)])
+	}
+	wantAll := func(round int, whole bool) {
+		t.Helper()
+		written := wantAudit(t, client, all[:])
+		for _, w := range all {
+			waited := w.pending != nil
+			was, err := w.settle(t.Context(), written)
+			if err != nil {
+				t.Errorf("%s: %v", w.name, err)
+			}
+			switch {
+			case was:
+				done++
+			case waited:
+				not++
+			}
 		}
-		wantAcked(t, client, at, recent)
-		if round%5 == 1 {
-			wantWhole(t, client, acked, filepath.Join(dir, "keyward.db"))
+		conn, err := dialCheck(at.check) // anew: the last one is still shy of the port on which nobody answered
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		for _, w := range all {
+			if err := w.look(t.Context(), conn, whole); err != nil {
+				t.Error(err)
+			}
+		}
+		if whole {
+			wantWhole(t, client, all[:], filepath.Join(dir, "keyward.db"))
+			wantAudit(t, client, all[:])
 		}
 		if t.Failed() {
 			t.Fatalf("round %d, -killseed %d", round, seed)
 		}
-		checked = len(acked.keys)
-
-		var writers sync.WaitGroup
-		for range 4 {
-			own := rand.New(rand.NewPCG(random.Uint64(), 0))
-			writers.Go(func() { acked.write(t.Context(), client, own) })
+	}
+	for round := range rounds {
+		begin(round)
+		// Those of the last round, and some of the earlier ones; now and then, and at the end, all. What is
+		// damaged stays so: it is found late, not missed.
+		wantAll(round, round%10 == 9)
+		var running sync.WaitGroup
+		failed := make(chan error, writers)
+		for _, w := range all {
+			running.Go(func() { failed <- w.run(t.Context()) })
 		}
-		enough := acked.acks.Load() + 1 + random.Int64N(16)
+		enough := acks.Load() + 1 + random.Int64N(32)
 		if err := eventually(func() error {
-			if acked.acks.Load() < enough {
-				return fmt.Errorf("round %d: only %d of %d acknowledgements; it says:\n%s", round, acked.acks.Load(), enough, server.says())
+			select {
+			case err := <-failed:
+				return fatal{fmt.Errorf("while the server runs: %w", err)}
+			default:
+			}
+			if acks.Load() < enough {
+				return fmt.Errorf("only %d of %d acknowledgements; it says:\n%s", acks.Load(), enough, server.says())
 			}
 			return nil
 		}); err != nil {
-			t.Error(err)
+			t.Errorf("round %d, -killseed %d: %v", round, seed, err)
 		}
 		time.Sleep(time.Duration(random.IntN(3000)) * time.Microsecond) // anywhere in a transaction
 		server.kill()
-		writers.Wait()
+		running.Wait()
 	}
-	if server, err = serve(dir, at); err != nil {
-		t.Fatal(err)
+	begin(rounds)
+	wantAll(rounds, true)
+	t.Logf("%d changes, of which a kill came before the answer to %d that were made and %d that were not: %v", acks.Load(), done, not, made)
+	if got := slices.Sorted(maps.Keys(made)); rounds >= 30 && !slices.Equal(got, killMutations) {
+		t.Errorf("too little was done to prove anything: %v, want each of %v", got, killMutations)
 	}
-	wantAcked(t, client, at, acked.keys)
-	wantWhole(t, client, acked, filepath.Join(dir, "keyward.db"))
-	revoked := 0
-	for _, k := range acked.keys {
-		if k.revoked {
-			revoked++
-		}
-	}
-	if len(acked.keys) < rounds || rounds >= 10 && revoked == 0 {
-		t.Errorf("too little was written to prove anything: %d keys, %d revoked", len(acked.keys), revoked)
-	}
-	t.Logf("%d creates and %d revocations were acknowledged before a kill", len(acked.keys), revoked)
-}
-
-// wantAcked asks for each key, and with each key.
-func wantAcked(t *testing.T, client *manage.Client, at ports, keys []*ackedKey) {
-	t.Helper()
-	conn, err := dialCheck(at.check) // anew: the last one is still shy of the port on which nobody answered
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	for _, k := range keys {
-		if _, err := client.Key(t.Context(), "demo", k.id); err != nil {
-			t.Errorf("key %s was acknowledged: %v", k.id, err)
-		}
-		got, err := conn.status(k.secret, http.MethodGet, "/")
-		switch {
-		case err != nil:
-			t.Errorf("key %s: %v", k.id, err)
-		case k.revoked && got != http.StatusUnauthorized:
-			t.Errorf("key %s was revoked, acknowledged, and gets %d", k.id, got)
-		case !k.asked && got != http.StatusOK:
-			t.Errorf("key %s works no more: %d", k.id, got)
-		case got != http.StatusOK && got != http.StatusUnauthorized:
-			t.Errorf("key %s: %d", k.id, got)
-		}
+	if rounds >= 30 && (done == 0 || not == 0) {
+		t.Errorf("every change that was not acknowledged went the same way: %d were made, %d were not", done, not)
 	}
 }
 
-// wantWhole looks at all keys that there are, acknowledged or not, and at the file.
-func wantWhole(t *testing.T, client *manage.Client, acked *ledger, path string) {
+// wantAudit looks whether the audit is whole and has what was acknowledged, and returns how often it has
+// each event.
+func wantAudit(t *testing.T, client *manage.Client, all []*killWriter) map[string]int {
 	t.Helper()
-	status := map[apikey.ID]string{}
-	for k, err := range client.Keys(t.Context(), "demo") {
+	if report, err := client.AuditVerify(t.Context(), nil); err != nil || !report.Whole {
+		t.Errorf("the audit: %+v, %v", report, err)
+	}
+	written := map[string]int{}
+	for e, err := range client.AuditChain(t.Context()) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(k.Generations) != 1 || k.Hint == "" {
-			t.Errorf("key %s is half-made: %d generations", k.ID, len(k.Generations))
+		if e.Outcome == admin.OutcomeDone {
+			written[eventOf(e.Action, e.InstanceID, e.Target)]++
 		}
-		status[k.ID] = k.Status
 	}
-	for _, k := range acked.keys {
-		if got := status[k.id]; k.revoked && got != "revoked" || !k.asked && got != "active" || got == "" {
-			t.Errorf("key %s is %q: asked to revoke %t, acknowledged %t", k.id, got, k.asked, k.revoked)
+	for _, w := range all {
+		for e, n := range w.events {
+			if written[e] < n {
+				t.Errorf("%s: %q was acknowledged %d times, the audit has it %d times", w.name, e, n, written[e])
+			}
+		}
+	}
+	return written
+}
+
+// wantWhole looks at all keys that there are, and at the file.
+func wantWhole(t *testing.T, client *manage.Client, all []*killWriter, path string) {
+	t.Helper()
+	for _, w := range all {
+		for _, i := range []*killTenant{&w.home, &w.spare} {
+			if !i.exists {
+				continue
+			}
+			known := map[apikey.ID]bool{}
+			for _, k := range i.keys {
+				known[k.id] = true
+			}
+			for k, err := range client.Keys(t.Context(), i.id) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !known[k.ID] {
+					t.Errorf("nobody made key %s %s of %s", k.ID, k.Name, i.id)
+				}
+			}
 		}
 	}
 	db, err := sql.Open("sqlite", "file:"+path+"?mode=ro")

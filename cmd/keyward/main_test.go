@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/pprof"
 	"strconv"
 	"strings"
 	"sync"
@@ -33,20 +34,44 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"keyward": child})
 }
 
+const (
+	// timeLimit is a variable of a child's environment: how long it may run. One that hangs says where.
+	timeLimit = "TIME_LIMIT"
+	// drainTime is another: how long a server that drains waits for Envoy to see it, which is no part of
+	// most stories. Empty: as always.
+	drainTime = "DRAIN_TIME"
+	// commandLimit is the limit of a command in a story. None takes long: a machine with other work may make
+	// it a few seconds.
+	commandLimit = 2 * time.Minute
+)
+
 // child is main, except that it ends when the test does, however that ends.
 func child() {
-	parent := os.Getppid()
+	parent, limit := os.Getppid(), time.NewTimer(24*time.Hour)
+	if d, err := time.ParseDuration(os.Getenv(timeLimit)); err == nil {
+		limit.Reset(d)
+	}
 	go func() {
 		for os.Getppid() == parent {
-			time.Sleep(time.Second)
+			select {
+			case <-limit.C:
+				_ = pprof.Lookup("goroutine").WriteTo(os.Stderr, 2)
+				fmt.Fprintln(os.Stderr, "test: this command hangs")
+				os.Exit(97)
+			case <-time.After(time.Second):
+			}
 		}
 		os.Exit(97)
 	}()
-	os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, environ: os.Environ(), drainDelay: drainDelay}
+	if d, err := time.ParseDuration(os.Getenv(drainTime)); err == nil {
+		a.drainDelay = d
+	}
+	os.Exit(a.run(context.Background(), os.Args[1:]))
 }
 
 // patience is how long a test waits for what is bound to happen, on a machine that has other work.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 // programEnv is the environment of the program in tests: nothing of ours but what a test adds.
 func programEnv(more ...string) []string {
@@ -64,9 +89,11 @@ func programEnv(more ...string) []string {
 // ports are addresses on loopback for one server.
 type ports struct{ check, manage, metrics, holders string }
 
-// env makes a server listen there; for holders it has to be asked to.
+// env makes a server listen there; for holders it has to be asked to. Its cache is small: under the race
+// detector, closing one for a million keys takes longer than most tests.
 func (p ports) env() []string {
 	return []string{
+		"KEYWARD_CACHE_RECORDS=10000",
 		"KEYWARD_LISTEN_CHECK_ADDRESS=" + p.check,
 		"KEYWARD_LISTEN_MANAGE_ADDRESS=" + p.manage,
 		"KEYWARD_LISTEN_METRICS_ADDRESS=" + p.metrics,
@@ -151,7 +178,12 @@ func (p *process) says() string {
 
 // serve starts a server in a folder that holds keyward.yaml, and returns when it is ready.
 func serve(dir string, at ports, args ...string) (*process, error) {
-	p, err := start(dir, at.env(), append([]string{"serve", "--config", "keyward.yaml"}, args...)...)
+	return serveAs(dir, at.env(), at, args...)
+}
+
+// serveAs does the same with another environment.
+func serveAs(dir string, env []string, at ports, args ...string) (*process, error) {
+	p, err := start(dir, env, append([]string{"serve", "--config", "keyward.yaml"}, args...)...)
 	if err != nil {
 		return nil, err
 	}

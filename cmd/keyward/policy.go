@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -27,11 +29,13 @@ func (a *app) policyGet() *cobra.Command {
 	var inForce bool
 	c := &cobra.Command{
 		Use: "get INSTANCE", Short: "Show the policy of an instance, as policy set takes it",
+		Long: "Show the policy of an instance, as policy set takes it. The comment at its top names the ETag, for\n" +
+			"policy set --if-match.",
 		Example: "  keyward policy get demo > policy.yaml\n  keyward policy get demo --in-force",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
-				in, err := client.Instance(ctx, args[0])
+				in, err := client.VersionedInstance(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -41,6 +45,9 @@ func (a *app) policyGet() *cobra.Command {
 					for _, limits := range []*apikey.Limits{&policy.Defaults.Instance, &policy.Defaults.Agent, &policy.Defaults.User} {
 						*limits = limits.Or(apikey.ShippedLimits)
 					}
+				}
+				if a.output == "table" {
+					fmt.Fprintf(a.stdout, "# ETag %s\n", in.ETag)
 				}
 				return a.printPolicy(policy)
 			})
@@ -64,12 +71,13 @@ func (a *app) printPolicy(policy apikey.Policy) error {
 }
 
 func (a *app) policySet() *cobra.Command {
-	var file string
+	var file, ifMatch string
 	var dryRun bool
 	c := &cobra.Command{
 		Use:   "set INSTANCE --file FILE",
 		Short: "Replace the policy of an instance; what it takes away is gone everywhere when the command returns",
-		Long: "Replace the policy of an instance. The file, YAML or JSON, is the whole policy: what it does not say is as shipped.\n\n" +
+		Long: "Replace the policy of an instance. The file, YAML or JSON, is the whole policy: what it does not say is as shipped.\n" +
+			"With --if-match the command fails, with exit code 5, if the instance has changed since policy get showed that ETag.\n\n" +
 			"  defaults:\n" +
 			"    user: {rate: {requests: 60, per: 1m}, burst: 10}\n" +
 			"  allowedScopes: [\"orders:*\"]\n" +
@@ -94,7 +102,8 @@ func (a *app) policySet() *cobra.Command {
 			}
 			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
 				// An instance is not made by a slip of the pen.
-				old, err := client.Instance(ctx, args[0])
+				ctx = manage.WithIfMatch(ctx, cmp.Or(ifMatch, "*"))
+				old, err := client.VersionedInstance(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -103,6 +112,9 @@ func (a *app) policySet() *cobra.Command {
 					return err
 				}
 				if dryRun {
+					if ifMatch != "" && ifMatch != old.ETag {
+						return &manage.Error{Status: http.StatusPreconditionFailed, Message: "it has changed since it had that ETag: read it again"}
+					}
 					if !a.quiet {
 						fmt.Fprintf(a.stderr, "%d fields would change; nothing is changed.\n", len(changes))
 					}
@@ -121,6 +133,7 @@ func (a *app) policySet() *cobra.Command {
 		},
 	}
 	c.Flags().StringVar(&file, "file", "", "file with the whole policy; - for standard input (needed)")
+	c.Flags().StringVar(&ifMatch, "if-match", "", "ETag that the instance must still have")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "show which fields would change, and change nothing")
 	_ = c.MarkFlagRequired("file")
 	return c

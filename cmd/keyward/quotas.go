@@ -31,29 +31,21 @@ var quotaTable = table[admin.QuotaRecord]{
 	header: "NAME\tCONTEXT\tPARTITION\tLIMIT\tENFORCED\tLOCKOUT\tSHADOW",
 	row: func(q admin.QuotaRecord) []string {
 		return []string{
-			q.Name, q.Context, string(q.Partition), quotaLimit(int64(q.Limit), q.Window, q.Period), enforcedText(q.Enforced),
-			durationText(q.Lockout), yesText(q.Shadow),
+			q.Name, q.Context, string(q.Partition), quotaLimit(int64(q.Limit), q.Window, q.Period), enforcedText(q.Enforced), q.Lockout, yesText(q.Shadow),
 		}
 	},
 	id: func(q admin.QuotaRecord) string { return q.Name },
 }
 
-func quotaLimit(limit int64, window apikey.Duration, period apikey.Period) string {
+func quotaLimit(limit int64, window string, period apikey.Period) string {
 	if period != "" {
-		return fmt.Sprintf("%d per %s", limit, period)
+		window = string(period)
 	}
 	return fmt.Sprintf("%d per %s", limit, window)
 }
 
 func enforcedText(e admin.EnforcedQuota) string {
-	return quotaLimit(e.Limit, e.Window, e.Period) + ", " + e.Counted
-}
-
-func durationText(d apikey.Duration) string {
-	if d == 0 {
-		return ""
-	}
-	return d.String()
+	return quotaLimit(e.Limit, e.Window.String(), e.Period) + ", " + e.Counted
 }
 
 func yesText(b bool) string {
@@ -78,12 +70,18 @@ func (a *app) quotasList() *cobra.Command {
 				if a.output == "table" && !store {
 					return printList(a, records, quotaTable)
 				}
+				if !store {
+					inputs := make([]admin.QuotaInput, len(records))
+					for i := range records {
+						inputs[i] = records[i].QuotaInput
+					}
+					return printList(a, inputs, table[admin.QuotaInput]{id: func(q admin.QuotaInput) string { return q.Name }})
+				}
 				quotas := make([]apikey.Quota, len(records))
 				for i := range records {
-					quotas[i] = records[i].Quota()
-				}
-				if !store {
-					return printList(a, quotas, table[apikey.Quota]{id: func(q apikey.Quota) string { return q.Name }})
+					if quotas[i], err = records[i].Quota(); err != nil {
+						return err
+					}
 				}
 				text, err := foundationallm.FormatQuotaStore(quotas)
 				if err != nil {
@@ -108,12 +106,12 @@ func (a *app) quotasGet() *cobra.Command {
 					return err
 				}
 				if a.output != "table" {
-					return a.printData(q.Quota())
+					return a.printData(q.QuotaInput)
 				}
 				return printOne(a, q, [][2]string{
 					{"NAME", q.Name}, {"DESCRIPTION", q.Description}, {"CONTEXT", q.Context}, {"PARTITION", string(q.Partition)},
 					{"LIMIT", quotaLimit(int64(q.Limit), q.Window, q.Period)}, {"ENFORCED", enforcedText(q.Enforced)},
-					{"LOCKOUT", durationText(q.Lockout)}, {"SHADOW", yesText(q.Shadow)},
+					{"LOCKOUT", q.Lockout}, {"SHADOW", yesText(q.Shadow)},
 				})
 			})
 		},
@@ -255,7 +253,7 @@ func (a *app) printApplied(applied manage.AppliedQuotas) error {
 		for i, record := range []*admin.QuotaRecord{c.Before, c.After} {
 			sides[i] = map[string]json.RawMessage{}
 			if record != nil {
-				text, err := json.Marshal(record.Quota())
+				text, err := json.Marshal(record.QuotaInput)
 				if err != nil {
 					return err
 				}

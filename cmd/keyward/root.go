@@ -9,14 +9,17 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"keyward/authz/apikey"
 	"keyward/authz/manage"
+	"keyward/authz/store/sqlite"
 )
 
 // The exit codes, for scripts.
@@ -56,32 +59,75 @@ type app struct {
 	settings    []string
 	yes         bool
 	long        bool // the command takes as long as there is data
+	drainDelay  time.Duration
+
+	stopped <-chan struct{} // closed when the user stops the command
 }
 
 // run is the program. It returns the exit code.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: os.Environ()}
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: os.Environ(), drainDelay: drainDelay}
+	return a.run(ctx, args)
+}
+
+func (a *app) run(ctx context.Context, args []string) int {
+	out, stderr := &output{to: a.stdout}, a.stderr
+	a.stdout = out
 	root := a.root()
 	root.SetArgs(args)
-	root.SetIn(stdin)
-	root.SetOut(stdout)
+	root.SetIn(a.stdin)
+	root.SetOut(out)
 	root.SetErr(stderr)
 
 	ctx, stop := untilSignal(ctx)
 	defer stop()
+	a.stopped = ctx.Done()
 
 	err := root.ExecuteContext(ctx)
+	if err == nil {
+		err = out.failed()
+	}
 	if err == nil {
 		return exitOK
 	}
 	if !errors.Is(err, errInterrupted) {
-		fmt.Fprintln(stderr, "error:", err)
+		fmt.Fprintln(stderr, "error:", secretLike.ReplaceAllString(err.Error(), "[secret]"))
 		if hint := hintFor(err); hint != "" {
 			fmt.Fprintln(stderr, "hint:", hint)
 		}
 	}
 	return exitCode(err)
 }
+
+// An output remembers the first write that failed: a script that got half of an answer, or none on a full
+// disk, must not be told that all is well. Safe for concurrent use.
+type output struct {
+	to io.Writer
+
+	mu  sync.Mutex
+	err error
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n, err := o.to.Write(b)
+	if o.err == nil {
+		o.err = err
+	}
+	return n, err
+}
+
+// failed returns what the first failed write said.
+func (o *output) failed() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.err
+}
+
+// secretLike is how secrets look, whatever prefix a server gives them: an argument in a wrong place comes back
+// in an error, and errors go into the logs of whoever runs scripts.
+var secretLike = regexp.MustCompile(`[a-z][a-z0-9]{0,9}[iaum]_[0-9A-Za-z]{24,}|keya\.[0-9A-Za-z.]{24,}`)
 
 // untilSignal ends a context at the first signal to stop; the second ends the process at once, as if
 // nobody listened. Both are kept from the beginning: however soon the second comes, it is not lost.
@@ -170,6 +216,9 @@ func exitCode(err error) int {
 		case http.StatusUnauthorized, http.StatusForbidden:
 			return exitAuth
 		case http.StatusNotFound:
+			if answer.Code == "" { // nothing there said so that would know
+				return exitError
+			}
 			return exitNotFound
 		case http.StatusConflict, http.StatusPreconditionFailed:
 			return exitConflict
@@ -178,6 +227,9 @@ func exitCode(err error) int {
 		case http.StatusBadRequest:
 			return exitUsage
 		}
+		return exitError
+	}
+	if errors.Is(err, sqlite.ErrDamaged) { // an outage, but to try again is of no use
 		return exitError
 	}
 	if errors.Is(err, errUnreachable) || errors.Is(err, apikey.ErrUndecided) {
@@ -190,6 +242,9 @@ func exitCode(err error) int {
 var errUnreachable = errors.New("no keyward answers")
 
 func hintFor(err error) string {
+	if _, ok := errors.AsType[holdersError](err); ok {
+		return "" // what it says says what to do
+	}
 	if answer, ok := errors.AsType[*manage.Error](err); ok {
 		var hints []string
 		if answer.Status == http.StatusUnauthorized {

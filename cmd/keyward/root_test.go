@@ -3,11 +3,13 @@ package main
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
 	"keyward/authz/apikey"
 	"keyward/authz/manage"
+	"keyward/authz/store/sqlite"
 )
 
 func TestExitCodes(t *testing.T) {
@@ -29,6 +31,7 @@ func TestExitCodes(t *testing.T) {
 		{&manage.Error{Status: 415}, 1},
 		{errUnreachable, 6},
 		{apikey.ErrUndecided, 6},
+		{errors.Join(sqlite.ErrDamaged, apikey.ErrUndecided), 1},
 		{errInterrupted, 130},
 	} {
 		if got := exitCode(test.err); got != test.want {
@@ -37,6 +40,25 @@ func TestExitCodes(t *testing.T) {
 		if got := exitCode(errors.Join(nil, fmt.Errorf("wrapped: %w", test.err))); got != test.want {
 			t.Errorf("%v, wrapped: got %d, want %d", test.err, got, test.want)
 		}
+	}
+}
+
+// TestErrorsKeepSecrets: what was typed in a wrong place is not said again.
+func TestErrorsKeepSecrets(t *testing.T) {
+	for _, secret := range []string{
+		apikey.Format{}.New(apikey.KindManagement).Reveal(), apikey.Format{First: "acme2"}.New(apikey.KindAgent).Reveal(),
+		"keya.NfYmD45x1VE4aLuxejdmSn.25SDHuoyL2qesXhJwG7Z.jtTBaL8RrVe.6ywo1VdN1YNn.ayek",
+	} {
+		for _, args := range [][]string{{secret}, {"keys", "get", "demo", secret + "/x", "y"}, {"self", "x" + secret}, {"keys", "list", "demo", "-o", secret}} {
+			code, out, said := tested(t, "", args...)
+			if code == exitOK || strings.Contains(out+said, secret[8:24]) || !strings.HasPrefix(said, "error: ") {
+				t.Errorf("%q: ended with %d and says %s%s", args[0], code, out, said)
+			}
+		}
+	}
+	_, _, said := tested(t, "", "keys", "list", "demo", "-o", "wrong")
+	if !strings.Contains(said, "wrong") && !strings.Contains(said, "--output") {
+		t.Errorf("an error says nothing any more: %s", said)
 	}
 }
 

@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"flag"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,7 +26,8 @@ var (
 )
 
 // TestSchemathesis has schemathesis make requests of the OpenAPI document and send them to a running
-// server: none is answered with a fault of the server's, and none with what is not documented.
+// server: none is answered with a fault of the server's, and none with what is not documented. Every
+// operation is asked, and succeeds.
 func TestSchemathesis(t *testing.T) {
 	t.Parallel()
 	program, err := filepath.Abs(filepath.Join("..", "..", ".tools", "schemathesis", "bin", "schemathesis"))
@@ -42,25 +46,40 @@ func TestSchemathesis(t *testing.T) {
 	}
 	server, token := fresh(t, dir, at)
 	client := manage.NewClient("http://"+at.manage, token, nil)
-	for _, id := range []string{"demo", "other"} {
+	var made []apikey.ID // keys of "demo"
+	for _, id := range []string{"demo", "other", "gone"} {
 		unbounded := admin.PolicyInput{Caps: admin.CapsInput{Instance: new(-1)}, Creation: admin.CreationInput{PerHour: new(-1)}}
 		if _, err := client.PutInstance(t.Context(), id, unbounded); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := client.CreateKey(t.Context(), id, admin.KeyInput{Name: "asked about"}); err != nil {
-			t.Fatal(err)
+		for range 20 {
+			key, err := client.CreateKey(t.Context(), id, admin.KeyInput{Name: "asked about"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if id == "demo" {
+				made = append(made, key.Key.ID)
+			}
 		}
 	}
+	if _, err := client.RotateKey(t.Context(), "demo", made[0], admin.RotateInput{}); err != nil {
+		t.Fatal(err)
+	}
 	// The first one of these ends the token that the server made.
-	var tokens [2]apikey.Secret
+	var tokens [3]apikey.Secret
+	var spare apikey.ID // of the last of them
 	for i := range tokens {
 		made, err := client.CreateToken(t.Context(), admin.TokenInput{Name: "schemathesis", Role: admin.RoleOwner})
 		if err != nil {
 			t.Fatal(err)
 		}
-		tokens[i] = made.Secret
-		client = manage.NewClient("http://"+at.manage, made.Secret, nil)
+		tokens[i], spare = made.Secret, made.Token.ID
+		if i == 0 {
+			client = manage.NewClient("http://"+at.manage, made.Secret, nil)
+		}
 	}
+	called := filepath.Join(dir, "called")
+	examples, known := askedAbout(made, spare)
 	codes, err := filepath.Abs(filepath.Join("..", "..", "docs", "error-codes.md"))
 	if err != nil {
 		t.Fatal(err)
@@ -79,7 +98,8 @@ func TestSchemathesis(t *testing.T) {
 		c := exec.CommandContext(ctx, program, append(args, "http://"+at.manage+"/openapi.json")...)
 		c.Dir = dir
 		c.Env = programEnv("HOME="+dir, "PYTHONDONTWRITEBYTECODE=1", "KEYWARD_SERVER=http://"+at.manage,
-			"KEYWARD_TOKEN="+token.Reveal(), "KEYWARD_ERROR_CODES="+codes)
+			"KEYWARD_TOKEN="+token.Reveal(), "KEYWARD_ERROR_CODES="+codes, "KEYWARD_CALLED="+called,
+			"KEYWARD_EXAMPLES="+examples, "KEYWARD_KNOWN="+known)
 		said, err := c.CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v\n%s\n%s", err, said, server.says())
@@ -96,8 +116,81 @@ func TestSchemathesis(t *testing.T) {
 		t.Fatalf("what was asked with the token proves nothing: %v", err)
 	}
 	ask(tokens[1], *schemathesisTime/5, "--include-operation-id", "listTokens", "--include-operation-id", "createToken", "--include-operation-id", "revokeToken")
+	nothingLeftOut(t, "http://"+at.manage+"/openapi.json", called)
 	if said := server.says(); strings.Contains(said, "panic") {
 		t.Errorf("the server says:\n%s", said)
+	}
+}
+
+// askedAbout returns, as JSON, one example of each operation that should succeed, and the ids that other
+// requests should be about.
+func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known string) {
+	type ids = map[string]any
+	type example struct {
+		Path  ids `json:"path,omitempty"`
+		Query ids `json:"query,omitempty"`
+		Body  any `json:"body,omitempty"`
+	}
+	in := ids{"instanceId": "other"}
+	of := func(n int) ids { return ids{"instanceId": "demo", "keyId": keys[n]} }
+	name := ids{"name": "n"}
+	all, err := json.Marshal(map[string]example{
+		"listAuditEvents": {Path: in}, "listAllAuditEvents": {}, "getAuditChain": {}, "getAuditHead": {}, "verifyAudit": {},
+		"listInstances": {}, "getInstance": {Path: in}, "disableInstance": {Path: in}, "enableInstance": {Path: in},
+		"putInstance":    {Path: in, Body: ids{"policy": ids{"caps": ids{"instance": -1}, "creation": ids{"perHour": -1}}}},
+		"deleteInstance": {Path: ids{"instanceId": "gone"}, Query: ids{"revokeKeys": true}},
+		"listKeys":       {Path: in, Query: ids{"status": "active", "orderby": "name"}},
+		"createKey":      {Path: in, Body: ids{"name": "n", "type": "agent", "agentName": "a", "scopes": []string{"a:b"}, "expiresIn": "30d"}},
+		"getKey":         {Path: of(1)}, "getKeyAdvice": {Path: of(1)}, "getKeyLimits": {Path: in}, "updateKey": {Path: of(1), Body: name},
+		"rotateKey": {Path: of(2), Body: ids{"gracePeriod": "1h"}}, "revokeKey": {Path: of(3), Query: ids{"reason": "unused"}},
+		"revokeGeneration": {Path: ids{"instanceId": "demo", "keyId": keys[0], "number": 1}},
+		"revokeKeys":       {Path: in, Body: ids{"filter": ids{"namePrefix": "asked"}, "dryRun": true}},
+		"importKeys":       {Path: in, Body: ids{"name": "n", "secret": apikey.Format{}.New(apikey.KindInstance).Reveal()}}, "exportKeys": {Path: in},
+		"listInFlight": {Path: in}, "endInFlight": {Path: ids{"instanceId": "other", "leaseId": "none"}},
+		"listPeppers": {}, "retirePepper": {Path: ids{"version": 1}},
+		"listTokens": {}, "createToken": {Body: ids{"name": "n", "role": "auditor"}}, "revokeToken": {Path: ids{"tokenId": token}},
+	})
+	ofThese, err2 := json.Marshal(ids{"instanceId": []string{"demo", "other"}, "keyId": keys[4:]})
+	if err := errors.Join(err, err2); err != nil {
+		panic(err)
+	}
+	return string(all), string(ofThese)
+}
+
+// nothingLeftOut compares what was asked, a line with operation and status for each answer, with the document.
+func nothingLeftOut(t *testing.T, document, called string) {
+	t.Helper()
+	answer, err := http.Get(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	var api struct {
+		Paths map[string]map[string]struct{ OperationID string }
+	}
+	if err := json.NewDecoder(answer.Body).Decode(&api); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(called)
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, done := map[string]int{}, map[string]int{}
+	for line := range strings.Lines(string(text)) {
+		operation, status, _ := strings.Cut(strings.TrimSpace(line), " ")
+		asked[operation]++
+		if status[0] == '2' {
+			done[operation]++
+		}
+	}
+	for path, methods := range api.Paths {
+		for method, operation := range methods {
+			id := operation.OperationID
+			// No request runs and no pepper can go: these two have nothing to succeed with.
+			if asked[id] < 2 || done[id] == 0 && id != "endInFlight" && id != "retirePepper" {
+				t.Errorf("%s %s: %d requests, of which %d succeeded", strings.ToUpper(method), path, asked[id], done[id])
+			}
+		}
 	}
 }
 

@@ -89,6 +89,7 @@ type service struct {
 	replica    string
 	lastUsed   *usage.LastUsed
 	redigester *admin.Redigester
+	settler    *admin.Settler
 	health     *health.Server
 	draining   atomic.Bool
 	ready      atomic.Bool // what health checks are answered, for /readyz
@@ -164,7 +165,8 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	if err != nil {
 		return nil, err
 	}
-	facts := keyFacts{Cache: s.cache, store: s.store, lastUsed: s.lastUsed}
+	s.settler = admin.NewSettler(s.admin, s.cache)
+	facts := keyFacts{Cache: s.cache, Settler: s.settler, store: s.store, lastUsed: s.lastUsed}
 	if s.authorizer, err = authz.New(decisions, facts, s.limiter, peppers, s.lastUsed, s.redigester); err != nil {
 		return nil, err
 	}
@@ -294,12 +296,16 @@ func (s *service) adminTokenPath() string {
 	return filepath.Join(filepath.Dir(s.cfg.Store.SQLite.Path), adminTokenFile)
 }
 
-// keyFacts is what the authorizer is told of keys: by the cache, and by the store about last uses.
+// keyFacts is what the authorizer is told of keys: by the cache, by the store about last uses, and by the
+// settler about imported tokens.
 type keyFacts struct {
 	*cache.Cache
+	*admin.Settler
 	store    *sqlite.Store
 	lastUsed *usage.LastUsed
 }
+
+var _ authz.Settler = keyFacts{} // which the authorizer only looks for
 
 // LastUsed returns the later of what is written and what waits to be.
 func (f keyFacts) LastUsed(ctx context.Context, id apikey.ID) (time.Time, error) {
@@ -328,7 +334,8 @@ func (s *service) run(ctx context.Context) error {
 	group.Go(func() error { return s.lastUsed.Run(behind) })
 	group.Go(func() error { return s.quotas.run(behind) })
 	group.Go(func() error { return s.redigester.Run(behind) })
-	group.Go(func() error { return s.admin.Run(behind, serveActor) })
+	group.Go(func() error { return s.settler.Run(behind) })
+	group.Go(func() error { return s.admin.Run(behind) })
 	group.Go(func() error { return s.warnOfBootstrap(behind) })
 	group.Go(func() error { return s.admin.RunSweep(behind, s.replica) })
 	group.Go(func() error { return s.admin.RunLeakReports(behind) })

@@ -30,7 +30,7 @@ func (a *app) serveCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			s, err := openService(cmd.Context(), cfg, serviceOptions{allowDevPepper: allowDevPepper, drainDelay: drainDelay, log: a.stderr})
+			s, err := openService(cmd.Context(), cfg, serviceOptions{allowDevPepper: allowDevPepper, drainDelay: a.drainDelay, log: a.stderr})
 			if err != nil {
 				return err
 			}

@@ -46,16 +46,21 @@ func (a *app) tokensCreate() *cobra.Command {
 					}
 					return err
 				}
-				shown := created.Secret.Reveal()
+				shown, kept := created.Secret.Reveal(), false
+				defer func() {
+					if err != nil && !kept {
+						err = fmt.Errorf("%w; the token was made: revoke it with keyward tokens revoke %s", err, created.Token.ID)
+					}
+				}()
 				if file != nil {
 					if _, err := fmt.Fprintln(file, shown); err != nil {
-						return fmt.Errorf("%w; the token was made: revoke it with keyward tokens revoke %s", err, created.Token.ID)
+						return err
 					}
-					shown = "in " + out
+					shown, kept = "in "+out, true
 				}
 				if a.quiet {
-					fmt.Fprintln(a.stdout, shown)
-					return nil
+					_, err := fmt.Fprintln(a.stdout, shown)
+					return err
 				}
 				if file == nil {
 					fmt.Fprintln(a.stderr, "Keep the token now: it is not shown again.")

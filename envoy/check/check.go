@@ -45,8 +45,9 @@ type Config struct {
 	// ErrorResponse answers "could not decide" with Envoy's error_response, which carries a Retry-After,
 	// instead of an RPC error. Envoys before 1.37 take it for a 403: use it only without them.
 	ErrorResponse bool
-	// Deprecation tells clients with an older secret than their key's newest so: allowed requests are
-	// answered with a Deprecation header and, where the secret's end is known, a Sunset.
+	// Deprecation tells clients with an older secret than their key's newest so: allowed requests, and those
+	// that only a limit refuses, are answered with a Deprecation header and, where the secret's end is known,
+	// a Sunset.
 	Deprecation bool
 	// LegacyRateLimit adds X-RateLimit-Limit, -Remaining and -Reset to wherever RateLimit is.
 	LegacyRateLimit bool

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"strings"
@@ -246,13 +247,30 @@ func TestClientsWithAnOlderSecretAreToldByASwitch(t *testing.T) {
 			k.Generations = []apikey.Generation{{Number: 1, ValidUntil: test.until}, {Number: 2, CreatedAt: rotated}}
 			f := newFacts()
 			f.find = func() (*apikey.Key, error) { return &k, nil }
-			client, _ := dial(t, f, authz.Config{}, check.Config{Deprecation: test.switchedOn})
+			client, _ := dial(t, f, authz.Config{Rules: []authz.Rule{{Path: "/scoped", Scopes: apikey.Scopes{"x:y"}}}}, check.Config{Deprecation: test.switchedOn})
 			out, err := client.Check(t.Context(), request("/", map[string]string{"x-api-key": secret}))
 			if err != nil || out.GetOkResponse() == nil {
 				t.Fatalf("got %v, %v, want an allow", out, err)
 			}
 			if diff := cmp.Diff(test.want, headersOf(out.GetOkResponse().GetResponseHeadersToAdd())); diff != "" {
 				t.Errorf("headers to the client (-want +got):\n%s", diff)
+			}
+			// Of refusals only 429 says it: who is told to come again is told with what.
+			f.limits = limits.Decision{Class: limits.ClassBurst, RetryAfter: time.Second}
+			for path, status := range map[string]int{"/": 429, "/scoped": 403, "/a//b": 400} {
+				out, err := client.Check(t.Context(), withKey(path))
+				if err != nil || int(out.GetDeniedResponse().GetStatus().GetCode()) != status {
+					t.Fatalf("got %v, %v, want %d", out, err, status)
+				}
+				want := test.want
+				if status != 429 {
+					want = map[string]string{}
+				}
+				got := headersOf(out.GetDeniedResponse().GetHeaders())
+				maps.DeleteFunc(got, func(name, _ string) bool { return name != "deprecation" && name != "sunset" })
+				if diff := cmp.Diff(want, got); diff != "" {
+					t.Errorf("%d: headers to the client (-want +got):\n%s", status, diff)
+				}
 			}
 		})
 	}

@@ -114,7 +114,7 @@ func (a *answers) allow(dst []byte, d *authz.Decision) []byte {
 		dst = appendText(dst, okRemoveQuery, d.CredentialQuery)
 	}
 	if a.deprecation && d.Key != nil {
-		dst = deprecate(dst, d.Key)
+		dst = deprecate(dst, okToClient, d.Key)
 	}
 	if len(d.Standings) > 0 {
 		dst = a.appendStandings(dst, d.Standings)
@@ -188,20 +188,22 @@ func (a *answers) appendStandings(dst []byte, standings []authz.Standing) []byte
 // resets is in how many seconds a limit is as if nobody had used it.
 func resets(s *authz.Standing) int64 { return int64(math.Ceil(s.ResetsIn.Seconds())) }
 
-// deprecate tells a client whose secret is not its key's newest when that came, and when its own ends.
+// deprecate tells a client whose secret is not its key's newest when that came, and when its own ends. It goes
+// with allows and 429s: advice to who may come (again) with this secret. A client that is mostly limited has to
+// hear of it too; a 401 must not tell that a secret is an old one, and to a 403 a newer one makes no difference.
 //
 // Source: RFC 9745, a date as structured fields write it, and RFC 8594, an HTTP date.
-func deprecate(dst []byte, k *apikey.Key) []byte {
+func deprecate(dst []byte, tag byte, k *apikey.Key) []byte {
 	since, until, ok := k.Deprecated()
 	if !ok {
 		return dst
 	}
 	var room [32]byte
-	dst = appendHeader(dst, okToClient, "deprecation", strconv.AppendInt(append(room[:0], '@'), since.Unix(), 10))
+	dst = appendHeader(dst, tag, "deprecation", strconv.AppendInt(append(room[:0], '@'), since.Unix(), 10))
 	if until.IsZero() {
 		return dst
 	}
-	return appendHeader(dst, okToClient, "sunset", until.UTC().AppendFormat(room[:0], http.TimeFormat))
+	return appendHeader(dst, tag, "sunset", until.UTC().AppendFormat(room[:0], http.TimeFormat))
 }
 
 // refusal is how an outcome is said over HTTP and gRPC.
@@ -334,6 +336,9 @@ func (a *answers) deny(dst []byte, d *authz.Decision, about about) []byte {
 	case authz.Limited:
 		retry = seconds(d.RetryAfter)
 		dst = a.appendLimit(dst, d, retry)
+		if a.deprecation && d.Key != nil {
+			dst = deprecate(dst, deniedHeaders, d.Key)
+		}
 	}
 	var room [512]byte
 	text := textOf(d)

@@ -632,6 +632,24 @@ func lookSpendsNothing(t failer, s *table) {
 	other.Quota = limits.Quota{Limit: 1, Window: s.Resolution}
 	s.look(t, asks(other))
 	s.wantRefused(t, asks(q), limits.ClassKeyQuota, 50*s.Resolution)
+	every := s.quota(limits.ClassKeyQuota, s.window(3, 100_000))
+	for range 3 {
+		s.wantAllowed(t, asks(every))
+		s.Advance(s.Resolution)
+	}
+	many := every
+	many.Quota.Limit = 5000 // by hundredths
+	s.look(t, asks(many))
+	for range 3 {
+		s.wantRefused(t, asks(every), limits.ClassKeyQuota, 99_997*s.Resolution)
+		s.Advance(99_997 * s.Resolution)
+		s.wantUnits(t, every, 1)
+		s.Advance(s.Resolution)
+		s.wantUnits(t, every, 1)
+		s.Advance(s.Resolution)
+		s.wantUnits(t, every, 1)
+		s.Advance(s.Resolution)
+	}
 }
 
 // As many as are said to be left pass, and not one more; and a refusal waits as long as it was said.

@@ -328,6 +328,7 @@ func TestOnlyWhatChangedIsSaved(t *testing.T) {
 		}
 		time.Sleep(10 * time.Minute)
 		l = store.restored(t)
+		l.SaveQuotas(0, func(limits.QuotaState) bool { t.Error("restored, not changed, and saved again"); return false })
 		for owner, want := range map[uint64]int64{0: 2, 9: 2, 10: 1, 4999: 1} {
 			if got := mustLook(t, l, demandQuotas(quotaOf(owner, hour)))[0]; got.Used != want || got.ResetsIn > 50*time.Minute || got.ResetsIn < 49*time.Minute {
 				t.Errorf("quota %d stands at %+v, want %d used", owner, got, want)
@@ -336,6 +337,36 @@ func TestOnlyWhatChangedIsSaved(t *testing.T) {
 		time.Sleep(50 * time.Minute)
 		if n := heldQuotas(t, store.restored(t)); n != 0 {
 			t.Errorf("%d cells restored that say nothing more", n)
+		}
+	})
+}
+
+// TestLockoutsAreSaved: a lockout of an hour outlives the process, also one of a short window.
+func TestLockoutsAreSaved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(Config{}, nil)
+		q := quotaOf(5, limits.Quota{Limit: 2, Window: 20 * time.Second, Lockout: time.Hour})
+		mustTake(t, l, demandQuotas(q))
+		mustTake(t, l, demandQuotas(q))
+		time.Sleep(time.Second)
+		store := saved{}
+		n, since := store.from(l, 0)
+		if n != 0 {
+			t.Fatalf("%d states of a window of 20 s saved", n)
+		}
+		time.Sleep(time.Second)
+		mustTake(t, l, demandQuotas(q))
+		if n, _ := store.from(l, since); n != 1 {
+			t.Fatalf("%d states saved, want that of the lockout", n)
+		}
+		time.Sleep(59 * time.Minute)
+		l = store.restored(t)
+		if got := mustTake(t, l, demandQuotas(q)); got.RetryAfter != time.Minute {
+			t.Fatalf("got %+v, want refused for the last minute", got)
+		}
+		time.Sleep(time.Minute)
+		if !mustTake(t, l, demandQuotas(q)).Allowed {
+			t.Error("refused after the lockout")
 		}
 	})
 }

@@ -16,7 +16,8 @@ const (
 )
 
 // SaveQuotas yields what quotas with windows or lockouts of 5 minutes and longer, and those of the calendar,
-// have counted, of each cell that has counted something since; 0: of each. next is since for the next call.
+// have counted, of each cell that has counted something since; 0: since the limiter was made, so that what was
+// restored and has not changed is left out. next is since for the next call.
 // Where yield returns false it ends there, and next is since: nothing counts as saved. Whoever keeps the states
 // keeps one for each cell, the newest, and may forget it after its Until. A state is the receiver's own.
 //

@@ -147,7 +147,8 @@ type Restored struct {
 // that the backup's keys are found with: the restoration is an event, and the audit must go on as it was.
 //
 // What the backup does not know is lost: keys that were revoked since work again, until they are revoked
-// anew. So that lost uses end no key, idleness counts from the restoration at the earliest. The backup is
+// anew. So that lost uses end no key, and make none look unused, idleness counts from the restoration at the
+// earliest; what was idle for too long when the backup was taken stays so. The backup is
 // checked first, whole; if it is damaged, or the pepper is another one, nothing is changed. actor is who the
 // audit says did it.
 func Restore(ctx context.Context, backup string, cfg Config, actor string, replace bool) (done Restored, err error) {
@@ -161,7 +162,7 @@ func Restore(ctx context.Context, backup string, cfg Config, actor string, repla
 	}
 	defer func() { err = errors.Join(err, held.Close()) }()
 	if err := Check(ctx, backup); err != nil {
-		return Restored{}, err
+		return Restored{}, fmt.Errorf("restore: %w", err)
 	}
 	_, statErr := os.Lstat(path)
 	occupied := statErr == nil
@@ -183,14 +184,16 @@ func Restore(ctx context.Context, backup string, cfg Config, actor string, repla
 	if done.TakenAt, err = adopt(ctx, Config{Path: fresh, Audit: cfg.Audit}, backup, actor); err != nil {
 		return Restored{}, err
 	}
-	if occupied {
-		done.Replaced = fmt.Sprintf("%s.replaced-%s", path, time.Now().UTC().Format("20060102T150405.000000Z"))
-		// With its log, if it has one: that belongs to it and to no other file.
-		for _, suffix := range []string{"-wal", "-shm", ""} {
-			if err := os.Rename(path+suffix, done.Replaced+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return Restored{}, err
-			}
+	// With its log, if it has one: that belongs to it and to no other file. A log whose file is gone is moved
+	// as well: SQLite would write it over the restored store.
+	aside := fmt.Sprintf("%s.replaced-%s", path, time.Now().UTC().Format("20060102T150405.000000Z"))
+	for _, suffix := range []string{"-wal", "-shm", ""} {
+		if err := os.Rename(path+suffix, aside+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return Restored{}, err
 		}
+	}
+	if occupied {
+		done.Replaced = aside
 	}
 	if err := os.Rename(fresh, path); err != nil {
 		return Restored{}, err
@@ -218,7 +221,10 @@ func adopt(ctx context.Context, cfg Config, backup, actor string) (takenAt time.
 	now := time.Now().UTC()
 	_, err = s.Update(ctx, func(of admin.Tx) error {
 		t := of.(*tx)
-		if _, err := t.exec(ctx, "restore", `UPDATE keys SET idle_from = max(idle_from, ?) WHERE inactivity_days > 0`, micros(now)); err != nil {
+		// A last use may have been written down a moment late.
+		_, err := t.exec(ctx, "restore", `UPDATE keys SET idle_from = max(idle_from, ?) WHERE idle_after >= ?`,
+			micros(now), micros(takenAt.Add(-admin.IdleLag)))
+		if err != nil {
 			return err
 		}
 		t.revision += revisionLeap
@@ -267,9 +273,9 @@ func Check(ctx context.Context, path string) (err error) {
 	case err != nil:
 		return fault(path, "check", err)
 	case sound != "ok":
-		return fmt.Errorf("store: %s is damaged: %s", path, sound)
+		return &damagedError{"check", path + " is damaged", errors.New(sound)}
 	case dangling > 0:
-		return fmt.Errorf("store: %s is damaged: %d rows point to nothing", path, dangling)
+		return &damagedError{"check", path + " is damaged", fmt.Errorf("%d rows point to nothing", dangling)}
 	case empty || tables == 0:
 		return fmt.Errorf("store: %s holds nothing", path)
 	}

@@ -89,10 +89,12 @@ func TestRestoreGoesOnFromTheBackup(t *testing.T) {
 	path := file(t)
 	s := open(t, path)
 	mustCreate(t, s, 1)
-	longAgo := time.Now().Add(-100 * 24 * time.Hour)
+	ago := func(days int) time.Time { return time.Now().Add(-time.Duration(days) * 24 * time.Hour) }
 	_, err := s.Update(ctx, func(tx admin.Tx) error {
-		return errors.Join(tx.Audit(ctx, admin.Event{}),
-			tx.InsertKey(ctx, &apikey.Key{ID: keyID(2), InstanceID: "tenant", CreatedAt: longAgo, InactivityDays: 30}))
+		return errors.Join(tx.Audit(ctx, admin.Event{At: time.Now()}),
+			tx.InsertKey(ctx, &apikey.Key{ID: keyID(2), InstanceID: "tenant", CreatedAt: ago(29), InactivityDays: 30}),
+			tx.InsertKey(ctx, &apikey.Key{ID: keyID(5), InstanceID: "tenant", CreatedAt: ago(100), InactivityDays: 30}), // is idle
+			tx.InsertKey(ctx, &apikey.Key{ID: keyID(6), InstanceID: "tenant", CreatedAt: ago(100)}))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -144,6 +146,50 @@ func TestRestoreGoesOnFromTheBackup(t *testing.T) {
 	k, err := r.Key(ctx, "tenant", keyID(2))
 	if err != nil || k.IdleAt(time.Now().Add(29*24*time.Hour), k.LastUsedAt) || !k.IdleAt(time.Now().Add(31*24*time.Hour), k.LastUsedAt) {
 		t.Errorf("idle from %v, error %v: lost uses must not end it, and it must end", k.IdleFrom, err)
+	}
+	if k, err = r.Key(ctx, "tenant", keyID(5)); err != nil || k.StatusAt(time.Now()) != apikey.StatusIdle {
+		t.Errorf("got %+v and error %v: the restoration gave life to a key that was idle for too long", k, err)
+	}
+	unused, err := r.Keys(ctx, "tenant", admin.KeyQuery{KeyFilter: admin.KeyFilter{UnusedSince: ago(90)}, Limit: 9})
+	if err != nil || len(unused) != 1 || unused[0].ID != keyID(5) {
+		t.Errorf("unused for 90 days: got %+v and error %v; of the others nobody knows", unused, err)
+	}
+}
+
+// TestRestoreLeavesNoStrayLog: the log of a store that was killed, and whose file was then removed, is not
+// played into the restored store.
+func TestRestoreLeavesNoStrayLog(t *testing.T) {
+	ctx := t.Context()
+	path := file(t)
+	s := open(t, path)
+	mustCreate(t, s, 1)
+	backup := filepath.Join(t.TempDir(), "backup.db")
+	if err := Backup(ctx, s.path, backup); err != nil {
+		t.Fatal(err)
+	}
+	for n := range 40 {
+		mustCreate(t, s, n+2)
+	}
+	log, err := os.ReadFile(path + "-wal") // as a kill would leave it
+	if err != nil || len(log) == 0 {
+		t.Fatalf("a log of %d bytes, error %v", len(log), err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(path), os.WriteFile(path+"-wal", log, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	done, err := Restore(ctx, backup, Config{Path: path, Audit: storetest.AuditKeys}, "test", false)
+	if err != nil || done.Replaced != "" {
+		t.Fatalf("got %+v and error %v", done, err)
+	}
+	if err := Check(ctx, path); err != nil {
+		t.Error(err)
+	}
+	keys, err := open(t, path).Keys(ctx, "tenant", admin.KeyQuery{Limit: 99})
+	if err != nil || len(keys) != 1 {
+		t.Errorf("%d keys, error %v; the backup has one", len(keys), err)
 	}
 }
 
@@ -276,6 +322,8 @@ func TestDamagedBackupChangesNothing(t *testing.T) {
 		}
 		if _, err := Restore(ctx, bad, Config{Path: path, Audit: storetest.AuditKeys}, "test", true); err == nil {
 			t.Errorf("%s: restored", name)
+		} else if damaged := name == "cut" || name == "flipped" || name == "text"; errors.Is(err, ErrDamaged) != damaged {
+			t.Errorf("%s: got %v, which is called damage: %t", name, err, !damaged)
 		}
 	}
 	if _, err := Restore(ctx, filepath.Join(t.TempDir(), "none"), Config{Path: path, Audit: storetest.AuditKeys}, "test", true); err == nil {

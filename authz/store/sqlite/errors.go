@@ -15,6 +15,20 @@ var errNoAudit = errors.New("update: refused: the transaction wrote no audit eve
 
 var errClosed = errors.New("the store is closed")
 
+// ErrDamaged: a file is damaged, or not a database at all. To who waits for an answer it is an outage like any
+// other, apikey.ErrUndecided; but no waiting ends it.
+var ErrDamaged = errors.New("damaged")
+
+// A damagedError says which file is damaged.
+type damagedError struct {
+	what, hint string
+	err        error
+}
+
+func (e *damagedError) Error() string { return fmt.Sprintf("store: %s: %s: %v", e.what, e.hint, e.err) }
+
+func (e *damagedError) Unwrap() []error { return []error{ErrDamaged, apikey.ErrUndecided, e.err} }
+
 // fault makes an outage of what the driver said: what was being done, what is wrong, and where the
 // error is one that a person can mend, how.
 func fault(path, what string, err error) error {
@@ -29,9 +43,9 @@ func fault(path, what string, err error) error {
 	case codes.SQLITE_IOERR:
 		hint = fmt.Sprintf("%s cannot be read or written: is its disk full or broken?", path)
 	case codes.SQLITE_NOTADB:
-		hint = fmt.Sprintf("%s is not a database; nothing was changed", path)
+		return &damagedError{what, path + " is not a database; nothing was changed", err}
 	case codes.SQLITE_CORRUPT:
-		hint = fmt.Sprintf("%s is damaged: restore a backup", path)
+		return &damagedError{what, path + " is damaged: what can take its place is a backup that is whole", err}
 	case codes.SQLITE_BUSY, codes.SQLITE_LOCKED:
 		hint = fmt.Sprintf("another program holds %s", path)
 	default:

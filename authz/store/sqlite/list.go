@@ -12,6 +12,7 @@ import (
 type listing struct {
 	where []string
 	args  []any
+	text  string // the whole
 }
 
 // arg adds an argument and returns its place.
@@ -38,8 +39,56 @@ var orders = map[admin.KeyOrder]struct {
 	admin.OrderIdle:           {"idle_after", true},
 }
 
-// listKeys returns the statement for a query of keys.
-func listKeys(instanceID string, q admin.KeyQuery) (string, []any) {
+// fewKeys is how many keys a filter may mean for the list to be made by sorting them all. If it means more, a
+// page of them is soon full in the order of the list.
+const fewKeys = 5_000
+
+// rareKeys returns, for each part of a filter that has an index of its own, the statement that counts the
+// keys it means up to one more than fewKeys.
+func rareKeys(instanceID string, q admin.KeyQuery) (indexes []string, queries map[string]listing) {
+	f, queries := &q.KeyFilter, map[string]listing{}
+	if f.UserPrincipalName != "" || f.AgentName != "" {
+		return nil, nil // which are found by their owner
+	}
+	usual, _ := drive(orders[q.Order].column, f)
+	for _, part := range []struct {
+		asked  bool
+		index  string
+		filter admin.KeyFilter
+		more   string // without which SQLite does not take the index
+	}{
+		{f.CreatedBy != "", "keys_by_creator", admin.KeyFilter{CreatedBy: f.CreatedBy}, ""},
+		{f.Environment != "", "keys_by_environment", admin.KeyFilter{Environment: f.Environment}, "environment <> ''"},
+		{f.NeverUsed, "keys_never_used", admin.KeyFilter{NeverUsed: true}, ""},
+		{f.NoExpiration, "keys_without_end", admin.KeyFilter{NoExpiration: true}, ""},
+		{f.NamePrefix != "", "keys_by_name", admin.KeyFilter{NamePrefix: f.NamePrefix}, ""},
+		{!f.ExpiresBefore.IsZero(), "keys_by_expiry", admin.KeyFilter{ExpiresBefore: f.ExpiresBefore}, ""},
+		{!f.IdleBefore.IsZero(), "keys_by_idleness", admin.KeyFilter{IdleBefore: f.IdleBefore}, "inactivity_days > 0"},
+		{!f.UnusedSince.IsZero(), "keys_by_use", admin.KeyFilter{UnusedSince: f.UnusedSince}, ""},
+		{f.Status != "", "keys_by_status", admin.KeyFilter{}, ""},
+	} {
+		if !part.asked || part.index == usual {
+			continue
+		}
+		l := listing{}
+		l.and("instance_id = " + l.arg(instanceID))
+		l.filter(&part.filter)
+		if part.more != "" {
+			l.and(part.more)
+		}
+		if part.index == "keys_by_status" {
+			l.and("status = " + l.arg(f.Status))
+		}
+		l.text = `SELECT count(*) FROM (SELECT 1 FROM keys INDEXED BY ` + part.index + ` WHERE ` + strings.Join(l.where, " AND ") +
+			` LIMIT ` + strconv.Itoa(fewKeys+1) + `)`
+		indexes, queries[part.index] = append(indexes, part.index), l
+	}
+	return indexes, queries
+}
+
+// listKeys returns the statement for a query of keys. by is the index of a part of its filter that means few
+// keys, "" if none does.
+func listKeys(instanceID string, q admin.KeyQuery, by string) (string, []any) {
 	l := &listing{}
 	order := orders[q.Order]
 	direction, beyond := " DESC", " < "
@@ -68,6 +117,15 @@ func listKeys(instanceID string, q admin.KeyQuery) (string, []any) {
 			` ORDER BY ` + order.column + direction + `, id` + direction + ` LIMIT ` + limit
 	}
 	index, more := drive(order.column, &q.KeyFilter)
+	if by != "" {
+		index, more = by, nil
+		switch by {
+		case "keys_by_environment":
+			more = []string{"environment <> ''"}
+		case "keys_by_idleness":
+			more = []string{"inactivity_days > 0"}
+		}
+	}
 	var from string
 	switch q.Status {
 	case "":
@@ -129,12 +187,12 @@ func (l *listing) filter(f *admin.KeyFilter) {
 // One owner has few keys, so they may be sorted; everything else goes in the order of the list.
 func drive(column string, f *admin.KeyFilter) (index string, conditions []string) {
 	switch {
-	case column == "idle_after":
-		return "keys_by_idleness", nil
 	case f.UserPrincipalName != "":
 		return "keys_by_user", []string{"user_principal_name <> ''"}
 	case f.AgentName != "":
 		return "keys_by_agent", []string{"agent_name <> ''"}
+	case column == "idle_after":
+		return "keys_by_idleness", nil
 	}
 	switch column {
 	case "name":

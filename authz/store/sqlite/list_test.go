@@ -48,7 +48,11 @@ var (
 		"revoked":         {Status: "revoked"},
 		"expired":         {Status: "expired"},
 		"user":            {UserPrincipalName: "user 8", Type: apikey.TypeUser},
+		"user, active":    {UserPrincipalName: "user 8", Status: "active"},
+		"user, unused":    {UserPrincipalName: "user 8", UnusedSince: listNow.Add(-90 * 24 * time.Hour)},
 		"agent":           {AgentName: "agent 5"},
+		"agent, expired":  {AgentName: "agent 5", Status: "expired"},
+		"agent, name":     {AgentName: "agent 5", NamePrefix: "key 77"},
 		"environment":     {Environment: "rare"},
 		"creator":         {CreatedBy: "token:rare"},
 		"name":            {NamePrefix: "key 77"},
@@ -70,7 +74,7 @@ func TestListsGoByIndexes(t *testing.T) {
 		for _, order := range listOrders {
 			query, args := listKeys("tenant", admin.KeyQuery{
 				KeyFilter: filter, Order: order, Limit: 10, Now: listNow, After: admin.KeyPlace{At: listNow, Name: "n", ID: keyID(1)},
-			})
+			}, "")
 			sorts := 0
 			for _, step := range plan(t, s, query, args) {
 				if strings.HasPrefix(step, "SCAN keys") {
@@ -78,6 +82,11 @@ func TestListsGoByIndexes(t *testing.T) {
 				}
 				if strings.Contains(step, "TEMP B-TREE") {
 					sorts++
+				}
+			}
+			for _, owner := range []struct{ named, index string }{{filter.UserPrincipalName, "keys_by_user"}, {filter.AgentName, "keys_by_agent"}} {
+				if steps := plan(t, s, query, args); owner.named != "" && !slices.ContainsFunc(steps, func(step string) bool { return strings.Contains(step, "INDEX "+owner.index+" ") }) {
+					t.Errorf("%s by %q reads the keys of others: %q", name, order, steps)
 				}
 			}
 			// The page is sorted once more, with the generations.
@@ -99,6 +108,60 @@ func TestListsGoByIndexes(t *testing.T) {
 		for _, step := range plan(t, s, query.text, query.args) {
 			if strings.HasPrefix(step, "SCAN keys") {
 				t.Errorf("%s reads the whole table: %s", name, step)
+			}
+		}
+	}
+}
+
+// TestRareKeysAreFoundByWhatIsRare: a part of the filter that means few keys decides the way to them, whatever the
+// order; one that means many does not, or a page would cost sorting them all.
+func TestRareKeysAreFoundByWhatIsRare(t *testing.T) {
+	ctx := t.Context()
+	s := open(t, file(t))
+	_, err := s.Update(ctx, func(tx admin.Tx) error {
+		errs := []error{tx.PutInstance(ctx, &apikey.Instance{ID: "tenant"}), tx.Audit(ctx, admin.Event{})}
+		for i := range fewKeys + 20 {
+			k := &apikey.Key{
+				ID: keyID(i + 1), InstanceID: "tenant", Type: apikey.TypeInstance, Name: fmt.Sprint("common ", i), CreatedBy: "common", Environment: "common",
+				CreatedAt: listNow, LastUsedAt: listNow.Add(time.Duration(i)),
+			}
+			if i%1000 == 1 {
+				k.Name, k.CreatedBy, k.Environment, k.LastUsedAt, k.Disabled = fmt.Sprint("rare ", i), "rare", "rare", time.Time{}, true
+				k.ExpirationDate, k.InactivityDays = listNow.Add(time.Hour), 5
+			}
+			errs = append(errs, tx.InsertKey(ctx, k))
+		}
+		return errors.Join(errs...)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for want, filters := range map[string][]admin.KeyFilter{
+		"keys_by_creator":     {{CreatedBy: "rare"}, {CreatedBy: "rare", Environment: "common"}},
+		"keys_by_environment": {{Environment: "rare"}, {Environment: "rare", Status: "active"}, {Environment: "none"}},
+		"keys_never_used":     {{NeverUsed: true}},
+		"keys_by_name":        {{NamePrefix: "rare"}},
+		"keys_by_expiry":      {{ExpiresBefore: listNow.Add(2 * time.Hour)}},
+		"keys_by_idleness":    {{IdleBefore: listNow.Add(10 * 24 * time.Hour)}},
+		"keys_by_status":      {{Status: "disabled"}, {Status: "disabled", CreatedBy: "common"}},
+		"":                    {{}, {CreatedBy: "common"}, {Environment: "common"}, {NamePrefix: "common"}, {NoExpiration: true}, {Status: "active"}, {UserPrincipalName: "ann"}},
+	} {
+		for _, filter := range filters {
+			for _, order := range listOrders {
+				q := admin.KeyQuery{KeyFilter: filter, Order: order, Limit: 100, Now: listNow}
+				got, err := s.rarest(ctx, "tenant", q)
+				usual, _ := drive(orders[order].column, &filter)
+				if err != nil || got != want && usual != want {
+					t.Errorf("%+v by %q: got %q, %v, want %q", filter, order, got, err, want)
+				}
+				query, args := listKeys("tenant", q, got)
+				if steps := plan(t, s, query, args); got != "" && !slices.ContainsFunc(steps, func(step string) bool { return strings.Contains(step, "INDEX "+got+" (") }) {
+					t.Errorf("%+v by %q: %q", filter, order, steps)
+				}
+				keys, err := s.Keys(ctx, "tenant", q)
+				if n := len(keys); err != nil || want != "" && want != "keys_by_status" && filter.Status == "" && filter.Environment == "rare" && n != 6 && order != admin.OrderIdle {
+					t.Errorf("%+v by %q: %d keys, %v", filter, order, n, err)
+				}
 			}
 		}
 	}

@@ -56,7 +56,7 @@ const (
 	countKeys = `SELECT total(c.total), total(c.usable) - o.due, total(c.disabled) - o.disabled, total(c.revoked)
 	FROM (SELECT count(*) AS due, total(disabled) AS disabled FROM keys INDEXED BY keys_due_by_time
 		WHERE ` + dueByTime + ` AND expires_at < ?4 AND instance_id = ?1
-			AND (?2 = '' OR type = ?2 AND ?3 = CASE type WHEN 'agent' THEN agent_name ELSE user_principal_name END)) o
+			AND (?2 = '' OR type = ?2 AND ?3 = CASE type WHEN 'agent' THEN agent_name ELSE lower(user_principal_name) END)) o
 	LEFT JOIN key_counts c ON c.instance_id = ?1 AND c.type = ?2 AND c.name = ?3`
 
 	creations = `SELECT created_at FROM keys WHERE instance_id = ? AND created_at > ?
@@ -194,8 +194,29 @@ func (r *reader) Key(ctx context.Context, instanceID string, id apikey.ID) (*api
 
 // Keys implements admin.Reader.
 func (r *reader) Keys(ctx context.Context, instanceID string, q admin.KeyQuery) ([]*apikey.Key, error) {
-	query, args := listKeys(instanceID, q)
+	by, err := r.rarest(ctx, instanceID, q)
+	if err != nil {
+		return nil, err
+	}
+	query, args := listKeys(instanceID, q, by)
 	return r.keys(r.rows(ctx, "list keys", query, args...))
+}
+
+// rarest returns the index of a part of the filter that means few keys; "" if none does, or if the list goes by
+// it anyway.
+func (r *reader) rarest(ctx context.Context, instanceID string, q admin.KeyQuery) (index string, err error) {
+	indexes, queries := rareKeys(instanceID, q)
+	least := fewKeys + 1
+	for _, one := range indexes {
+		var n int
+		if _, err := r.one(ctx, "list keys", queries[one].text, queries[one].args, &n); err != nil {
+			return "", err
+		}
+		if n < least {
+			index, least = one, n
+		}
+	}
+	return index, nil
 }
 
 // CountKeys implements admin.Reader.

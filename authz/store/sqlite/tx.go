@@ -351,10 +351,10 @@ func (t *tx) Mark(ctx context.Context, name string) (first bool, err error) {
 // touch records one use.
 func (t *tx) touch(ctx context.Context, use apikey.Use) error {
 	at := micros(use.At)
-	// A use that was written down late takes back the mark of a key that was held for idle. One that is
-	// over by its date stays marked.
+	// A use takes back the mark of a key that was held for over: for idle, before the use was written down, or
+	// by a clock that was ahead for a while. What is over by its date now stays marked.
 	_, err := t.exec(ctx, "record use", `UPDATE keys SET last_used_at = ?1,
-		ended_at = CASE WHEN inactivity_days > 0 AND ?1 + inactivity_days * 86400000000 >= ?3 AND expiry >= ?3 THEN `+neverSQL+` ELSE ended_at END
+		ended_at = CASE WHEN expiry >= ?3 AND (inactivity_days = 0 OR ?1 + inactivity_days * 86400000000 >= ?3) THEN `+neverSQL+` ELSE ended_at END
 		WHERE id = ?2 AND last_used_at < ?1`, at, use.KeyID[:], micros(time.Now()))
 	if err != nil {
 		return err

@@ -45,7 +45,8 @@ func NewMemory(audit admin.AuditKeys) *Memory {
 		instances: newTable[string, *apikey.Instance](), keys: newTable[apikey.ID, *memoryKey](), digests: newTable[apikey.Digest, apikey.ID](),
 		tokens: newTable[apikey.ID, *memoryToken](), tokenDigests: newTable[apikey.Digest, apikey.ID](),
 		peppers: newTable[uint32, [16]byte](), marks: newTable[string, struct{}](),
-		replays: newTable[admin.ReplayID, memoryReplay](), quotaStates: newTable[limits.Cell, limits.QuotaState](),
+		replays: newTable[admin.ReplayID, memoryReplay](), hashes: newTable[apikey.ID, apikey.AgentHash](),
+		quotaStates: newTable[limits.Cell, limits.QuotaState](),
 	}
 	s.look = func(ctx context.Context) (*memoryView, func(), error) {
 		leave, err := s.enter(ctx)
@@ -161,8 +162,8 @@ func (s *Memory) Touch(ctx context.Context, uses []apikey.Use) error {
 				continue
 			}
 			at, used, now := micros(use.At), *k, micros(time.Now())
-			if at.After(k.LastUsedAt) && k.InactivityDays > 0 && !k.IdleAt(now, at) && !k.overByTime(now) {
-				used.endedAt = time.Time{} // it was held for idle
+			if at.After(k.LastUsedAt) && !k.IdleAt(now, at) && !k.overByTime(now) {
+				used.endedAt = time.Time{} // it was held for over
 			}
 			used.LastUsedAt = later(k.LastUsedAt, at)
 			used.Generations = slices.Clone(k.Generations)
@@ -345,6 +346,7 @@ type memoryView struct {
 	peppers      table[uint32, [16]byte]
 	marks        table[string, struct{}]
 	replays      table[admin.ReplayID, memoryReplay]
+	hashes       table[apikey.ID, apikey.AgentHash]
 	quotaStates  table[limits.Cell, limits.QuotaState]
 
 	revision, forgotten apikey.Revision
@@ -359,6 +361,7 @@ func (v *memoryView) begin() memoryView {
 	next.instances, next.keys, next.digests = v.instances.begin(), v.keys.begin(), v.digests.begin()
 	next.tokens, next.tokenDigests = v.tokens.begin(), v.tokenDigests.begin()
 	next.peppers, next.marks, next.replays = v.peppers.begin(), v.marks.begin(), v.replays.begin()
+	next.hashes = v.hashes.begin()
 	next.quotaStates = v.quotaStates.begin()
 	return next
 }
@@ -368,6 +371,7 @@ func (v *memoryView) commit() memoryView {
 	next.instances, next.keys, next.digests = v.instances.commit(), v.keys.commit(), v.digests.commit()
 	next.tokens, next.tokenDigests = v.tokens.commit(), v.tokenDigests.commit()
 	next.peppers, next.marks, next.replays = v.peppers.commit(), v.marks.commit(), v.replays.commit()
+	next.hashes = v.hashes.commit()
 	next.quotaStates = v.quotaStates.commit()
 	return next
 }
@@ -784,6 +788,7 @@ func (t *memoryTx) DeleteInstance(ctx context.Context, id string) error {
 func (t *memoryTx) dropKey(k *memoryKey) {
 	t.changed(k.InstanceID, k.ID, k.found)
 	t.keys.drop(k.ID)
+	t.hashes.drop(k.ID)
 	for _, m := range k.found {
 		t.digests.drop(m.digest)
 	}

@@ -79,6 +79,7 @@ func Run(t *testing.T, open func(t *testing.T) admin.Store) {
 		{"Redigest", testRedigest},
 		{"RetirePepper", testRetirePepper},
 		{"LeftCountsUsableSecrets", testLeft},
+		{"PendingUntilSettled", testPending},
 		{"MarkOnce", testMark},
 		{"Replicas", testReplicas},
 		{"ReplicasRunOut", testReplicasRunOut},

@@ -474,6 +474,7 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 		"RevokedKeys": func(ctx context.Context) error { _, err := s.RevokedKeys(ctx, "tenant", noon, 1); return err },
 		"Lead":        func(ctx context.Context) error { _, err := s.Lead(ctx, "job", "r", time.Minute); return err },
 		"LastUsed":    func(ctx context.Context) error { _, err := s.LastUsed(ctx, id(1)); return err },
+		"AgentHash":   func(ctx context.Context) error { _, err := s.AgentHash(ctx, id(1)); return err },
 		"Digests": func(ctx context.Context) error {
 			_, err := s.Digests(ctx, func(apikey.Digest) bool { return true })
 			return err

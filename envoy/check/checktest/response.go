@@ -94,14 +94,7 @@ func (a *answers) allow(d *authz.Decision) *authv3.CheckResponse {
 	if d.InQuery {
 		ok.QueryParametersToRemove = []string{d.CredentialQuery}
 	}
-	if a.deprecation && d.Key != nil {
-		if since, until, old := d.Key.Deprecated(); old {
-			ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, header("deprecation", fmt.Sprintf("@%d", since.Unix())))
-			if !until.IsZero() {
-				ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, header("sunset", until.UTC().Format(http.TimeFormat)))
-			}
-		}
-	}
+	ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, a.deprecated(d)...)
 	if len(d.Standings) > 0 {
 		var policies, states []string
 		least := d.Standings[0]
@@ -124,6 +117,20 @@ func (a *answers) allow(d *authz.Decision) *authv3.CheckResponse {
 		HttpResponse:    &authv3.CheckResponse_OkResponse{OkResponse: ok},
 		DynamicMetadata: a.granted(d),
 	}
+}
+
+// deprecated are the headers for who has an older secret than its key's newest.
+func (a *answers) deprecated(d *authz.Decision) (headers []*corev3.HeaderValueOption) {
+	if !a.deprecation || d.Key == nil {
+		return nil
+	}
+	if since, until, old := d.Key.Deprecated(); old {
+		headers = append(headers, header("deprecation", fmt.Sprintf("@%d", since.Unix())))
+		if !until.IsZero() {
+			headers = append(headers, header("sunset", until.UTC().Format(http.TimeFormat)))
+		}
+	}
+	return headers
 }
 
 // granted is the metadata of an allowed request: with its lease, by which the access log names it.
@@ -281,6 +288,7 @@ func (a *answers) deny(d *authz.Decision, grpc bool) *authv3.CheckResponse {
 			}
 			headers = append(headers, legacy(size, 0, body.RetryAfter)...)
 		}
+		headers = append(headers, a.deprecated(d)...)
 	}
 	var exceeded *problemQuota
 	if d.Quota != nil {

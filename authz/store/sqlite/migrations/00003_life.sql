@@ -17,7 +17,7 @@ ALTER TABLE keys ADD COLUMN status TEXT NOT NULL GENERATED ALWAYS AS (CASE
     WHEN disabled THEN 'disabled'
     WHEN ended_at <> -62135596800000000 THEN 'expired'
     ELSE 'active' END) VIRTUAL; -- expired only once that was marked
-ALTER TABLE keys ADD COLUMN quiet_since INTEGER NOT NULL GENERATED ALWAYS AS (max(last_used_at, created_at)) VIRTUAL;
+ALTER TABLE keys ADD COLUMN quiet_since INTEGER NOT NULL GENERATED ALWAYS AS (max(last_used_at, created_at, idle_from)) VIRTUAL;
 ALTER TABLE keys ADD COLUMN expiry INTEGER NOT NULL GENERATED ALWAYS AS
     (CASE expires_at WHEN -62135596800000000 THEN 9223372036854775807 ELSE expires_at END) VIRTUAL;
 ALTER TABLE keys ADD COLUMN idle_after INTEGER NOT NULL GENERATED ALWAYS AS (CASE inactivity_days
@@ -46,7 +46,7 @@ CREATE INDEX keys_due_by_time ON keys (expires_at)
 CREATE INDEX keys_due_by_idleness ON keys (idle_after)
     WHERE revoked_at = -62135596800000000 AND ended_at = -62135596800000000 AND inactivity_days > 0;
 
--- How many keys an instance has (type and name ''), and each agent and user in it. Triggers keep the
+-- How many keys an instance has (type and name ''), and each agent and user in it, users in lower case. Triggers keep the
 -- counts, so no write can forget them.
 CREATE TABLE key_counts (
     instance_id TEXT    NOT NULL,
@@ -64,9 +64,9 @@ INSERT INTO key_counts
         count(*) FILTER (WHERE revoked_at = -62135596800000000 AND disabled), count(*) FILTER (WHERE revoked_at <> -62135596800000000)
     FROM keys GROUP BY instance_id;
 INSERT INTO key_counts
-    SELECT instance_id, type, agent_name || user_principal_name, count(*), count(*) FILTER (WHERE revoked_at = -62135596800000000),
+    SELECT instance_id, type, agent_name || lower(user_principal_name), count(*), count(*) FILTER (WHERE revoked_at = -62135596800000000),
         count(*) FILTER (WHERE revoked_at = -62135596800000000 AND disabled), count(*) FILTER (WHERE revoked_at <> -62135596800000000)
-    FROM keys WHERE type IN ('agent', 'user') GROUP BY instance_id, type, agent_name || user_principal_name;
+    FROM keys WHERE type IN ('agent', 'user') GROUP BY instance_id, type, agent_name || lower(user_principal_name);
 
 -- +goose StatementBegin
 CREATE TRIGGER key_inserted AFTER INSERT ON keys BEGIN
@@ -76,7 +76,7 @@ CREATE TRIGGER key_inserted AFTER INSERT ON keys BEGIN
             NEW.revoked_at = -62135596800000000 AND NEW.ended_at = -62135596800000000 AND NEW.disabled,
             NEW.revoked_at <> -62135596800000000
         FROM (SELECT '' AS type, '' AS name UNION
-            SELECT NEW.type, CASE NEW.type WHEN 'agent' THEN NEW.agent_name ELSE NEW.user_principal_name END WHERE NEW.type IN ('agent', 'user')) o
+            SELECT NEW.type, CASE NEW.type WHEN 'agent' THEN NEW.agent_name ELSE lower(NEW.user_principal_name) END WHERE NEW.type IN ('agent', 'user')) o
         WHERE true -- or ON would belong to FROM
         ON CONFLICT DO UPDATE SET total = total + 1, usable = usable + excluded.usable,
             disabled = disabled + excluded.disabled, revoked = revoked + excluded.revoked;
@@ -93,7 +93,7 @@ WHEN OLD.revoked_at <> NEW.revoked_at OR OLD.ended_at <> NEW.ended_at OR OLD.dis
             - (OLD.revoked_at = -62135596800000000 AND OLD.ended_at = -62135596800000000 AND OLD.disabled),
         revoked = revoked + (NEW.revoked_at <> -62135596800000000) - (OLD.revoked_at <> -62135596800000000)
     WHERE instance_id = NEW.instance_id AND (type, name) IN
-        (VALUES ('', ''), (NEW.type, CASE NEW.type WHEN 'agent' THEN NEW.agent_name ELSE NEW.user_principal_name END));
+        (VALUES ('', ''), (NEW.type, CASE NEW.type WHEN 'agent' THEN NEW.agent_name ELSE lower(NEW.user_principal_name) END));
 END;
 -- +goose StatementEnd
 
@@ -104,9 +104,9 @@ CREATE TRIGGER key_deleted AFTER DELETE ON keys BEGIN
         disabled = disabled - (OLD.revoked_at = -62135596800000000 AND OLD.ended_at = -62135596800000000 AND OLD.disabled),
         revoked = revoked - (OLD.revoked_at <> -62135596800000000)
     WHERE instance_id = OLD.instance_id AND (type, name) IN
-        (VALUES ('', ''), (OLD.type, CASE OLD.type WHEN 'agent' THEN OLD.agent_name ELSE OLD.user_principal_name END));
+        (VALUES ('', ''), (OLD.type, CASE OLD.type WHEN 'agent' THEN OLD.agent_name ELSE lower(OLD.user_principal_name) END));
     DELETE FROM key_counts
     WHERE instance_id = OLD.instance_id AND total = 0 AND (type, name) IN
-        (VALUES ('', ''), (OLD.type, CASE OLD.type WHEN 'agent' THEN OLD.agent_name ELSE OLD.user_principal_name END));
+        (VALUES ('', ''), (OLD.type, CASE OLD.type WHEN 'agent' THEN OLD.agent_name ELSE lower(OLD.user_principal_name) END));
 END;
 -- +goose StatementEnd
