@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -278,14 +279,21 @@ func walk(t *testing.T, path string, m protoreflect.Message, visit func(path str
 
 // No setting of any name by which a request could pass unchecked, be checked twice, or be checked elsewhere.
 func TestNothingOpensTheDoor(t *testing.T) {
+	const perRoute = "typed_per_filter_config"
+	// Of a route's own settings, those that have Envoy send the body.
+	body := regexp.MustCompile(`\.typed_per_filter_config(\[envoy\.filters\.http\.ext_authz\]\.check_settings(\.with_request_body(\.(max_request_bytes|allow_partial_message|pack_as_bytes))?)?)?$`)
 	never := func(path string, f protoreflect.FieldDescriptor, v protoreflect.Value) {
 		switch name := string(f.Name()); {
+		case strings.Contains(path, perRoute):
+			if !strings.Contains(path, "bodies") || !body.MatchString(path) {
+				t.Errorf("%s is set to %v", path, v)
+			}
 		case strings.Contains(name, "retry"), strings.Contains(name, "retries"),
 			name == "google_grpc", name == "http_service",
 			name == "failure_mode_allow", name == "failure_mode_allow_header_add",
 			name == "filter_enabled", name == "filter_enabled_metadata", name == "deny_at_disable", name == "disabled",
 			name == "shadow_mode", name == "clear_route_cache", name == "clear_route_cache_headers", name == "with_request_body",
-			name == "typed_per_filter_config", name == "is_optional",
+			name == "is_optional",
 			name == "filters" && strings.Contains(path, "upgrade_configs"):
 			t.Errorf("%s is set to %v", path, v)
 		}
