@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"maps"
 	"os"
 	"path/filepath"
@@ -209,7 +210,9 @@ listen:
 credentials: {headers: [x-token]}
 routes:
   - {host: app.example, method: GET, path: "/tenants/{tenant}/orders", mode: optional, scopes: "orders:read",
-     instance: "{tenant}", agent: [required, "?agent"], environment: prod}
+     instance: "{tenant}", agent: [required, "?agent", "$.agent_name"], environment: prod,
+     agentMissing: ignore, context: "shop:orders", cost: 3, shadow: true}
+jwt: {idClaim: uid}
 oidc:
   - {issuer: "https://login.example/v2.0", audience: "api://keyward", algorithms: [RS256, ES256], jwksURL: "https://login.example/keys", nonce: ignored,
      upnClaim: email, upnSuffix: "@example.com",
@@ -369,6 +372,17 @@ func TestValidation(t *testing.T) {
 		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Scopes: strList{"a b " + canary}}} }},
 		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Instance: strList{"{tenant}"}}} }},
 		{"routes[1]", func(c *Config) { c.Routes = []Route{{Path: "/a"}, {Path: "/a"}} }},
+		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Agent: strList{"$agent"}}} }},
+		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Agent: strList{"$.a.b"}}} }},
+		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Agent: strList{"$.a"}, AgentMissing: "allow"}} }},
+		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", AgentMissing: "require"}} }},
+		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Context: "Core"}} }},
+		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Context: "Core:A:agent"}} }},
+		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Context: "Core:A", Cost: -1}} }},
+		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Cost: 2}} }},
+		{"routes[0]", func(c *Config) { c.Routes = []Route{{Path: "/a", Mode: "public", Context: "Core:A"}} }},
+		{"jwt.instance", func(c *Config) { c.JWT = JWT{Issuer: "i", Payload: "p", Instance: "no id"} }},
+		{"envoy.maxRequestBytes", func(c *Config) { c.Envoy.MaxRequestBytes = 2 << 20 }},
 		{"defaultRoute", func(c *Config) { c.DefaultRoute = canary }},
 		{"corsPreflight", func(c *Config) { c.CORSPreflight = canary }},
 		{"identityHeaders", func(c *Config) { c.IdentityHeaders.User = "X-User" }},
@@ -581,6 +595,21 @@ func TestDidYouMean(t *testing.T) {
 	}{{"", "", 0}, {"", "abc", 3}, {"abc", "", 3}, {"kitten", "sitting", 3}, {"flaw", "lawn", 2}, {"same", "same", 0}} {
 		if got := editDistance(test.a, test.b); got != test.want {
 			t.Errorf("%q to %q: got %d, want %d", test.a, test.b, got, test.want)
+		}
+	}
+}
+
+func TestWhoseTokensCountIsSaidWhole(t *testing.T) {
+	for want, jwt := range map[string]JWT{
+		"jwt.issuer":   {Payload: "claims"},
+		"jwt.payload":  {Issuer: "https://login.example"},
+		"jwt.idClaim":  {Issuer: "https://login.example", Payload: "claims", IDClaim: strList{""}},
+		"jwt.instance": {Issuer: "https://login.example", Payload: "claims", Instance: "no id"},
+	} {
+		cfg := defaultConfig()
+		cfg.Store.SQLite.Path, cfg.Pepper.File, cfg.JWT = "a", "b", jwt
+		if bad, ok := errors.AsType[*apikey.InvalidError](cfg.validate()); !ok || bad.Field != want {
+			t.Errorf("%+v: got %v, want a fault of %s", jwt, cfg.validate(), want)
 		}
 	}
 }

@@ -75,7 +75,7 @@ type Server struct {
 	authorizer *authz.Authorizer
 	answers    answers
 	timeout    time.Duration
-	maxMessage int
+	maxBody    int
 	calls      sync.Pool // of *call
 	log        *decisionLog
 	metrics    *metrics
@@ -94,7 +94,7 @@ func New(a *authz.Authorizer, cfg Config, reg prometheus.Registerer, log *slog.L
 		authorizer: a,
 		answers:    answers,
 		timeout:    cfg.Timeout,
-		maxMessage: maxMessage + cfg.MaxBody,
+		maxBody:    cfg.MaxBody,
 		calls:      sync.Pool{New: func() any { return new(call) }},
 		log:        newDecisionLog(log, cfg.LogPerSecond, cfg.Format),
 		metrics:    newMetrics(reg),
@@ -165,14 +165,18 @@ func (s *Server) answer(ctx context.Context, from Connection, c *call, message, 
 			out, err = nil, status.Error(codes.Internal, "keyward failed to decide; its log says more")
 		}
 	}()
-	if len(message) > s.maxMessage {
+	c.reader.body = s.authorizer.WantsBody()
+	most := maxMessage
+	if c.reader.body {
+		most += s.maxBody
+	}
+	if len(message) > most {
 		s.metrics.malformed.Inc()
 		return nil, errTooLong
 	}
 	r.At, r.Connection = start, from.ConnectionID()
 	c.reader.to, c.reader.headers, c.reader.extensions = r, s.authorizer.HeaderNames(), s.authorizer.ExtensionNames()
 	c.reader.payload, c.reader.claims = s.authorizer.ClaimNames()
-	c.reader.body = s.authorizer.WantsBody()
 	about, err := c.reader.read(message)
 	if err != nil {
 		s.metrics.malformed.Inc()

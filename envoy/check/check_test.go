@@ -615,3 +615,76 @@ func TestNodeThatNeverSaysThatARequestEnded(t *testing.T) {
 		t.Errorf("%d lines say what to do, want 1:\n%s", n, log)
 	}
 }
+
+// TestShadowIsTold: in metadata, log and metric, of a request that is let through.
+func TestShadowIsTold(t *testing.T) {
+	f := newFacts()
+	f.limits.Shadowed = 1<<limits.ClassGlobalQuota | 1<<limits.ClassKeyQuota | 1<<limits.ClassBurst
+	registry, log := prometheus.NewRegistry(), new(bytes.Buffer)
+	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
+	a, err := authz.New(authz.Config{Rules: []authz.Rule{{Path: "/", Scopes: apikey.Scopes{"x:y"}, Shadow: true}}}, f, f, peppers, f, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := check.New(a, check.Config{Leases: authz.NewLeaseIDs(peppers), LogPerSecond: 10}, registry, slog.New(slog.NewJSONHandler(log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := checkOnce(t, s, t.Context(), withKey("/"))
+	if err != nil || out.GetStatus().GetCode() != 0 {
+		t.Fatal(out, err)
+	}
+	const want = "quota,burst,scopes"
+	if got := out.GetDynamicMetadata().AsMap()["keyward.shadow"]; got != want {
+		t.Errorf("metadata: got %v, want %s", got, want)
+	}
+	if !strings.Contains(log.String(), `"shadow":"`+want+`"`) {
+		t.Errorf("log: %s", log)
+	}
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	counted := map[string]float64{}
+	for _, family := range families {
+		if family.GetName() == "keyward_shadow_refusals_total" {
+			for _, m := range family.GetMetric() {
+				counted[m.GetLabel()[0].GetValue()] = m.GetCounter().GetValue()
+			}
+		}
+	}
+	if diff := cmp.Diff(map[string]float64{"instance": 0, "quota": 1, "burst": 1, "concurrency": 0, "scopes": 1, "addresses": 0}, counted); diff != "" {
+		t.Errorf("metric (-want +got):\n%s", diff)
+	}
+}
+
+// TestQuotaRefusalIsWhatClientsRead: word for word, and never more than 1 KiB.
+func TestQuotaRefusalIsWhatClientsRead(t *testing.T) {
+	s, _, _ := newServer(t, newFacts(), authz.Config{}, check.Config{LegacyRateLimit: true})
+	d := authz.Decision{
+		Reason: authz.ReasonLimitQuotaPrincipal, Limit: limits.ClassPrincipalQuota, RetryAfter: 59*time.Second + 1,
+		Quota: &apikey.Quota{Name: "per-user", Context: "CoreAPI:Completions"}, QuotaLimit: limits.Quota{Limit: 40, Window: 20 * time.Second},
+	}
+	out := new(authv3.CheckResponse)
+	if err := proto.Unmarshal(s.Deny(&d, false), out); err != nil {
+		t.Fatal(err)
+	}
+	const want = `{"error":{"code":"RateLimitExceeded","message":"Rate limit exceeded. Retry after 60 seconds.","retryAfter":60,"limit":"quota","decisionId":"00000000000000000000000000000000"},` +
+		`"quota_name":"per-user","quota_context":"CoreAPI:Completions","quota_exceeded":true,"time_until_retry_seconds":60}`
+	if got := out.GetDeniedResponse().GetBody(); got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	wantHeaders := map[string]string{
+		"retry-after": "60", "ratelimit-policy": `"per-user";q=40;w=20`, "ratelimit": `"per-user";r=0;t=60`, "cache-control": "no-store",
+		"content-type": "application/json", "x-ratelimit-limit": "40", "x-ratelimit-remaining": "0", "x-ratelimit-reset": "60",
+	}
+	if diff := cmp.Diff(wantHeaders, headersOf(out.GetDeniedResponse().GetHeaders())); diff != "" {
+		t.Errorf("headers (-want +got):\n%s", diff)
+	}
+	part := strings.Repeat("x", 128)
+	d.Quota = &apikey.Quota{Name: part, Context: part[:64] + ":" + part[:64] + ":" + part}
+	d.RetryAfter = limits.Never
+	if err := proto.Unmarshal(s.Deny(&d, false), out); err != nil || len(out.GetDeniedResponse().GetBody()) > 1<<10 {
+		t.Errorf("%v: a body of %d bytes", err, len(out.GetDeniedResponse().GetBody()))
+	}
+}

@@ -329,6 +329,9 @@ func oddMessages() map[string][]byte {
 		"claims, merged": field(1, field(4, field(2)), field(11, field(1, field(1, []byte("envoy.filters.http.jwt_authn")),
 			field(2, field(1, field(1, []byte("claims")), field(2, field(5, field(1, field(1, []byte("iss")), field(2, field(3, []byte("a")))))),
 				field(2, field(5, field(1, field(1, []byte("sub")), field(2, field(3, []byte("b"))))))))))),
+		"claims, the last of a name": field(1, field(4, field(2)), field(11, field(1, field(1, []byte("envoy.filters.http.jwt_authn")),
+			field(2, field(1, field(1, []byte("claims")), field(2, field(5,
+				field(1, field(1, []byte("sub")), field(2, field(3, []byte("a")))), field(1, field(1, []byte("sub")), field(2, field(3, []byte("b"))))))))))),
 		"claims, deep":          claims(deep(2000)),
 		"long length of length": {0x0a, 0x80, 0x80, 0x80, 0x00},
 	}
