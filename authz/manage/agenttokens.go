@@ -4,7 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"net/http"
-	"reflect"
+	"path"
 	"strings"
 	"time"
 
@@ -103,7 +103,14 @@ type AgentAccessTokenVerdict struct {
 }
 
 // A VirtualIdentity is that platform's principal of a token.
-type VirtualIdentity struct {
+type VirtualIdentity virtualIdentity
+
+// Schema is that of an object that may be null.
+func (VirtualIdentity) Schema(r huma.Registry) *huma.Schema {
+	return orNull[virtualIdentity]{}.Schema(r)
+}
+
+type virtualIdentity struct {
 	Name     string   `json:"name"`
 	UserName string   `json:"user_name"`
 	UserID   string   `json:"user_id"`
@@ -138,13 +145,19 @@ type platformFailure struct{ *failure }
 func (f platformFailure) MarshalJSON() ([]byte, error) { return json.Marshal(f.Error()) }
 
 func (h *handler) agentTokenRoutes(api huma.API, instance string) {
-	api.OpenAPI().Components.Schemas.RegisterTypeAlias(reflect.TypeFor[*VirtualIdentity](), reflect.TypeFor[orNull[VirtualIdentity]]())
 	tokens := instance + "/providers/FoundationaLLM.Agent/agents/{agent}/agentAccessTokens"
 	token := tokens + "/{keyId}"
 	route(h, api, http.MethodGet, tokens, "listAgentAccessTokens", "As FoundationaLLM: list the Agent Access Tokens of an agent", nil, h.listAgentTokens)
 	route(h, api, http.MethodPost, token, "putAgentAccessToken", "As FoundationaLLM: make an Agent Access Token under an id, or change it", AgentAccessTokenInput{}, h.putAgentToken, 202)
 	route(h, api, http.MethodDelete, token, "deleteAgentAccessToken", "As FoundationaLLM: delete an Agent Access Token, also one that is not there", nil, h.deleteAgentToken, 202)
 	route(h, api, http.MethodPost, tokens+"/validate", "validateAgentAccessToken", "As FoundationaLLM: tell whether an Agent Access Token is good", AgentAccessTokenQuestion{}, h.validateAgentToken)
+}
+
+// isValidation reports whether a path is that of validateAgentAccessToken, which the path of a token covers too:
+// other methods must not take "validate" for an id.
+func isValidation(p string) bool {
+	is, err := path.Match("/instances/*/providers/FoundationaLLM.Agent/agents/*/agentAccessTokens/validate", p)
+	return is && err == nil
 }
 
 // supported says which versions there are, as that platform does in each answer.

@@ -279,6 +279,14 @@ func TestPlatformErrors(t *testing.T) {
 	}
 	// Our own routes know nothing of that platform's version.
 	wantError(t, d.send(d.owner, "GET", "/instances?api-version=2024-02-16", ""), 400, CodeInvalidRequest, "api-version")
+	// The action is no token.
+	for _, method := range []string{"DELETE", "GET", "OPTIONS"} {
+		w := d.send(d.owner, method, at("a")+"/validate", "")
+		wantError(t, w, 405, CodeMethodNotAllowed, "")
+		if allow := w.Header().Get("Allow"); allow != "POST" {
+			t.Errorf("Allow: %s", allow)
+		}
+	}
 	// What never comes to a route has our shape.
 	wantError(t, d.send(apikey.Secret{}, "GET", at("a"), ""), 401, CodeUnauthorized, "")
 }
