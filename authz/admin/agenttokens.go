@@ -167,7 +167,7 @@ func (s *Service) ValidateAgentToken(ctx context.Context, caller Caller, instanc
 			continue
 		case err != nil:
 			return nil, err
-		case k.ID != token.KeyID || k.InstanceID != instance || k.Type != apikey.TypeAgent || !strings.EqualFold(k.AgentName, agent):
+		case k.ID != token.KeyID || k.InstanceID != instance || k.Type != apikey.TypeAgent:
 			return nil, nil
 		}
 		at := time.Now()

@@ -139,10 +139,10 @@ func platformErrors(r *huma.Response) {
 	content.Schema = &huma.Schema{AnyOf: []*huma.Schema{{Type: huma.TypeString}, content.Schema}}
 }
 
-// A platformFailure is an error as that platform answers it: the message alone, as a JSON string.
-type platformFailure struct{ *failure }
+// A platformError is an error as that platform answers it: the message alone, as a JSON string.
+type platformError struct{ *failure }
 
-func (f platformFailure) MarshalJSON() ([]byte, error) { return json.Marshal(f.Error()) }
+func (f platformError) MarshalJSON() ([]byte, error) { return json.Marshal(f.Error()) }
 
 func (h *handler) agentTokenRoutes(api huma.API, instance string) {
 	tokens := instance + "/providers/FoundationaLLM.Agent/agents/{agent}/agentAccessTokens"

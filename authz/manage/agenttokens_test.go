@@ -41,11 +41,9 @@ func wantPlatformError(t *testing.T, w *httptest.ResponseRecorder, status int) s
 // A platformPortal calls the Management API as that platform's portal does, as its documentation has it.
 type platformPortal struct {
 	*desk
-	t                         *testing.T
-	token                     apikey.Secret
-	agent                     string
-	instance                  string
-	lastObject, lastSupported string
+	t               *testing.T
+	token           apikey.Secret
+	agent, instance string
 }
 
 type portalToken struct {
@@ -211,7 +209,15 @@ func TestPlatformPortal(t *testing.T) {
 		t.Errorf("got %v", got)
 	}
 	text, _ := json.Marshal(one)
-	wantPlatformError(t, p.call("POST", "/"+id, string(text)), 409)
+	if message := wantPlatformError(t, p.call("POST", "/"+id, string(text)), 409); !strings.Contains(message, "another id") {
+		t.Errorf("got %q", message)
+	}
+	closed := one
+	closed.ID, closed.Active = uuid.NewString(), false
+	closed.Name = closed.ID
+	if valid, _ := p.validate(p.save(closed)); valid {
+		t.Error("valid, and never active")
+	}
 	events := d.send(d.owner, "GET", "/instances/"+home+"/auditEvents", "").Body.String()
 	for _, action := range []string{"key.create", "key.disable", "key.enable", "key.revoke"} {
 		if !strings.Contains(events, `"`+action+`"`) {

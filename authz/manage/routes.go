@@ -181,7 +181,7 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 				h.svc.Refused(ctx, c.Caller, c.target(), f.ErrorBody.Error.Code)
 			}
 			if platformOperations[id] {
-				return nil, platformFailure{f}
+				return nil, platformError{f}
 			}
 			return nil, f
 		}
