@@ -513,6 +513,9 @@ func place(k *apikey.Key, q *question, r *Request) Reason {
 	}, nil); reason != ReasonNone {
 		return reason
 	}
+	if !q.rule.takes(k.Type) {
+		return ReasonWrongType
+	}
 	if reason := q.findAgent(r, func(v string) bool { return k.Type != apikey.TypeAgent || v == k.AgentName }); reason != ReasonNone {
 		return reason
 	}

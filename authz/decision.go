@@ -54,6 +54,7 @@ const (
 	ReasonInvalidBody    // the body should name a place, and cannot be read
 	ReasonAgentMissing   // the rule needs every request to name its agent
 	ReasonWrongInstance
+	ReasonWrongType // keys of its type may not here
 	ReasonWrongAgent
 	ReasonAgentRequired
 	ReasonWrongEnvironment
@@ -99,6 +100,7 @@ var reasons = [reasonCount]struct {
 	ReasonInvalidBody:         {"invalid_body", Invalid},
 	ReasonAgentMissing:        {"agent_missing", Invalid},
 	ReasonWrongInstance:       {"wrong_instance", Forbidden},
+	ReasonWrongType:           {"wrong_type", Forbidden},
 	ReasonWrongAgent:          {"wrong_agent", Forbidden},
 	ReasonAgentRequired:       {"agent_required", Forbidden},
 	ReasonWrongEnvironment:    {"wrong_environment", Forbidden},

@@ -124,6 +124,8 @@ type Rule struct {
 	Instance, Agent, Environment []Source
 	// AgentRequired refuses agent keys where the request names no agent, AgentNeeded any caller who counts.
 	AgentRequired, AgentNeeded bool
+	// KeyTypes are the types of the keys that may; nil: all.
+	KeyTypes []apikey.Type
 
 	// Context is that of the quotas that count the rule's requests, {service}:{controller}. Where a request
 	// has an agent, those of {service}:{controller}:{agent} count it too. "": no quota does.
@@ -154,8 +156,13 @@ func (r *Rule) validate(wildcards []string) error {
 	if r.Mode > Public {
 		return fmt.Errorf("mode %d does not exist", r.Mode)
 	}
-	if r.Mode == Public && (len(r.Scopes)+len(r.Instance)+len(r.Agent)+len(r.Environment) > 0 || r.AgentRequired || r.AgentNeeded || r.Context != "") {
-		return errors.New("a public rule looks at no credential, so it cannot ask for scopes, instance, agent or environment, and no quota counts it")
+	if r.Mode == Public && (len(r.Scopes)+len(r.Instance)+len(r.Agent)+len(r.Environment) > 0 || r.AgentRequired || r.AgentNeeded || r.KeyTypes != nil || r.Context != "") {
+		return errors.New("a public rule looks at no credential, so it cannot ask for scopes, instance, agent, environment or types of keys, and no quota counts it")
+	}
+	for i, t := range r.KeyTypes {
+		if t.Kind() == 0 || slices.Contains(r.KeyTypes[:i], t) {
+			return errors.New("keyTypes must be some of instance, agent and user, each once")
+		}
 	}
 	if r.Context != "" && !isContext(r.Context) {
 		return fmt.Errorf("context %q is not {service}:{controller}, each of letters, digits, . _ and -, such as CoreAPI:Completions; the agent is added where the rule says where requests name it", r.Context)
@@ -205,6 +212,16 @@ func isWord(s string) bool {
 func (r *Rule) ReadsBody() bool {
 	return slices.ContainsFunc(r.Instance, Source.InBody) || slices.ContainsFunc(r.Agent, Source.InBody) || slices.ContainsFunc(r.Environment, Source.InBody)
 }
+
+// SamePattern reports whether two rules cover the same requests, so that only one of them can be there.
+func (r *Rule) SamePattern(other *Rule, ignoreCase bool) bool {
+	p, err := parsePattern(r, ignoreCase)
+	q, otherErr := parsePattern(other, ignoreCase)
+	return err == nil && otherErr == nil && p.same(p.subtree) == q.same(q.subtree)
+}
+
+// takes reports whether keys of a type may on the rule's routes.
+func (r *Rule) takes(t apikey.Type) bool { return r.KeyTypes == nil || slices.Contains(r.KeyTypes, t) }
 
 // isRuleHost reports whether a rule can have this host; "" is any.
 func isRuleHost(host string) bool {

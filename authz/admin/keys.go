@@ -26,10 +26,11 @@ func (s *Service) CreateKey(ctx context.Context, caller Caller, instanceID strin
 	if err != nil {
 		return CreatedKey{}, err
 	}
-	return s.once(ctx, caller, id, createWait, func() (CreatedKey, error) { return s.createKey(ctx, caller, id, in) })
+	return s.once(ctx, caller, id, createWait, func() (CreatedKey, error) { return s.createKey(ctx, caller, id, in, nil) })
 }
 
-func (s *Service) createKey(ctx context.Context, caller Caller, id string, in KeyInput) (CreatedKey, error) {
+// createKey makes a key: with a secret of ours, or as an Agent Access Token, if as is not nil.
+func (s *Service) createKey(ctx context.Context, caller Caller, id string, in KeyInput, as *agentToken) (CreatedKey, error) {
 	if err := caller.own(&in); err != nil {
 		return CreatedKey{}, err
 	}
@@ -45,9 +46,15 @@ func (s *Service) createKey(ctx context.Context, caller Caller, id string, in Ke
 	if err := cmp.Or(err, missing); err != nil {
 		return CreatedKey{}, err
 	}
-	secret := s.cfg.Format.New(k.Type.Kind())
+	kind := k.Type.Kind()
+	var secret apikey.Secret
+	if as != nil {
+		kind, secret = apikey.KindForeign, apikey.NewAgentToken(id, k.AgentName, as.id)
+	} else {
+		secret = s.cfg.Format.New(kind)
+	}
 	pepper := s.cfg.Peppers.Current
-	digest := pepper.Digest(secret.Reveal())
+	digest := pepper.DigestOf(kind, secret.Reveal())
 	rev, err := s.update(ctx, func(ctx context.Context, tx Tx) error {
 		instance, err := tx.Instance(ctx, id)
 		if err != nil {
@@ -56,6 +63,9 @@ func (s *Service) createKey(ctx context.Context, caller Caller, id string, in Ke
 		// And anew: it may have waited for its turn, and the policy may be another one.
 		if k, err = s.newKey(caller, &in, instance); err != nil {
 			return err
+		}
+		if as != nil {
+			k.ID, k.Disabled = as.id, as.disabled
 		}
 		k.Generations = []apikey.Generation{{Number: 1, Hint: s.cfg.Format.Hint(secret), CreatedAt: k.CreatedAt}}
 		policy := instance.Policy.InForce()

@@ -1,11 +1,13 @@
 package apikey
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"math/big"
+	"slices"
 	"strings"
 )
 
@@ -183,6 +185,18 @@ func ParseAgentToken(s string) (t AgentToken, err error) {
 	return t, nil
 }
 
+// NewAgentToken makes an Agent Access Token, as the application does: for an agent of an instance, with a key's
+// id and 128 random bytes. The names are those that keys have.
+func NewAgentToken(instanceID, agentName string, id ID) Secret {
+	var random [128]byte
+	_, _ = rand.Read(random[:]) // never fails
+	parts := [...]string{instanceID, instanceID + "~FoundationaLLM.Agent~agents~" + agentName, id.String(), string(random[:])}
+	for i := range parts {
+		parts[i] = encodeBase58([]byte(parts[i]))
+	}
+	return NewSecret(agentTokenPrefix + strings.Join(parts[:], ".") + agentTokenSuffix)
+}
+
 // An AgentHash is what the application keeps of an Agent Access Token: the Argon2id hash of its random bytes.
 // It confirms a secret, and finds none. Nothing prints it.
 type AgentHash struct {
@@ -222,6 +236,21 @@ func (id ID) PendingDigest() Digest {
 
 // NoPepper is the version of digests that are under no pepper. Those of peppers begin at 1.
 const NoPepper = 0
+
+// encodeBase58 writes each leading zero byte as 1.
+func encodeBase58(b []byte) string {
+	n, base, digit := new(big.Int).SetBytes(b), big.NewInt(58), new(big.Int)
+	var backwards []byte
+	for n.Sign() > 0 {
+		n.DivMod(n, base, digit)
+		backwards = append(backwards, base58[digit.Int64()])
+	}
+	for i := 0; i < len(b) && b[i] == 0; i++ {
+		backwards = append(backwards, base58[0])
+	}
+	slices.Reverse(backwards)
+	return string(backwards)
+}
 
 // decodeBase58 decodes what has the alphabet. Each leading 1 is a zero byte.
 func decodeBase58(s string) []byte {

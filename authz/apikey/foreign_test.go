@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -228,5 +229,37 @@ func TestPendingDigests(t *testing.T) {
 		if d := id.PendingDigest(); d == p.Digest(text) || d == p.DigestOf(apikey.KindForeign, text) || d == sha256.Sum256([]byte(id.String())) {
 			t.Error("a secret could have it as its digest")
 		}
+	}
+}
+
+// What we make is what the application makes: it is taken apart again, and no two are alike.
+func TestNewAgentToken(t *testing.T) {
+	format := apikey.Format{Foreign: []apikey.Shape{{AgentToken: true}}}
+	id, err := apikey.ParseID("aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]bool{}
+	for range 200 {
+		for _, instance := range []string{"11111111-2222-3333-4444-555555555555", "shop", strings.Repeat("x", 64)} {
+			for _, agent := range []string{"demo-agent", strings.Repeat("a", 128)} {
+				s := apikey.NewAgentToken(instance, agent, id).Reveal()
+				got, err := apikey.ParseAgentToken(s)
+				if err != nil || got.InstanceID != instance || got.AgentName != agent || got.KeyID != id || len(got.Random.Reveal()) != 128 {
+					t.Fatalf("%v of %d characters for %s and %s: %+v", err, len(s), instance, agent, got)
+				}
+				if kind, err := format.Check(s); err != nil || kind != apikey.KindForeign {
+					t.Fatalf("%v %v", kind, err)
+				}
+				if seen[got.Random.Reveal()] {
+					t.Fatal("twice the same")
+				}
+				seen[got.Random.Reveal()] = true
+			}
+		}
+	}
+	vector := strings.Split(agentToken, ".")
+	if got := strings.Split(apikey.NewAgentToken("11111111-2222-3333-4444-555555555555", "demo-agent", id).Reveal(), "."); !slices.Equal(got[:4], vector[:4]) {
+		t.Errorf("got %q, want %q", got[:4], vector[:4])
 	}
 }

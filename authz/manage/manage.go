@@ -129,6 +129,8 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.URL.Path == "" || path.Clean(r.URL.Path) != r.URL.Path:
 		h.refuse(answer, r, id, statusOf(apikey.ErrNotFound))
+	case isValidation(r.URL.Path) && r.Method != http.MethodPost:
+		h.refuse(answer, r, id, notAllowed(http.MethodPost))
 	case pattern == "":
 		h.refuse(answer, r, id, unrouted(route, r))
 	default:
@@ -161,8 +163,13 @@ func unrouted(route http.Handler, r *http.Request) *failure {
 	if said.status != http.StatusMethodNotAllowed {
 		return statusOf(apikey.ErrNotFound)
 	}
+	return notAllowed(said.header.Get("Allow"))
+}
+
+// notAllowed refuses a method where others are allowed.
+func notAllowed(allow string) *failure {
 	f := fail(http.StatusMethodNotAllowed, CodeMethodNotAllowed, "the method is not allowed here")
-	f.header.Set("Allow", said.header.Get("Allow"))
+	f.header.Set("Allow", allow)
 	return f
 }
 

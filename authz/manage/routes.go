@@ -3,6 +3,7 @@ package manage
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"net/url"
@@ -118,6 +119,7 @@ func (h *handler) routes(api huma.API) {
 	route(h, api, http.MethodDelete, key, "revokeKey", "Revoke a key for good", nil, h.revokeKey, 202)
 	h.transferRoutes(api, keys)
 	h.quotaRoutes(api, instance)
+	h.agentTokenRoutes(api, instance)
 	route(h, api, http.MethodGet, inFlight, "listInFlight", "List the requests that run now, the oldest first", nil, h.listInFlight)
 	route(h, api, http.MethodDelete, lease, "endInFlight", "End a lease by force; the request itself goes on", nil, h.endInFlight)
 	route(h, api, http.MethodGet, tokens, "listTokens", "List management tokens, newest first", nil, h.listTokens)
@@ -146,7 +148,12 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 			Content:     map[string]*huma.MediaType{"application/json": {Schema: schemas.Schema(reflect.TypeFor[ErrorBody](), true, "")}},
 		}},
 	}
-	op.Parameters = append(op.Parameters, versionParameter)
+	version := versionParameter
+	if platformOperations[id] {
+		version = platformVersionParameter
+		platformErrors(op.Responses["default"])
+	}
+	op.Parameters = append(op.Parameters, version)
 	if onceOperations[id] {
 		op.Parameters = append(op.Parameters, onceParameter)
 	}
@@ -157,7 +164,7 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 	huma.Register(api, op, func(ctx context.Context, in *I) (*out[T], error) {
 		c := ctx.Value(callKey{}).(*call)
 		var answer *out[T]
-		err := checkQuery(c.r.URL.RawQuery, params)
+		err := checkQuery(c.r.URL.RawQuery, params, version)
 		if err == nil {
 			err = refuseOnce(&op, c.r)
 		}
@@ -172,6 +179,9 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 				h.svc.Unauthenticated(c.RemoteAddr)
 			case slices.Contains(refusals, f.status):
 				h.svc.Refused(ctx, c.Caller, c.target(), f.ErrorBody.Error.Code)
+			}
+			if platformOperations[id] {
+				return nil, platformError{f}
 			}
 			return nil, f
 		}
@@ -240,7 +250,7 @@ func queryParams(input reflect.Type) map[string]bool {
 }
 
 // checkQuery refuses what nobody would read.
-func checkQuery(raw string, known map[string]bool) error {
+func checkQuery(raw string, known map[string]bool, version *huma.Param) error {
 	query, err := url.ParseQuery(raw)
 	if err != nil {
 		return apikey.Invalid("", "the query cannot be read")
@@ -253,8 +263,8 @@ func checkQuery(raw string, known map[string]bool) error {
 			return apikey.Invalid("", "the query has an unknown parameter")
 		case len(values) > 1:
 			return apikey.Invalid(name, "is given twice")
-		case name == versionParameter.Name && values[0] != apiVersion:
-			return apikey.Invalid(name, "must be "+apiVersion+", or absent")
+		case name == version.Name && !slices.Contains(version.Schema.Enum, any(values[0])):
+			return apikey.Invalid(name, fmt.Sprintf("must be %s, or absent", version.Schema.Enum[0]))
 		}
 	}
 	return nil

@@ -25,6 +25,7 @@ type Config struct {
 	Pepper          PepperFiles     `yaml:"pepper"`
 	Credentials     Credentials     `yaml:"credentials"`
 	Client          Client          `yaml:"client"`
+	Preset          Preset          `yaml:"preset"` // routes of a platform, besides one's own
 	Routes          []Route         `yaml:"routes"`
 	IgnoreCase      bool            `yaml:"ignoreCase"`    // of the paths of all routes
 	DefaultRoute    string          `yaml:"defaultRoute"`  // required | deny
@@ -84,6 +85,9 @@ type ForeignShape struct {
 	Parser    string `yaml:"parser"`    // agentAccessToken; "" by prefix
 }
 
+// agentAccessToken is the parser of FoundationaLLM's tokens.
+const agentAccessToken = "agentAccessToken"
+
 // format is how secrets look.
 func (c *Config) format() apikey.Format {
 	f := apikey.Format{First: c.Credentials.Prefix}
@@ -119,10 +123,11 @@ type Route struct {
 	Environment strList `yaml:"environment"`
 	// AgentMissing says what becomes of a request that names no agent: require | ignore. By default it is
 	// required where the body should name it, and otherwise not.
-	AgentMissing string `yaml:"agentMissing"`
-	Context      string `yaml:"context"` // of the quotas that count the requests: service:controller
-	Cost         int    `yaml:"cost"`    // units of these quotas for each request; 1 if absent
-	Shadow       bool   `yaml:"shadow"`  // scopes that are missing are reported, and refuse nobody
+	AgentMissing string  `yaml:"agentMissing"`
+	KeyTypes     strList `yaml:"keyTypes"` // instance, agent, user: the keys that may; all if absent
+	Context      string  `yaml:"context"`  // of the quotas that count the requests: service:controller
+	Cost         int     `yaml:"cost"`     // units of these quotas for each request; 1 if absent
+	Shadow       bool    `yaml:"shadow"`   // scopes that are missing are reported, and refuse nobody
 }
 
 // JWT says whose tokens make a principal of a caller without a key, on optional routes.
@@ -285,6 +290,7 @@ func defaultConfig() Config {
 		},
 		Cache:       Cache{Records: 1_000_000, Unknown: 65_536, Grace: &grace, WarmUp: &warmUp},
 		Concurrency: Concurrency{Feedback: string(generate.FeedbackALS), RenewEvery: apikey.Duration(generate.DefaultRenewEvery)},
+		Preset:      Preset{Mode: authz.Required.String()},
 		JWT:         JWT{UPNClaim: authz.DefaultUPNClaim, IDClaim: authz.DefaultIDClaims},
 		Envoy:       EnvoyFacts{MaxRequestBytes: generate.DefaultMaxRequestBytes},
 
@@ -308,6 +314,7 @@ func (c *Config) validate() error {
 		c.Listen.Metrics.validate("listen.metrics"),
 		c.Concurrency.validate(),
 		c.Runtime.validate(),
+		c.Preset.validate(),
 		oneOf("defaultRoute", c.DefaultRoute, "required", "deny"),
 		oneOf("corsPreflight", c.CORSPreflight, "deny", "allow"),
 		oneOf("errors", c.Errors, "rpc", "error_response"),
@@ -372,7 +379,7 @@ func (c *Config) validate() error {
 		}
 	}
 	for i, shape := range c.Credentials.Foreign {
-		if shape.Parser != "" && shape.Parser != "agentAccessToken" {
+		if shape.Parser != "" && shape.Parser != agentAccessToken {
 			fault(fmt.Sprintf("credentials.foreign[%d].parser", i), "must be agentAccessToken, or absent")
 		}
 	}
@@ -460,6 +467,9 @@ func (r Route) rule() (authz.Rule, error) {
 	if i := slices.Index(agents, "required"); i >= 0 {
 		rule.AgentRequired = true
 		agents = slices.Delete(agents, i, i+1)
+	}
+	for _, t := range r.KeyTypes {
+		rule.KeyTypes = append(rule.KeyTypes, apikey.Type(t))
 	}
 	rule.Instance = sources("instance", r.Instance)
 	rule.Agent = sources("agent", agents)

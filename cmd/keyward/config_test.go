@@ -211,7 +211,7 @@ credentials: {headers: [x-token]}
 routes:
   - {host: app.example, method: GET, path: "/tenants/{tenant}/orders", mode: optional, scopes: "orders:read",
      instance: "{tenant}", agent: [required, "?agent", "$.agent_name"], environment: prod,
-     agentMissing: ignore, context: "shop:orders", cost: 3, shadow: true}
+     agentMissing: ignore, context: "shop:orders", cost: 3, shadow: true, keyTypes: [user, agent]}
 jwt: {idClaim: uid}
 oidc:
   - {issuer: "https://login.example/v2.0", audience: "api://keyward", algorithms: [RS256, ES256], jwksURL: "https://login.example/keys", nonce: ignored,

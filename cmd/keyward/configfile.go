@@ -30,19 +30,44 @@ var serviceLink = regexp.MustCompile(`^KEYWARD(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT
 // loadConfig reads defaults, then the file ("" for none, "-" for stdin), then the environment, then
 // settings of the form path=value, and reports every fault at once.
 func loadConfig(file string, stdin io.Reader, environ, settings []string) (*Config, error) {
-	cfg := defaultConfig()
-	var faults []error
+	var text []byte
 	if file != "" {
-		text, err := readConfigFile(file, stdin)
-		if err != nil {
+		var err error
+		if text, err = readConfigFile(file, stdin); err != nil {
 			return nil, err
 		}
-		if err := decodeYAML(text, &cfg); err != nil {
+	}
+	cfg := defaultConfig()
+	faults := fillConfig(&cfg, file, text, environ, settings)
+	if len(faults) == 0 && cfg.Preset.Name != "" {
+		cfg = defaultConfig()
+		cfg.presetDefaults()
+		faults = append(fillConfig(&cfg, file, text, environ, settings), cfg.expandPreset())
+		faults = slices.DeleteFunc(faults, func(err error) bool { return err == nil })
+	}
+	if len(faults) == 0 {
+		// Only a configuration that could be read is worth judging.
+		if err := cfg.validate(); err != nil {
+			faults = append(faults, err)
+		}
+	}
+	if err := errors.Join(faults...); err != nil {
+		return nil, usageError{fmt.Errorf("configuration:\n%w", err)}
+	}
+	wait := apikey.Duration(cfg.Concurrency.wait()) // the default, which goes with the feedback
+	cfg.Concurrency.Wait = &wait
+	return &cfg, nil
+}
+
+// fillConfig puts what the file says over what is in cfg, over that the environment and then the settings.
+func fillConfig(cfg *Config, file string, text []byte, environ, settings []string) (faults []error) {
+	if file != "" {
+		if err := decodeYAML(text, cfg); err != nil {
 			faults = append(faults, fmt.Errorf("%s:\n%w", file, err))
 		}
 	}
 	fields := map[string]reflect.Value{}
-	collectFields(reflect.ValueOf(&cfg).Elem(), "", fields)
+	collectFields(reflect.ValueOf(cfg).Elem(), "", fields)
 	for _, entry := range environ {
 		name, value, _ := strings.Cut(entry, "=")
 		if !strings.HasPrefix(name, envPrefix) || slices.Contains(clientEnv, name) || serviceLink.MatchString(name) {
@@ -84,18 +109,7 @@ func loadConfig(file string, stdin io.Reader, environ, settings []string) (*Conf
 			faults = append(faults, fmt.Errorf("--set: %s: %w", path, err))
 		}
 	}
-	if len(faults) == 0 {
-		// Only a configuration that could be read is worth judging.
-		if err := cfg.validate(); err != nil {
-			faults = append(faults, err)
-		}
-	}
-	if err := errors.Join(faults...); err != nil {
-		return nil, usageError{fmt.Errorf("configuration:\n%w", err)}
-	}
-	wait := apikey.Duration(cfg.Concurrency.wait()) // the default, which goes with the feedback
-	cfg.Concurrency.Wait = &wait
-	return &cfg, nil
+	return faults
 }
 
 const maxConfigFile = 4 << 20 // bytes

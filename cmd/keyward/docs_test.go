@@ -18,8 +18,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"keyward/authz"
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/authz/foundationallm"
 	"keyward/authz/holders"
 	"keyward/authz/manage"
 )
@@ -59,7 +61,11 @@ func generated() map[string]string {
 		return fmt.Sprintf("`%s` | `%s`: %s | `onLeak.%[1]s`", t, p.OnLeak.Of(t), says[p.OnLeak.Of(t)])
 	}
 	e := p.Expiration
+	routes, agents, anonymous := coreAPIRows()
 	return map[string]string{
+		"coreapi":    table("Context | Method | Path | Tokens", routes...),
+		"coreagents": table("Context | Method | Path | Agent | Tokens", agents...),
+		"corepublic": table("Method | Path", anonymous...),
 		"caps": table("Limit | Value | Notes | Policy",
 			fmt.Sprintf("Max API keys per instance | %d | Total keys, of all types | `caps.instance`", p.Caps.Instance),
 			fmt.Sprintf("Max API keys per user | %d | Per user | `caps.user`", p.Caps.User),
@@ -97,6 +103,48 @@ func generated() map[string]string {
 			fmt.Sprintf("Window of a smoothed quota, in which its share is counted | %s", apikey.Duration(apikey.SmoothedWindow)),
 		),
 		"pattern": "```\n" + apikey.Format{}.Pattern() + "\n```\n",
+	}
+}
+
+// coreAPIRows are the rules of the preset for FoundationaLLM: those that count, those of them that name an agent,
+// and those for everybody.
+func coreAPIRows() (all, agents, anonymous []string) {
+	rules, err := foundationallm.CoreAPI("", authz.Required)
+	if err != nil {
+		panic(err)
+	}
+	for _, r := range rules {
+		method, tokens := r.Method, "no"
+		if method == "" {
+			method = "any"
+		}
+		if r.KeyTypes == nil {
+			tokens = "yes"
+		}
+		if r.Mode == authz.Public {
+			anonymous = append(anonymous, fmt.Sprintf("%s | `%s`", method, r.Path))
+			continue
+		}
+		all = append(all, fmt.Sprintf("`%s` | %s | `%s` | %s", r.Context, method, r.Path, tokens))
+		for _, source := range r.Agent {
+			agents = append(agents, fmt.Sprintf("`%s:{agent}` | %s | `%s` | `%s` | %s", r.Context, method, r.Path, source, tokens))
+		}
+	}
+	return all, agents, anonymous
+}
+
+// TestPlatformPageConfigures: the first configuration on the page about FoundationaLLM is one, and so is what it
+// says to add.
+func TestPlatformPageConfigures(t *testing.T) {
+	t.Parallel()
+	blocks := regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllStringSubmatch(readText(t, filepath.Join("..", "..", "docs", "foundationallm.md")), -1)
+	if len(blocks) != 2 {
+		t.Fatalf("there are %d blocks of configuration", len(blocks))
+	}
+	for _, text := range []string{blocks[0][1], blocks[0][1] + blocks[1][1]} {
+		if cfg, faults := load(t, text, nil, nil); faults != nil || cfg.Preset.Name != presetFoundationaLLM {
+			t.Errorf("%s: %q", text, faults)
+		}
 	}
 }
 

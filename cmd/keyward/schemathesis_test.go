@@ -165,6 +165,11 @@ func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known map[string]a
 	in := ids{"instanceId": "other"}
 	of := func(n int) ids { return ids{"instanceId": "demo", "keyId": keys[n]} }
 	name := ids{"name": "n"}
+	quota := ids{"name": "q", "context": "CoreAPI:Completions", "partition": "None", "limit": 1, "window": "60s"}
+	atQuota := ids{"instanceId": "other", "name": "q"}
+	atAgent := ids{"instanceId": "other", "agent": "a"}
+	atAgentToken := ids{"instanceId": "other", "agent": "a", "keyId": "8b0f6c58-4a7c-4d7f-9d3e-5b1a0c9e7f21"}
+	soon := time.Now().AddDate(0, 0, 30).UTC().Format(time.RFC3339)
 	return map[string]any{
 		"listAuditEvents": example{Path: in}, "listAllAuditEvents": example{}, "getAuditChain": example{}, "getAuditHead": example{}, "verifyAudit": example{},
 		"listInstances": example{}, "getInstance": example{Path: in}, "disableInstance": example{Path: in}, "enableInstance": example{Path: in},
@@ -177,7 +182,13 @@ func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known map[string]a
 		"revokeGeneration": example{Path: ids{"instanceId": "demo", "keyId": keys[0], "number": 1}},
 		"revokeKeys":       example{Path: in, Body: ids{"filter": ids{"namePrefix": "asked"}, "dryRun": true}},
 		"importKeys":       example{Path: in, Body: ids{"name": "n", "secret": apikey.Format{}.New(apikey.KindInstance).Reveal()}}, "exportKeys": example{Path: in},
-		"listInFlight": example{Path: in}, "endInFlight": example{Path: ids{"instanceId": "other", "leaseId": "none"}},
+		"listQuotas": example{Path: in}, "applyQuotas": example{Path: in, Body: ids{"quotas": []ids{quota}}}, "putQuota": example{Path: atQuota, Body: quota},
+		"getQuota": example{Path: atQuota}, "deleteQuota": example{Path: atQuota},
+		"listAgentAccessTokens":    example{Path: atAgent},
+		"putAgentAccessToken":      example{Path: atAgentToken, Body: ids{"description": "d", "active": true, "expiration_date": soon}},
+		"deleteAgentAccessToken":   example{Path: atAgentToken},
+		"validateAgentAccessToken": example{Path: atAgent, Body: ids{"access_token": "none"}},
+		"listInFlight":             example{Path: in}, "endInFlight": example{Path: ids{"instanceId": "other", "leaseId": "none"}},
 		"listPeppers": example{}, "retirePepper": example{Path: ids{"version": 1}},
 		"listTokens": example{}, "createToken": example{Body: ids{"name": "n", "role": "auditor"}}, "revokeToken": example{Path: ids{"tokenId": token}},
 	}, ids{"instanceId": []string{"demo", "other"}, "keyId": keys[4:]}
@@ -227,7 +238,7 @@ func leftOut(t *testing.T, document, called string) map[string]bool {
 // fresh starts a server on a new store in a folder, and returns it with its first management token.
 func fresh(t *testing.T, dir string, at ports) (*process, apikey.Secret) {
 	t.Helper()
-	if err := os.WriteFile(filepath.Join(dir, "keyward.yaml"), []byte(smallest), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "keyward.yaml"), []byte(smallest+"credentials: {foreign: [{parser: agentAccessToken}]}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := writeNewPrivate(filepath.Join(dir, "pepper"), apikey.MarshalPepper(apikey.NewPepper(1, false))); err != nil {

@@ -601,6 +601,7 @@ func (s *service) warnOfBootstrap(ctx context.Context) error {
 // reload takes over what can change while serving, and says what cannot. One call at a time.
 func (s *service) reload(next *Config) error {
 	taken := *s.live
+	taken.Preset = next.Preset // its routes are among the others
 	taken.Routes, taken.IgnoreCase, taken.DefaultRoute = next.Routes, next.IgnoreCase, next.DefaultRoute
 	taken.CORSPreflight, taken.Client, taken.Log.Level = next.CORSPreflight, next.Client, next.Log.Level
 	taken.JWT = next.JWT
@@ -624,7 +625,7 @@ func (s *service) reload(next *Config) error {
 }
 
 // reloaded lists what a SIGHUP takes over.
-const reloaded = "routes, ignoreCase, defaultRoute, corsPreflight, client, jwt, credentials.headers, credentials.bearer, credentials.query, log.level"
+const reloaded = "preset, routes, ignoreCase, defaultRoute, corsPreflight, client, jwt, credentials.headers, credentials.bearer, credentials.query, log.level"
 
 func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}

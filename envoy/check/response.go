@@ -460,6 +460,8 @@ func appendMessage(dst []byte, d *authz.Decision) []byte {
 		return append(dst, "No route allows this request."...)
 	case authz.ReasonWrongInstance:
 		return append(dst, "The key belongs to another instance."...)
+	case authz.ReasonWrongType:
+		return append(dst, "Keys of this type are not for this route."...)
 	case authz.ReasonWrongAgent:
 		return append(dst, "The key is for another agent."...)
 	case authz.ReasonAgentRequired:

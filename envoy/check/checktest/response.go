@@ -369,6 +369,8 @@ func message(d *authz.Decision) string {
 		return "No route allows this request."
 	case authz.ReasonWrongInstance:
 		return "The key belongs to another instance."
+	case authz.ReasonWrongType:
+		return "Keys of this type are not for this route."
 	case authz.ReasonWrongAgent:
 		return "The key is for another agent."
 	case authz.ReasonAgentRequired:
