@@ -263,9 +263,7 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 
 	// Looked for on every route, because what carries a secret must be removed on every route.
 	found := rules.Credentials.find(r, query)
-	if x.given() {
-		found = credential{sent: true}
-	}
+	x.find(&found)
 	d.CredentialSent, d.InAuthorization, d.InQuery = found.sent, found.inAuthorization, found.inQuery
 	if rule.Mode != Public {
 		x.reach(StepCredential)
@@ -463,7 +461,7 @@ func isPreflight(r *Request) bool {
 // previous one as well.
 func (a *Authorizer) find(ctx context.Context, r *Request, q *question) (*apikey.Key, error) {
 	if r.explain != nil {
-		return r.explain.find(ctx, a, q)
+		return r.explain.key(ctx, a, q)
 	}
 	digest := &r.digests[0] // in the request, where a pointer to it costs no allocation
 	*digest = a.peppers.Current.DigestOf(q.kind, q.secret)

@@ -56,6 +56,8 @@ type Inquiry struct {
 	Request *Request // of which Peer may be empty
 	// Key is whose request it is, whatever secret that carries; nil: that of the secret.
 	Key *apikey.Key
+	// Secret is sent as one of our headers carries it, beside what the request carries; "" for none.
+	Secret string
 	// Keys finds the key of the secret.
 	Keys Finder
 	// Client is where the request comes from; the zero Addr: what the configuration reads from the request.
@@ -121,8 +123,23 @@ func (x *Explanation) prepare(q *question) {
 	q.pinned = true
 }
 
-// find is where the key comes from.
-func (x *Explanation) find(ctx context.Context, a *Authorizer, q *question) (*apikey.Key, error) {
+// find adds to what the request carries what the inquiry says.
+func (x *Explanation) find(found *credential) {
+	switch {
+	case x == nil:
+	case x.given():
+		*found = credential{sent: true}
+	case x.inquiry.Secret != "":
+		if strings.ContainsAny(x.inquiry.Secret, ", \t") {
+			found.sent, found.ambiguous = true, true
+			return
+		}
+		found.add(x.inquiry.Secret)
+	}
+}
+
+// key is where the key comes from.
+func (x *Explanation) key(ctx context.Context, a *Authorizer, q *question) (*apikey.Key, error) {
 	if k := x.inquiry.Key; k != nil {
 		return withGeneration(k, q.at), nil
 	}

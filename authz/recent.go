@@ -17,6 +17,7 @@ type Refusal struct {
 	Reason     Reason
 	KeyID      apikey.ID // zero: no key was known
 	InstanceID string    // of the key; "" for none
+	Holder     bool      // the caller was known by a token
 	Route      string    // pattern of the rule that the request matched; "": none
 	Shadowed   Shadowed
 	// What follows is set with Limited.
@@ -61,7 +62,7 @@ func (a *Authorizer) Refused(d *Decision, at time.Time) {
 	if d.Key != nil {
 		s.KeyID, s.InstanceID = d.Key.ID, d.Key.InstanceID
 	}
-	s.route = d.route
+	s.Holder, s.route = d.Holder != (Holder{}), d.route
 }
 
 // Recall returns a recent refusal by its id. ok is false if this process does not remember it: it was not
