@@ -710,7 +710,7 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 			}
 		}
 	}
-	d.Agent = q.agent
+	d.Agent, d.InstanceID = q.agent, instance.ID
 	a.appendQuotas(r, d, q, instance)
 	demand.Quotas = r.quotas
 	var answer limits.Decision

@@ -207,7 +207,9 @@ type Decision struct {
 	Holder Holder
 	// Agent is the agent that the request is for, as soon as its limits are judged; "": none.
 	Agent string
-	route *Rule // that the request matched, perhaps anyRequest; nil where that was not looked for
+	// InstanceID is that whose limits were judged; "": none were.
+	InstanceID string
+	route      *Rule // that the request matched, perhaps anyRequest; nil where that was not looked for
 	// allowed are the rights that the policy leaves to keys.
 	allowed apikey.Scopes
 

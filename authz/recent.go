@@ -16,8 +16,7 @@ type Refusal struct {
 	At         time.Time
 	Reason     Reason
 	KeyID      apikey.ID // zero: no key was known
-	InstanceID string    // of the key; "" for none
-	Holder     bool      // the caller was known by a token
+	InstanceID string    // of the key, or whose quotas were judged; "" for none
 	Route      string    // pattern of the rule that the request matched; "": none
 	Shadowed   Shadowed
 	// What follows is set with Limited.
@@ -59,10 +58,11 @@ func (a *Authorizer) Refused(d *Decision, at time.Time) {
 	s.Refusal = Refusal{
 		ID: d.ID, At: at, Reason: d.Reason, Shadowed: d.Shadowed, Quota: d.Quota, Limit: d.Limit, RetryAfter: d.RetryAfter,
 	}
+	s.InstanceID = d.InstanceID
 	if d.Key != nil {
 		s.KeyID, s.InstanceID = d.Key.ID, d.Key.InstanceID
 	}
-	s.Holder, s.route = d.Holder != (Holder{}), d.route
+	s.route = d.route
 }
 
 // Recall returns a recent refusal by its id. ok is false if this process does not remember it: it was not

@@ -444,7 +444,7 @@ func (s *Service) Decision(ctx context.Context, caller Caller, instanceID, decis
 		return RecentRefusal{}, apikey.ErrNotFound
 	}
 	r, ok := s.cfg.Decisions.Recall(wanted)
-	if !ok || r.InstanceID != "" && r.InstanceID != id || r.Holder && caller.InstanceID != "" {
+	if !ok || r.InstanceID != "" && r.InstanceID != id {
 		return RecentRefusal{}, apikey.ErrNotFound
 	}
 	found := RecentRefusal{
