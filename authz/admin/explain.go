@@ -148,9 +148,10 @@ type KeyLimitsNow struct {
 	Replica string     `json:"replica" doc:"Where they are counted: each replica counts for itself."`
 }
 
-// KeyLimitOf makes what people read of where a limit of k, "nil" for a caller without one, stands at a time.
+// KeyLimitOf makes what people read of where a limit stands at a time. k is whose it is; nil: a caller without a
+// key.
 func KeyLimitOf(k *apikey.Key, s *authz.Standing, at time.Time) KeyLimit {
-	l := KeyLimit{Most: s.Standing.Limit, Used: s.Used, Remaining: s.Remaining, Shadow: s.Shadow}
+	l := KeyLimit{Most: s.Limit, Used: s.Used, Remaining: s.Remaining, Shadow: s.Shadow}
 	if s.ResetsIn > 0 && s.Class != limits.ClassConcurrency {
 		l.ResetsAt = at.Add(s.ResetsIn).UTC()
 	}
@@ -171,7 +172,7 @@ func KeyLimitOf(k *apikey.Key, s *authz.Standing, at time.Time) KeyLimit {
 		l.Overridden = k != nil && k.Limits.MaxConcurrent != 0
 	}
 	if !s.Rate.IsZero() {
-		l.Every = time.Duration(s.Rate.Interval).String()
+		l.Every = s.Rate.Interval.String()
 	}
 	if q := s.Quota; q != nil {
 		l.Limit, l.Quota, l.Context = "quota", q.Name, q.Context
@@ -275,7 +276,7 @@ func (s *Service) verification(x *authz.Explanation, given bool) Verification {
 	if x.Rule != nil {
 		v.Route = x.Rule.String()
 	}
-	answer := ""
+	var answer string
 	switch {
 	case x.Undecided != "":
 		v.Outcome, v.HTTPStatus, answer = "undecided", http.StatusServiceUnavailable, "undecided"
