@@ -45,7 +45,7 @@ type LeaseDemand struct {
 	Connection uint64
 	// Note is kept with the lease for whoever lists it.
 	Note uint64
-	// Shadow: leases are granted above the limit as well.
+	// Shadow: leases are granted above the limit as well, so that nobody waits, also not who waits already.
 	Shadow bool
 }
 

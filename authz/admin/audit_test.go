@@ -16,26 +16,31 @@ import (
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
 	"keyward/authz/store/sqlite"
+	"keyward/authz/store/storetest"
 )
 
-// sealed is a desk whose audit is sealed, and kept for a time.
+// sealed is a desk whose audit is sealed, and kept for a time; at path, or "" for a store in memory, where the
+// minutes of many days cost nothing.
 func sealed(t *testing.T, path string, keep time.Duration) *desk {
 	t.Helper()
 	d := open(t)
 	peppers := apikey.Peppers{Current: d.pepper}
-	store, err := sqlite.Open(t.Context(), sqlite.Config{Path: path, Audit: admin.NewAuditKeys(peppers)})
-	if err != nil {
-		t.Fatal(err)
+	d.store = storetest.NewMemory(admin.NewAuditKeys(peppers))
+	if path != "" {
+		store, err := sqlite.Open(t.Context(), sqlite.Config{Path: path, Audit: admin.NewAuditKeys(peppers)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = store.Close() })
+		d.store = store
 	}
-	t.Cleanup(func() { _ = store.Close() })
-	d.store = store
-	d.Service = admin.New(store, admin.Config{Peppers: peppers, AuditKeep: keep}, nil, logOf(d))
+	d.Service = admin.New(d.store, admin.Config{Peppers: peppers, AuditKeep: keep}, nil, logOf(d))
 	return d
 }
 
 func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		d := sealed(t, filepath.Join(t.TempDir(), "audit.db"), 3*24*time.Hour)
+		d := sealed(t, "", 3*24*time.Hour)
 		stop := sweeping(t, d.Service, "one")
 		d.instance(t, "a")
 		var heads []admin.AuditHead
@@ -84,7 +89,7 @@ func TestOldAuditEventsAreRemovedAndTheRestProvesItself(t *testing.T) {
 // A slow verification does not take the removal of old events meanwhile for tampering.
 func TestVerifyWhileOldEventsAreDue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		d := sealed(t, filepath.Join(t.TempDir(), "audit.db"), 3*24*time.Hour)
+		d := sealed(t, "", 3*24*time.Hour)
 		d.instance(t, "a")
 		for range 10 {
 			d.key(t, "a")

@@ -203,7 +203,7 @@ type QuotaSet struct {
 }
 
 // PutQuota creates a quota or replaces the one of that name. Counts that run go on under the new numbers.
-// ifMatch is the Revision that the caller saw, 0 for whatever it is now.
+// ifMatch is the Revision that the caller saw, [IfThere] for a quota that is there, 0 for whatever it is now.
 // Errors: [ErrPrecondition].
 func (s *Service) PutQuota(ctx context.Context, caller Caller, instanceID, name string, in QuotaInput, ifMatch apikey.Revision) (QuotasChange, error) {
 	id, err := caller.mayIn(instanceID, putQuota)
@@ -222,7 +222,11 @@ func (s *Service) PutQuota(ctx context.Context, caller Caller, instanceID, name 
 		return QuotasChange{}, err
 	}
 	return s.changeQuotas(ctx, caller, id, ifMatch, false, func(old []apikey.Quota) ([]apikey.Quota, error) {
-		return append(without(old, named(name)), q), nil
+		others := without(old, named(name))
+		if ifMatch == IfThere && len(others) == len(old) {
+			return nil, ErrPrecondition
+		}
+		return append(others, q), nil
 	})
 }
 
@@ -282,7 +286,7 @@ func (s *Service) changeQuotas(ctx context.Context, caller Caller, id string, if
 		if err != nil {
 			return err
 		}
-		if ifMatch != 0 && ifMatch != in.Revision {
+		if ifMatch != 0 && ifMatch != IfThere && ifMatch != in.Revision {
 			return ErrPrecondition
 		}
 		old := in.Quotas

@@ -25,6 +25,7 @@ func TestQuotas(t *testing.T) {
 	if got := strings.TrimSpace(empty.Body.String()); empty.Code != 200 || got != `{"value":[]}` {
 		t.Fatalf("got %d %s", empty.Code, got)
 	}
+	wantError(t, d.send(d.owner, "PUT", at+"/per-user", body, "If-Match", "*"), 412, CodePreconditionFailed, "")
 	w := d.send(d.owner, "PUT", at+"/per-user", body, "If-Match", empty.Header().Get("ETag"))
 	made := read[map[string]any](t, w, 201)
 	if got := w.Header().Get("Location"); got != at+"/per-user" {
@@ -45,7 +46,7 @@ func TestQuotas(t *testing.T) {
 	if q := read[admin.QuotaRecord](t, got, 200); q.Enforced.Limit != 33 || got.Header().Get("ETag") != tag {
 		t.Errorf("got %s of %q, want %q", got.Body, got.Header().Get("ETag"), tag)
 	}
-	if w := d.send(d.owner, "PUT", at+"/per-user", body); w.Code != 200 || w.Header().Get("ETag") != tag {
+	if w := d.send(d.owner, "PUT", at+"/per-user", body, "If-Match", "*"); w.Code != 200 || w.Header().Get("ETag") != tag {
 		t.Errorf("the same again: %d of %q, want 200 of %q", w.Code, w.Header().Get("ETag"), tag)
 	}
 	w = d.send(d.owner, "PUT", at+"/per-user", `{"name":"per-user","context":"CoreAPI:Completions","partition":"ApiKey","limit":10,"period":"month"}`, "If-Match", tag)

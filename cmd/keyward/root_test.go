@@ -22,7 +22,8 @@ func TestExitCodes(t *testing.T) {
 		{&manage.Error{Status: 400}, 2},
 		{&manage.Error{Status: 401}, 3},
 		{&manage.Error{Status: 403}, 3},
-		{&manage.Error{Status: 404}, 4},
+		{&manage.Error{Status: 404}, 1}, // of something that is no keyward
+		{&manage.Error{Status: 404, Code: manage.CodeNotFound}, 4},
 		{&manage.Error{Status: 409}, 5},
 		{&manage.Error{Status: 412}, 5},
 		{&manage.Error{Status: 429}, 6},

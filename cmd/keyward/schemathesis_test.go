@@ -3,13 +3,13 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"flag"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -84,6 +84,13 @@ func TestSchemathesis(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	asJSON := func(v any) string {
+		text, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
 	ask := func(token apikey.Secret, lasting time.Duration, args ...string) {
 		// Its own time is about asking; it begins with a plan, and ends with a report.
 		ctx, cancel := context.WithTimeout(t.Context(), lasting+2*patience)
@@ -99,7 +106,7 @@ func TestSchemathesis(t *testing.T) {
 		c.Dir = dir
 		c.Env = programEnv("HOME="+dir, "PYTHONDONTWRITEBYTECODE=1", "KEYWARD_SERVER=http://"+at.manage,
 			"KEYWARD_TOKEN="+token.Reveal(), "KEYWARD_ERROR_CODES="+codes, "KEYWARD_CALLED="+called,
-			"KEYWARD_EXAMPLES="+examples, "KEYWARD_KNOWN="+known)
+			"KEYWARD_EXAMPLES="+asJSON(examples), "KEYWARD_KNOWN="+asJSON(known))
 		said, err := c.CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v\n%s\n%s", err, said, server.says())
@@ -111,20 +118,44 @@ func TestSchemathesis(t *testing.T) {
 		t.Logf("%s cases; %s", cases[1], regexp.MustCompile(`Seed: \d+`).Find(said))
 	}
 	// With tokens it would find its own, and revoke it: those come last.
+	document, aboutTokens := "http://"+at.manage+"/openapi.json", []string{"listTokens", "createToken", "revokeToken"}
 	ask(tokens[0], *schemathesisTime*4/5, "--exclude-operation-id", "revokeToken")
+	// On a busy machine the time is over before each operation had more than its example.
+	for range 5 {
+		missing := leftOut(t, document, called)
+		var only []string
+		for operation, succeeded := range missing {
+			if succeeded {
+				delete(examples, operation)
+			}
+			if !slices.Contains(aboutTokens, operation) {
+				only = append(only, "--include-operation-id", operation)
+			}
+		}
+		if only == nil {
+			break
+		}
+		ask(tokens[0], *schemathesisTime, only...)
+	}
 	if _, err := manage.NewClient("http://"+at.manage, tokens[0], nil).Instances(t.Context()); err != nil {
 		t.Fatalf("what was asked with the token proves nothing: %v", err)
 	}
-	ask(tokens[1], *schemathesisTime/5, "--include-operation-id", "listTokens", "--include-operation-id", "createToken", "--include-operation-id", "revokeToken")
-	nothingLeftOut(t, "http://"+at.manage+"/openapi.json", called)
+	var only []string
+	for _, operation := range aboutTokens {
+		only = append(only, "--include-operation-id", operation)
+	}
+	ask(tokens[1], *schemathesisTime/2, only...)
+	for operation, succeeded := range leftOut(t, document, called) {
+		t.Errorf("%s: asked less than twice, or not with success (%t)", operation, succeeded)
+	}
 	if said := server.says(); strings.Contains(said, "panic") {
 		t.Errorf("the server says:\n%s", said)
 	}
 }
 
-// askedAbout returns, as JSON, one example of each operation that should succeed, and the ids that other
-// requests should be about.
-func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known string) {
+// askedAbout returns one example of each operation that should succeed, and the ids that other requests should
+// be about.
+func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known map[string]any) {
 	type ids = map[string]any
 	type example struct {
 		Path  ids `json:"path,omitempty"`
@@ -134,32 +165,29 @@ func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known string) {
 	in := ids{"instanceId": "other"}
 	of := func(n int) ids { return ids{"instanceId": "demo", "keyId": keys[n]} }
 	name := ids{"name": "n"}
-	all, err := json.Marshal(map[string]example{
-		"listAuditEvents": {Path: in}, "listAllAuditEvents": {}, "getAuditChain": {}, "getAuditHead": {}, "verifyAudit": {},
-		"listInstances": {}, "getInstance": {Path: in}, "disableInstance": {Path: in}, "enableInstance": {Path: in},
-		"putInstance":    {Path: in, Body: ids{"policy": ids{"caps": ids{"instance": -1}, "creation": ids{"perHour": -1}}}},
-		"deleteInstance": {Path: ids{"instanceId": "gone"}, Query: ids{"revokeKeys": true}},
-		"listKeys":       {Path: in, Query: ids{"status": "active", "orderby": "name"}},
-		"createKey":      {Path: in, Body: ids{"name": "n", "type": "agent", "agentName": "a", "scopes": []string{"a:b"}, "expiresIn": "30d"}},
-		"getKey":         {Path: of(1)}, "getKeyAdvice": {Path: of(1)}, "getKeyLimits": {Path: in}, "updateKey": {Path: of(1), Body: name},
-		"rotateKey": {Path: of(2), Body: ids{"gracePeriod": "1h"}}, "revokeKey": {Path: of(3), Query: ids{"reason": "unused"}},
-		"revokeGeneration": {Path: ids{"instanceId": "demo", "keyId": keys[0], "number": 1}},
-		"revokeKeys":       {Path: in, Body: ids{"filter": ids{"namePrefix": "asked"}, "dryRun": true}},
-		"importKeys":       {Path: in, Body: ids{"name": "n", "secret": apikey.Format{}.New(apikey.KindInstance).Reveal()}}, "exportKeys": {Path: in},
-		"listInFlight": {Path: in}, "endInFlight": {Path: ids{"instanceId": "other", "leaseId": "none"}},
-		"verifyKey": {Path: in, Body: ids{"method": "GET", "path": "/"}}, "getLimitsOfKey": {Path: of(1)}, "getDecision": {Path: ids{"instanceId": "other", "decisionId": "none"}},
-		"listPeppers": {}, "retirePepper": {Path: ids{"version": 1}},
-		"listTokens": {}, "createToken": {Body: ids{"name": "n", "role": "auditor"}}, "revokeToken": {Path: ids{"tokenId": token}},
-	})
-	ofThese, err2 := json.Marshal(ids{"instanceId": []string{"demo", "other"}, "keyId": keys[4:]})
-	if err := errors.Join(err, err2); err != nil {
-		panic(err)
-	}
-	return string(all), string(ofThese)
+	return map[string]any{
+		"listAuditEvents": example{Path: in}, "listAllAuditEvents": example{}, "getAuditChain": example{}, "getAuditHead": example{}, "verifyAudit": example{},
+		"listInstances": example{}, "getInstance": example{Path: in}, "disableInstance": example{Path: in}, "enableInstance": example{Path: in},
+		"putInstance":    example{Path: in, Body: ids{"policy": ids{"caps": ids{"instance": -1}, "creation": ids{"perHour": -1}}}},
+		"deleteInstance": example{Path: ids{"instanceId": "gone"}, Query: ids{"revokeKeys": true}},
+		"listKeys":       example{Path: in, Query: ids{"status": "active", "orderby": "name"}},
+		"createKey":      example{Path: in, Body: ids{"name": "n", "type": "agent", "agentName": "a", "scopes": []string{"a:b"}, "expiresIn": "30d"}},
+		"getKey":         example{Path: of(1)}, "getKeyAdvice": example{Path: of(1)}, "getKeyLimits": example{Path: in}, "updateKey": example{Path: of(1), Body: name},
+		"rotateKey": example{Path: of(2), Body: ids{"gracePeriod": "1h"}}, "revokeKey": example{Path: of(3), Query: ids{"reason": "unused"}},
+		"revokeGeneration": example{Path: ids{"instanceId": "demo", "keyId": keys[0], "number": 1}},
+		"revokeKeys":       example{Path: in, Body: ids{"filter": ids{"namePrefix": "asked"}, "dryRun": true}},
+		"importKeys":       example{Path: in, Body: ids{"name": "n", "secret": apikey.Format{}.New(apikey.KindInstance).Reveal()}}, "exportKeys": example{Path: in},
+		"listInFlight": example{Path: in}, "endInFlight": example{Path: ids{"instanceId": "other", "leaseId": "none"}},
+		"verifyKey": example{Path: in, Body: ids{"method": "GET", "path": "/"}}, "getLimitsOfKey": example{Path: of(1)},
+		"getDecision": example{Path: ids{"instanceId": "other", "decisionId": "none"}},
+		"listPeppers": example{}, "retirePepper": example{Path: ids{"version": 1}},
+		"listTokens": example{}, "createToken": example{Body: ids{"name": "n", "role": "auditor"}}, "revokeToken": example{Path: ids{"tokenId": token}},
+	}, ids{"instanceId": []string{"demo", "other"}, "keyId": keys[4:]}
 }
 
-// nothingLeftOut compares what was asked, a line with operation and status for each answer, with the document.
-func nothingLeftOut(t *testing.T, document, called string) {
+// leftOut compares what was asked, a line with operation and status for each answer, with the document. It
+// returns the operations that were asked less than twice, or never with success, and whether they had any.
+func leftOut(t *testing.T, document, called string) map[string]bool {
 	t.Helper()
 	answer, err := http.Get(document)
 	if err != nil {
@@ -184,15 +212,18 @@ func nothingLeftOut(t *testing.T, document, called string) {
 			done[operation]++
 		}
 	}
-	for path, methods := range api.Paths {
-		for method, operation := range methods {
+	missing := map[string]bool{}
+	for _, methods := range api.Paths {
+		for _, operation := range methods {
 			id := operation.OperationID
-			// No request runs, none was refused, and no pepper can go: these have nothing to succeed with.
-			if asked[id] < 2 || done[id] == 0 && id != "endInFlight" && id != "getDecision" && id != "retirePepper" {
-				t.Errorf("%s %s: %d requests, of which %d succeeded", strings.ToUpper(method), path, asked[id], done[id])
+			// No request runs and no pepper can go: these two have nothing to succeed with.
+			succeeded := done[id] > 0 || id == "endInFlight" || id == "getDecision" || id == "retirePepper"
+			if asked[id] < 2 || !succeeded {
+				missing[id] = succeeded
 			}
 		}
 	}
+	return missing
 }
 
 // fresh starts a server on a new store in a folder, and returns it with its first management token.

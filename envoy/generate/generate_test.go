@@ -14,6 +14,7 @@ import (
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -122,11 +123,12 @@ func parse(t *testing.T, text []byte, m proto.Message) {
 }
 
 // parts reads a fragment.
-func parts(t *testing.T, text []byte) (*hcmv3.HttpConnectionManager, []*clusterv3.Cluster) {
+func parts(t *testing.T, text []byte) (*hcmv3.HttpConnectionManager, []*clusterv3.Cluster, []*routev3.Route) {
 	t.Helper()
 	var f struct {
 		Manager  map[string]any   `json:"http_connection_manager"`
 		Clusters []map[string]any `json:"clusters"`
+		Routes   []any            `json:"routes"` // of a rule that looks at bodies
 	}
 	if err := yaml.UnmarshalStrict(text, &f); err != nil {
 		t.Fatal(err)
@@ -145,7 +147,12 @@ func parts(t *testing.T, text []byte) (*hcmv3.HttpConnectionManager, []*clusterv
 		clusters[i] = &clusterv3.Cluster{}
 		read(c, clusters[i])
 	}
-	return manager, clusters
+	routes := make([]*routev3.Route, len(f.Routes))
+	for i, r := range f.Routes {
+		routes[i] = &routev3.Route{}
+		read(r, routes[i])
+	}
+	return manager, clusters, routes
 }
 
 // embed pastes a fragment into a configuration that has neither keyward nor any hardening.
@@ -176,7 +183,7 @@ static_resources:
       cluster_name: theirs
       endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: `+host+`, port_value: `+port+`}}}}]}]
 `), b)
-	manager, clusters := parts(t, fragment)
+	manager, clusters, routes := parts(t, fragment)
 	packed := b.StaticResources.Listeners[0].FilterChains[0].Filters[0].GetTypedConfig()
 	theirs := &hcmv3.HttpConnectionManager{}
 	if err := packed.UnmarshalTo(theirs); err != nil {
@@ -184,6 +191,11 @@ static_resources:
 	}
 	manager.HttpFilters = append(manager.HttpFilters, theirs.HttpFilters...)
 	theirs.HttpFilters = nil
+	all := theirs.GetRouteConfig().GetVirtualHosts()[0]
+	for _, r := range routes {
+		r.Action = all.Routes[0].Action
+	}
+	all.Routes = append(routes, all.Routes...)
 	proto.Merge(theirs, manager)
 	if err := packed.MarshalFrom(theirs); err != nil {
 		t.Fatal(err)
@@ -300,7 +312,7 @@ func TestNothingOpensTheDoor(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		manager, clusters := parts(t, fragment)
+		manager, clusters, _ := parts(t, fragment)
 		walk(t, name+" fragment", manager.ProtoReflect(), never)
 		for _, c := range clusters {
 			walk(t, name+" fragment", c.ProtoReflect(), never)

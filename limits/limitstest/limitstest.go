@@ -1,6 +1,6 @@
 // Package limitstest is the contract of a [limits.Limiter] as a test suite: whoever passes it gives the
-// same answers to the same questions, in this process or over a network. [Bucket] is the oracle, for
-// other tests as well.
+// same answers to the same questions, in this process or over a network. [Bucket], [Log] and
+// [Oracle] are what it is held to, for other tests as well.
 //
 // Begin with [Run], or with [RunInBubble] for a limiter that lives in this process alone.
 package limitstest

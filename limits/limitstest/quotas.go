@@ -151,8 +151,6 @@ func (s *table) wantUnits(t failer, q limits.QuotaDemand, want int) {
 	}
 }
 
-func (s *table) span(n int64) time.Duration { return time.Duration(n) * s.Resolution }
-
 func (s *table) look(t failer, d *limits.Demand) []limits.Standing {
 	t.Helper()
 	standings, err := s.Limiter.Look(context.Background(), d, nil)
@@ -552,8 +550,8 @@ func manyUnitsBecomeFew(t failer, s *table) {
 	q.Quota.Limit = 1024
 	got := s.take(t, asks(q))
 	// 1,977 units must be over first: the last of those came 102,300 steps ago, or up to a hundredth later.
-	least := s.span(1_000_000 - 102_400)
-	if got.Allowed || got.RetryAfter < least || got.RetryAfter > least+s.span(10_000) {
+	least := (1_000_000 - 102_400) * s.Resolution
+	if got.Allowed || got.RetryAfter < least || got.RetryAfter > least+10_000*s.Resolution {
 		t.Fatalf("got %+v, want a wait from %v on, and a hundredth of the window at most", got, least)
 	}
 	s.Advance(got.RetryAfter - s.Resolution)

@@ -186,6 +186,7 @@ func (l *Limiter) Take(ctx context.Context, d *limits.Demand) (limits.Decision, 
 	case ended:
 		return limits.Decision{}, errEnded
 	case overfull:
+		l.quotasFull.Inc()
 		return limits.Decision{}, l.errFull
 	case crowded:
 		return l.await(ctx, &t, w)
@@ -194,7 +195,7 @@ func (l *Limiter) Take(ctx context.Context, d *limits.Demand) (limits.Decision, 
 }
 
 var (
-	errTwice = fmt.Errorf("a demand names a limit twice, or tens of thousands: %w", apikey.ErrUndecided)
+	errTwice = fmt.Errorf("a demand names a limit twice, or more than 32,766 limits: %w", apikey.ErrUndecided)
 	errEnded = fmt.Errorf("the request has ended: %w", apikey.ErrUndecided)
 )
 
@@ -235,14 +236,14 @@ type involved struct {
 	slot     int32 // position in the shard's table while its lock is held, or missing
 	position int32 // in Demand.Rates or Demand.Quotas
 	place    int16 // among all the demand's limits
-	sort     sort
+	kind     kind
 	noRoom   bool // judged, but in shadow, so that nothing of it is spent
 }
 
-type sort uint8
+type kind uint8
 
 const (
-	aRate sort = iota
+	aRate kind = iota
 	aQuota
 	theLease
 )
@@ -257,7 +258,7 @@ func (t *taking) rate(c *involved) *limits.RateDemand   { return &t.demand.Rates
 func (t *taking) quota(c *involved) *limits.QuotaDemand { return &t.demand.Quotas[c.position] }
 
 func (t *taking) cellOf(c *involved) *limits.Cell {
-	switch c.sort {
+	switch c.kind {
 	case aRate:
 		return &t.rate(c).Cell
 	case aQuota:
@@ -275,19 +276,19 @@ func (l *Limiter) involve(cells []involved, d *limits.Demand) (t taking, once bo
 	}
 	for i := range d.Rates {
 		if r := &d.Rates[i]; !r.Rate.IsZero() {
-			cells = append(cells, involved{sort: aRate, shard: l.shardOf(&r.Cell), position: int32(i), place: int16(len(cells))})
+			cells = append(cells, involved{kind: aRate, shard: l.shardOf(&r.Cell), position: int32(i), place: int16(len(cells))})
 		}
 	}
 	for i := range d.Quotas {
 		if q := &d.Quotas[i]; !q.Quota.IsZero() {
-			cells = append(cells, involved{sort: aQuota, shard: l.shardOf(&q.Cell), position: int32(i), place: int16(len(cells))})
+			cells = append(cells, involved{kind: aQuota, shard: l.shardOf(&q.Cell), position: int32(i), place: int16(len(cells))})
 			t.quotas = true
 		}
 	}
 	if d.Lease.Limit > 0 {
 		t.lease = &d.Lease
 		t.hash = l.hashOf(&d.Lease.Lease)
-		cells = append(cells, involved{sort: theLease, shard: l.shardOf(&d.Lease.Lease.Cell), place: int16(len(cells))})
+		cells = append(cells, involved{kind: theLease, shard: l.shardOf(&d.Lease.Lease.Cell), place: int16(len(cells))})
 	}
 	slices.SortFunc(cells, func(a, b involved) int {
 		if a.shard != b.shard {
@@ -299,7 +300,7 @@ func (l *Limiter) involve(cells []involved, d *limits.Demand) (t taking, once bo
 		if i > 0 && cells[i].shard == cells[i-1].shard && *t.cellOf(&cells[i]) == *t.cellOf(&cells[i-1]) {
 			return t, false
 		}
-		if cells[i].sort == theLease {
+		if cells[i].kind == theLease {
 			t.cell = i
 		}
 	}
@@ -444,7 +445,7 @@ func (l *Limiter) conclude(t *taking, r *ruling, at instant) limits.Decision {
 		l.quotasLocked.Inc()
 	}
 	d.Class, d.RetryAfter = r.class, max(r.own, r.others)
-	if c.sort == aQuota {
+	if c.kind == aQuota {
 		d.Quota = int(c.position)
 	}
 	return d
@@ -457,7 +458,7 @@ func (l *Limiter) judgeLimits(t *taking, at instant) (r ruling) {
 		s := &l.shards[c.shard]
 		var wait, lockout time.Duration
 		var shadow bool
-		switch c.sort {
+		switch c.kind {
 		case aRate:
 			r := t.rate(c)
 			wait, shadow = c.judgeRate(s, r, at.clock), r.Shadow
@@ -509,7 +510,7 @@ func (l *Limiter) spend(t *taking, at instant) bool {
 	if t.quotas {
 		fresh := int64(0)
 		for i := range t.cells {
-			if c := &t.cells[i]; c.sort == aQuota && c.slot == missing && !t.quota(c).Shadow {
+			if c := &t.cells[i]; c.kind == aQuota && c.slot == missing && !t.quota(c).Shadow {
 				fresh++
 			}
 		}
@@ -522,14 +523,16 @@ func (l *Limiter) spend(t *taking, at instant) bool {
 		s := &l.shards[c.shard]
 		switch {
 		case c.noRoom:
-		case c.sort == aRate:
+		case c.kind == aRate:
 			if c.slot == missing {
 				c.slot = l.add(s, &t.rate(c).Cell)
 			}
 			s.slots[c.slot].full = c.full
-		case c.sort == aQuota:
+		case c.kind == aQuota:
 			if q := t.quota(c); c.slot != missing || !q.Shadow || l.reserve(1) {
 				c.spendQuota(&s.quotas, q, at)
+			} else {
+				l.quotasFull.Inc()
 			}
 		}
 	}

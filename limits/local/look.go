@@ -22,7 +22,7 @@ func (l *Limiter) Look(_ context.Context, d *limits.Demand, standings []limits.S
 		c := &t.cells[i]
 		s := &l.shards[c.shard]
 		var standing limits.Standing
-		switch c.sort {
+		switch c.kind {
 		case aRate:
 			r, full := t.rate(c), int64(0)
 			if position, ok := s.index[r.Cell]; ok {

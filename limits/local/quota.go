@@ -150,7 +150,6 @@ func (t *quotaTable) add(cell *limits.Cell) int32 {
 func (l *Limiter) reserve(cells int64) bool {
 	if cells > 0 && l.quotaCells.Add(cells) > l.quotaBound {
 		l.quotaCells.Add(-cells)
-		l.quotasFull.Inc()
 		return false
 	}
 	return true

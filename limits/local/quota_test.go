@@ -195,8 +195,8 @@ func TestQuotaCellsHaveABound(t *testing.T) {
 		if got := mustTake(t, l, demandQuotas(quotaOf(100, day))); got.Class != limits.ClassKeyQuota {
 			t.Fatalf("got %+v over the limit", got)
 		}
-		if got := gathered(t, reg)["quota_cells_lacking_total"]; got != 7 {
-			t.Errorf("%v requests counted that lacked a cell, want 7", got)
+		if got := gathered(t, reg)["quota_cells_lacking_total"]; got != 4 {
+			t.Errorf("%v requests counted that lacked a cell, want 4", got)
 		}
 		if n := heldQuotas(t, l); n != 10 {
 			t.Errorf("%d cells held, want 10", n)

