@@ -83,6 +83,7 @@ type Authorizer struct {
 	rules     atomic.Pointer[rules]
 	notes     notes
 	quotas    quotaSets
+	recent    recent
 }
 
 // rules is a Config made ready.
@@ -238,13 +239,19 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 	rules := a.rules.Load()
 	*d = Decision{ID: newID(), CredentialHeaders: rules.Credentials.Headers, CredentialQuery: rules.Credentials.QueryParameter}
 
+	x := r.explain
+	x.reach(StepPath)
 	path, query, scratch, ok := judgePath(r.scratch, r.Path)
 	r.scratch = scratch
 	if !ok {
 		d.Reason = ReasonInvalidPath
 		return nil
 	}
+	x.reach(StepRoute)
 	rule := rules.routes.match(&r.match, r.Method, r.Host, path)
+	if x != nil {
+		x.Rule = rule
+	}
 	if rule == nil {
 		if rules.DenyUnrouted {
 			d.Reason = ReasonNoRoute
@@ -252,10 +259,15 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		}
 		rule = &anyRequest
 	}
+	d.route = rule
 
 	// Looked for on every route, because what carries a secret must be removed on every route.
 	found := rules.Credentials.find(r, query)
+	x.find(&found)
 	d.CredentialSent, d.InAuthorization, d.InQuery = found.sent, found.inAuthorization, found.inQuery
+	if rule.Mode != Public {
+		x.reach(StepCredential)
+	}
 	switch {
 	case found.unremovable:
 		d.Reason = ReasonInvalidRequest
@@ -279,12 +291,16 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		d.Reason = ReasonAmbiguousCredential
 		return nil
 	}
+	x.reach(StepShape)
 	var kind apikey.Kind
-	if kind, d.Reason = shape(rules.Credentials.Format, found.secret); d.Reason != ReasonNone {
-		return nil
+	if !x.given() {
+		if kind, d.Reason = shape(rules.Credentials.Format, found.secret); d.Reason != ReasonNone {
+			return nil
+		}
 	}
 
 	q := question{rule: rule, query: query, secret: found.secret, kind: kind, client: r.clientAddr(rules.ClientAddress, rules.TrustedHops), mayBlock: mayBlock, at: r.At}
+	x.prepare(&q)
 	instance, err := a.known(ctx, r, d, &q)
 	if err != nil || d.Reason != ReasonNone {
 		return err
@@ -306,9 +322,12 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		a.TakeBack(ctx, d)
 		return err // the process stood still, perhaps for longer than a revocation waits for it
 	}
+	x.reach(StepAllowed)
 	d.Reason = ReasonKey
 	d.allowed = instance.Policy.AllowedScopes
-	a.uses.Used(d.Key, q.at)
+	if x == nil {
+		a.uses.Used(d.Key, q.at)
+	}
 	return nil
 }
 
@@ -355,12 +374,15 @@ type question struct {
 	client   netip.Addr
 	mayBlock bool
 	at       time.Time // when the key's life was judged
+	pinned   bool      // at is when it is to be judged
 	agent    string    // that the request is for; "": none
 }
 
 // known answers who is calling, and whether they may here: life, place and right.
 func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *question) (*apikey.Instance, error) {
+	x := r.explain
 	for range maxLooks {
+		x.reach(StepKnown)
 		k, err := a.find(ctx, r, q)
 		if errors.Is(err, apikey.ErrNotFound) && q.kind == apikey.KindForeign && a.settler != nil {
 			if err = a.settle(ctx, r, q); err == nil {
@@ -382,19 +404,22 @@ func (a *Authorizer) known(ctx context.Context, r *Request, d *Decision, q *ques
 			// The record is here and its instance is not: the snapshot is a moment behind.
 			return nil, fmt.Errorf("instance of key %s is not known yet: %w", k.ID, apikey.ErrUndecided)
 		}
+		x.reach(StepLife)
 		var asked bool
 		if d.Reason, asked, err = a.life(ctx, k, instance, q); err != nil || d.Reason != ReasonNone {
 			return nil, err
 		}
-		if asked {
+		if asked && x == nil {
 			// The store was asked, which takes time: only a record that is still the one in force counts.
 			if again, err := a.find(ctx, r, q); err != nil || again != k {
 				continue
 			}
 		}
+		x.reach(StepPlace)
 		if d.Reason = place(k, q, r); d.Reason != ReasonNone {
 			return nil, nil
 		}
+		x.reach(StepRight)
 		d.Reason = right(d, k, instance, q.rule, r, q.client)
 		return instance, nil
 	}
@@ -435,6 +460,9 @@ func isPreflight(r *Request) bool {
 // find looks a secret up by its digest: under the current pepper, and while a rotation lasts under the
 // previous one as well.
 func (a *Authorizer) find(ctx context.Context, r *Request, q *question) (*apikey.Key, error) {
+	if r.explain != nil {
+		return r.explain.key(ctx, a, q)
+	}
 	digest := &r.digests[0] // in the request, where a pointer to it costs no allocation
 	*digest = a.peppers.Current.DigestOf(q.kind, q.secret)
 	k, ok, err := a.keys.Cached(digest)
@@ -473,7 +501,7 @@ func (a *Authorizer) find(ctx context.Context, r *Request, q *question) (*apikey
 // had to be asked.
 func (a *Authorizer) life(ctx context.Context, k *apikey.Key, instance *apikey.Instance, q *question) (reason Reason, asked bool, err error) {
 	now := q.at
-	if q.mayBlock || now.IsZero() { // time has passed since it was asked about
+	if !q.pinned && (q.mayBlock || now.IsZero()) { // time has passed since it was asked about
 		now = time.Now()
 		q.at = now
 	}
@@ -685,9 +713,20 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 			}
 		}
 	}
+	d.Agent, d.InstanceID = q.agent, instance.ID
 	a.appendQuotas(r, d, q, instance)
 	demand.Quotas = r.quotas
-	answer, ok := a.limiter.TryTake(demand)
+	var answer limits.Decision
+	ok := r.explain != nil
+	if ok {
+		r.explain.reach(StepLimits)
+		answer, err = a.judge(ctx, r)
+	} else {
+		answer, ok = a.limiter.TryTake(demand)
+	}
+	if err != nil {
+		return false, err
+	}
 	if !ok {
 		if !q.mayBlock {
 			return false, errBlock
@@ -697,6 +736,9 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 		}
 	}
 	d.Shadowed |= Shadowed(answer.Shadowed)
+	if answer.Allowed && r.explain != nil {
+		return false, nil
+	}
 	if answer.Allowed {
 		d.Leased, d.Lease, d.repeated = demand.Lease.Limit > 0, demand.Lease.Lease, answer.Repeated
 		if rules.ShowLimits {
@@ -722,27 +764,9 @@ func (a *Authorizer) limit(ctx context.Context, r *Request, d *Decision, rules *
 // look says in d where the limits of the request's demand stand, but for those in shadow. That they cannot be
 // seen is no reason to refuse anybody.
 func (a *Authorizer) look(ctx context.Context, r *Request, d *Decision) {
-	var room [8]limits.Standing
-	seen, err := a.limiter.Look(ctx, &r.demand, room[:0])
-	if err != nil {
-		return
+	seen, err := a.standings(ctx, r, r.standings[:0])
+	r.standings = slices.DeleteFunc(seen, func(s Standing) bool { return s.Shadow })
+	if err == nil {
+		d.Standings = r.standings
 	}
-	r.standings = r.standings[:0]
-	for _, s := range seen {
-		if s.Shadow {
-			continue
-		}
-		standing := Standing{Standing: s}
-		switch s.Class {
-		case limits.ClassGlobalQuota, limits.ClassPrincipalQuota, limits.ClassKeyQuota:
-			standing.Quota, standing.QuotaLimit = r.inForce[s.Quota], r.quotas[s.Quota].Quota
-		}
-		for i := range r.demand.Rates {
-			if r.demand.Rates[i].Cell.Class == s.Class {
-				standing.Rate = r.demand.Rates[i].Rate
-			}
-		}
-		r.standings = append(r.standings, standing)
-	}
-	d.Standings = r.standings
 }

@@ -207,6 +207,11 @@ type Decision struct {
 	Key *apikey.Key
 	// Holder is who is known by a token.
 	Holder Holder
+	// Agent is the agent that the request is for, as soon as its limits are judged; "": none.
+	Agent string
+	// InstanceID is that whose limits were judged; "": none were.
+	InstanceID string
+	route      *Rule // that the request matched, perhaps anyRequest; nil where that was not looked for
 	// allowed are the rights that the policy leaves to keys.
 	allowed apikey.Scopes
 
@@ -248,6 +253,18 @@ type Standing struct {
 	// What the limit is: one of them is set; of running requests none is.
 	QuotaLimit limits.Quota
 	Rate       limits.Rate
+}
+
+// Route returns the pattern of the rule that the request matched; "" if none did. Quotas of the context, ""
+// for none, and of the context with the agent count the request, so many units each.
+func (d *Decision) Route() (pattern, context string, cost int) {
+	if d.route == nil {
+		return "", "", 0
+	}
+	if d.route.Context != "" {
+		cost = max(1, d.route.Cost)
+	}
+	return d.route.String(), d.route.Context, cost
 }
 
 // Outcome is what the caller learns.

@@ -50,6 +50,7 @@ type Request struct {
 	userID    []byte          // the same
 	standings []Standing
 	demand    limits.Demand
+	explain   *Explanation // nil: the request is real
 }
 
 // A Pair is a name and a value.

@@ -14,6 +14,8 @@ type Self struct {
 	Limits apikey.Limits // with what the key inherits; [apikey.Unlimited] where there is none
 	// Left is what of the limits nobody uses now; nil where the limiter cannot tell.
 	Left *Left
+	// Standings are where each limit stands, as [Authorizer.LimitsOf] says; nil where the limiter cannot tell.
+	Standings []Standing
 }
 
 // Left counts requests; [apikey.Unlimited] where there is no limit.
@@ -58,26 +60,21 @@ func (a *Authorizer) Self(ctx context.Context, r *Request) (Self, Reason, error)
 	if allowed := instance.Policy.AllowedScopes; allowed != nil {
 		self.Scopes = k.Scopes.Intersect(apikey.Scopes{}, allowed)
 	}
-	self.Left = leftOf(ctx, a.limiter, k, instance, self.Limits)
+	// That limits cannot be seen is no reason to say nothing of the key.
+	if standings, err := a.limitsOf(ctx, k, instance); err == nil {
+		self.Left, self.Standings = leftOf(standings), standings
+	}
 	return self, ReasonKey, nil
 }
 
-// leftOf looks at the limits of a key; nil: they cannot be seen, which is no reason to say nothing of the key.
-func leftOf(ctx context.Context, limiter limits.Limiter, k *apikey.Key, instance *apikey.Instance, inForce apikey.Limits) *Left {
-	demand := limits.Demand{Rates: appendRates(nil, k, instance, inForce)}
-	if most := int64(inForce.MaxConcurrent); most > 0 {
-		demand.Lease = limits.LeaseDemand{Lease: limits.Lease{Cell: LeaseCell(k.ID)}, Limit: most}
-	}
-	standings, err := limiter.Look(ctx, &demand, nil)
-	if err != nil {
-		return nil
-	}
+// leftOf sums up what the limits that are no quotas leave.
+func leftOf(standings []Standing) *Left {
 	left := &Left{Burst: apikey.Unlimited, Running: apikey.Unlimited}
 	for _, s := range standings {
 		switch {
 		case s.Class == limits.ClassConcurrency:
 			left.Running = s.Remaining
-		case left.Burst == apikey.Unlimited || s.Remaining < left.Burst:
+		case s.Quota == nil && (left.Burst == apikey.Unlimited || s.Remaining < left.Burst):
 			left.Burst = s.Remaining
 		}
 	}

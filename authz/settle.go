@@ -14,6 +14,9 @@ import (
 // is told whose token this claims to be. nil: look again.
 // Errors: apikey.ErrNotFound, and those of [Settler].
 func (a *Authorizer) settle(ctx context.Context, r *Request, q *question) error {
+	if r.explain != nil {
+		return r.explain.settle(ctx, q)
+	}
 	token, err := apikey.ParseAgentToken(q.secret)
 	if err != nil {
 		return apikey.ErrNotFound

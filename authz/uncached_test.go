@@ -66,6 +66,9 @@ func TestCachedIsAsUncached(t *testing.T) {
 	if sum.hits < float64(sum.requests)/4 {
 		t.Errorf("the cache answered %v of %d requests: too few to prove anything", sum.hits, sum.requests)
 	}
+	if sum.explained < sum.requests/10 {
+		t.Errorf("%d of %d requests were explained: too few to prove anything", sum.explained, sum.requests)
+	}
 	if sum.warmed < float64(sum.requests)/1000 {
 		t.Errorf("warm-ups loaded %v keys: too few to prove anything", sum.warmed)
 	}
@@ -83,6 +86,7 @@ func TestCachedIsAsUncached(t *testing.T) {
 
 type tally struct {
 	requests, changes int
+	explained         int
 	hits, warmed      float64
 	reasons           map[authz.Reason]int
 }
@@ -487,6 +491,17 @@ func (s *stage) decide(k staged, p step) string {
 		}
 		return &r
 	}
+	// Explained to one of the deciders only, often: if that spent anything, they would no longer agree.
+	var explained *authz.Explanation
+	if p.kind>>8%4 == 0 {
+		var err error
+		if explained, err = s.deciders[0].Explain(s.t.Context(), authz.Inquiry{Request: request(), Keys: finder{s}}); err != nil {
+			return fmt.Sprintf("explain: %v", err)
+		}
+		if len(s.uses)+len(s.redigests) > 0 {
+			return "an explanation used a key"
+		}
+	}
 	var got [2]authz.Decision
 	var errs [2]error
 	for i, a := range s.deciders {
@@ -513,7 +528,45 @@ func (s *stage) decide(k staged, p step) string {
 	if errs[0] != nil || errs[1] != nil {
 		return fmt.Sprintf("cached %v, uncached %v: want no error", errs[0], errs[1])
 	}
+	if explained != nil {
+		s.sum.explained++
+		if told := misexplained(explained, &got[0]); told != "" {
+			return told
+		}
+	}
 	return s.differ(&got[0], &got[1])
+}
+
+// misexplained tells an explanation from the decision that came after it.
+func misexplained(x *authz.Explanation, d *authz.Decision) string {
+	facts := func(d *authz.Decision) authz.Decision {
+		f := authz.Decision{
+			Reason: d.Reason, MissingScope: d.MissingScope, Shadowed: d.Shadowed, Limit: d.Limit, Rate: d.Rate, Concurrent: d.Concurrent,
+			RetryAfter: d.RetryAfter, Agent: d.Agent, CredentialSent: d.CredentialSent, InAuthorization: d.InAuthorization,
+		}
+		if d.Key != nil {
+			f.Key = &apikey.Key{ID: d.Key.ID}
+		}
+		return f
+	}
+	if explained, decided := facts(&x.Decision), facts(d); !reflect.DeepEqual(explained, decided) {
+		return fmt.Sprintf("explained %+v\ndecided   %+v", explained, decided)
+	}
+	if x.Decision.Leased || x.Undecided != "" {
+		return fmt.Sprintf("explained %+v", x)
+	}
+	if want := (authz.Refusal{Reason: d.Reason}).Step(); x.Step != want {
+		return fmt.Sprintf("%v is explained by the step %v, want %v", d.Reason, x.Step, want)
+	}
+	return ""
+}
+
+// finder is the store, for who explains.
+type finder struct{ *stage }
+
+func (f finder) FindKey(ctx context.Context, d apikey.Digest) (*apikey.Key, error) {
+	k, _, err := f.store.FindKey(ctx, d)
+	return k, err
 }
 
 // differ compares two decisions, but for their random ids, for when a key was last used, of which a record

@@ -203,7 +203,7 @@ func (t *Tally) Stand(runs *Runs, d *QuotaDemand, now, wall int64) Standing {
 		ResetsIn: time.Duration(max(0, t.resets(runs, now, wall))), LockedFor: time.Duration(max(0, t.locked-now)),
 	}
 	if trips && !d.Shadow {
-		s.RefusesFor = d.Quota.Lockout
+		s.RefusesFor, s.NoRoomFor = d.Quota.Lockout, wait
 	}
 	if wait == 0 {
 		s.Remaining = (d.Quota.Limit - t.used) / d.Units()
@@ -308,7 +308,44 @@ type Standing struct {
 	// RefusesFor is how long the demand, if it came now, would wait for this limit: for the lockout that it
 	// would begin, or until there is room. Of leases, a hint. 0: it has room.
 	RefusesFor time.Duration
-	Shadow     bool
+	// NoRoomFor is how long it would wait without the lockout, where RefusesFor is one that it would begin;
+	// otherwise 0.
+	NoRoomFor time.Duration
+	Shadow    bool
+}
+
+// waits is how long there is no room, whatever lockout the demand would begin.
+func (s *Standing) waits() time.Duration {
+	if s.NoRoomFor > 0 {
+		return s.NoRoomFor
+	}
+	return s.RefusesFor
+}
+
+// Judge says what a demand would be answered whose limits stand so, if it came now and did not wait for a
+// lease. It is how Limiter.Take judges, on what Limiter.Look has seen. Quota is that of the standing.
+func Judge(standings []Standing) (d Decision) {
+	longest, own, reported := time.Duration(0), time.Duration(0), -1
+	for i := range standings {
+		s := &standings[i]
+		switch refuses := max(s.waits(), s.RefusesFor); {
+		case refuses <= 0:
+		case s.Shadow:
+			d.Shadowed |= 1 << s.Class
+		case refuses > longest || refuses == longest && s.Class < standings[reported].Class:
+			longest, own, reported = refuses, s.RefusesFor, i
+		}
+	}
+	if d.Allowed = reported < 0; d.Allowed {
+		return d
+	}
+	d.Class, d.Quota, d.RetryAfter = standings[reported].Class, standings[reported].Quota, own
+	for i := range standings {
+		if s := &standings[i]; i != reported && !s.Shadow {
+			d.RetryAfter = max(d.RetryAfter, s.waits())
+		}
+	}
+	return d
 }
 
 // QuotaOf returns a definition as it is judged, with limit in place of its own: what [apikey.Quota.LimitOf]

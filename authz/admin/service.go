@@ -36,7 +36,10 @@ type Config struct {
 	Format  apikey.Format
 	Peppers apikey.Peppers // Current is needed
 	Leases  Leases         // nil in a process that answers no Checks
-	OIDC    *OIDC          // nil: management tokens only
+	// Decisions is nil in a process that answers no Checks, Replica its name in any other.
+	Decisions Decisions
+	Replica   string
+	OIDC      *OIDC // nil: management tokens only
 	// AuditKeep is how long audit events are kept at least; 0: for good.
 	AuditKeep time.Duration
 }
@@ -107,6 +110,8 @@ const (
 	leakKey   = "key.leak"
 	settleKey = "key.settle"
 
+	verifyKey    = "key.verify"
+	readDecision = "decision.read"
 	readTokens   = "token.read"
 	createToken  = "token.create"
 	revokeToken  = "token.revoke"
@@ -134,6 +139,8 @@ var may = map[string][]Role{
 	revokeKey:      {RoleOwner, RoleOperator, RoleUser},
 	importKeys:     {RoleOwner, RoleOperator},
 	exportKeys:     {RoleOwner, RoleOperator, RoleAuditor},
+	verifyKey:      {RoleOwner, RoleOperator},
+	readDecision:   {RoleOwner, RoleOperator, RoleAuditor},
 	readTokens:     {RoleOwner, RoleAuditor},
 	createToken:    {RoleOwner},
 	revokeToken:    {RoleOwner},

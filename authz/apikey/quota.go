@@ -104,6 +104,13 @@ func (q *Quota) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
+// Agent returns the agent that the quota's context ends in; "" for all of a controller.
+func (q *Quota) Agent() string {
+	_, rest, _ := strings.Cut(q.Context, ":")
+	_, agent, _ := strings.Cut(rest, ":")
+	return agent
+}
+
 // PerKey reports whether the quota counts each key of a type alone: only then can a key override it. The
 // principal of an instance or agent key is the key itself.
 func (q *Quota) PerKey(t Type) bool {

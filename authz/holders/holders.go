@@ -110,9 +110,11 @@ type Answer struct {
 	Scopes            []string      `json:"scopes" nullable:"false" doc:"In force; [\"*\"] for every right."`
 	Limits            apikey.Limits `json:"limits" doc:"In force; -1 where there is none."`
 	Remaining         *Remaining    `json:"remaining,omitempty" doc:"Requests that the limits leave now, on the replica that answers."`
-	ExpirationDate    time.Time     `json:"expirationDate,omitzero"`
-	IdleAfter         time.Time     `json:"idleAfter,omitzero" doc:"When the key ends if it is not used any more. Asking about a key is no use of it."`
-	Generation        Generation    `json:"generation" doc:"Which of the key's secrets was sent."`
+	// Standings is where each limit stands, on the replica that answers; absent where that cannot be seen.
+	Standings      []admin.KeyLimit `json:"standings,omitempty" doc:"Where each limit stands that a request with the key can meet, on the replica that answers."`
+	ExpirationDate time.Time        `json:"expirationDate,omitzero"`
+	IdleAfter      time.Time        `json:"idleAfter,omitzero" doc:"When the key ends if it is not used any more. Asking about a key is no use of it."`
+	Generation     Generation       `json:"generation" doc:"Which of the key's secrets was sent."`
 }
 
 // Remaining says how many requests the limits leave now, on the replica that answers.
@@ -170,6 +172,10 @@ func answerOf(s authz.Self) Answer {
 	}
 	if a.Scopes == nil {
 		a.Scopes = []string{"*"}
+	}
+	at := time.Now()
+	for i := range s.Standings {
+		a.Standings = append(a.Standings, admin.KeyLimitOf(k, &s.Standings[i], at))
 	}
 	if s.Left != nil {
 		a.Remaining = &Remaining{Burst: s.Left.Burst, MaxConcurrent: s.Left.Running}

@@ -52,7 +52,7 @@ type RevokedKeys struct {
 // actions are the operations by POST that change what is there: they answer 200.
 var actions = map[string]bool{
 	"rotateKey": true, "revokeGeneration": true, "revokeKeys": true, "disableInstance": true, "enableInstance": true,
-	"applyQuotas": true, "putAgentAccessToken": true, "validateAgentAccessToken": true,
+	"applyQuotas": true, "putAgentAccessToken": true, "validateAgentAccessToken": true, "verifyKey": true,
 }
 
 // versioned are the operations that answer with a key, an instance or quotas and their ETag, conditional those

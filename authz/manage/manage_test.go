@@ -20,6 +20,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"keyward/authz"
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
 	"keyward/authz/store/sqlite"
@@ -43,6 +44,7 @@ type desk struct {
 
 	running []admin.RunningRequest
 	ended   []limits.Lease
+	decider *authz.Authorizer
 }
 
 func open(t *testing.T) *desk {
@@ -72,7 +74,10 @@ func on(t *testing.T, store admin.Store, peppers apikey.Peppers) *desk {
 	t.Helper()
 	d := &desk{store: store, log: new(bytes.Buffer)}
 	log := slog.New(slog.NewTextHandler(d.log, nil))
-	d.svc = admin.New(store, admin.Config{Peppers: peppers, Leases: d, Format: apikey.Format{Foreign: []apikey.Shape{{AgentToken: true}}}}, nil, log)
+	d.decider = decides(t, store, peppers)
+	d.svc = admin.New(store, admin.Config{
+		Peppers: peppers, Leases: d, Decisions: d.decider, Replica: "r", Format: apikey.Format{Foreign: []apikey.Shape{{AgentToken: true}}},
+	}, nil, log)
 	d.Handler = New(d.svc, Config{Pepper: peppers.Current, Log: log})
 	d.owner = d.token(t, admin.TokenInput{Name: "owner", Role: admin.RoleOwner}).Secret
 	return d
@@ -196,6 +201,9 @@ var sweep = []struct {
 	{"POST", "/instances/a/enable", "", 200, 200, 403, 200, 200, 403, 403, 403},
 	{"DELETE", "/instances/a/apiKeys/{key}", "", 200, 200, 403, 200, 200, 403, 404, 404},
 	{"POST", "/instances/a/apiKeys:import", `{"name":"n","secret":"` + importable + `"}`, 201, 200, 403, 200, 200, 403, 403, 403},
+	{"POST", "/instances/a/apiKeys:verify", `{"secret":"` + importable + `"}`, 200, 200, 403, 200, 200, 403, 403, 403},
+	{"GET", "/instances/a/apiKeys/{key}/limits", "", 200, 200, 200, 200, 200, 200, 404, 404},
+	{"GET", "/instances/a/decisions/0123456789abcdef0123456789abcdef", "", 404, 404, 404, 404, 404, 404, 403, 403},
 	{"GET", "/instances/a/apiKeys:export", "", 200, 200, 200, 200, 200, 200, 403, 403},
 	{"GET", "/instances/a/quotas", "", 200, 200, 200, 200, 200, 200, 403, 403},
 	{"POST", "/instances/a/quotas:apply", `{"quotas":[` + quotaBody + `]}`, 200, 200, 403, 200, 200, 403, 403, 403},

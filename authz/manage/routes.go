@@ -120,6 +120,7 @@ func (h *handler) routes(api huma.API) {
 	h.transferRoutes(api, keys)
 	h.quotaRoutes(api, instance)
 	h.agentTokenRoutes(api, instance)
+	h.explainRoutes(api, instance, keys, key)
 	route(h, api, http.MethodGet, inFlight, "listInFlight", "List the requests that run now, the oldest first", nil, h.listInFlight)
 	route(h, api, http.MethodDelete, lease, "endInFlight", "End a lease by force; the request itself goes on", nil, h.endInFlight)
 	route(h, api, http.MethodGet, tokens, "listTokens", "List management tokens, newest first", nil, h.listTokens)

@@ -316,6 +316,10 @@ func (l *leakSearch) commands(owner, s string) {
 		{"", []string{"backup", filepath.Join(dir, "none", s), "--config", config}}, {"", []string{"restore", s, "--config", config, "--yes"}}, {"", []string{"pepper", "retire", s}},
 		{"", []string{"context", "use", s}}, {"", []string{"envoy", "generate", s}}, {"", []string{"__complete", "keys", "get", "demo", s}},
 		{s, append([]string{"self"}, holders...)}, {s, append([]string{"self", "-o", "json"}, holders...)}, {s + " " + s, append([]string{"self"}, holders...)}, {s, []string{"self", "--holders", s}},
+		{s, online("explain", "demo", "/x")}, {s, online("explain", "demo", "/x", "-o", "json")}, {"", online("explain", "demo", s, "--no-key")}, {"", online("explain", s, "/", "--no-key")},
+		{"", online("explain", "demo", "/", "--key", s)}, {"", online("explain", "demo", "/", "-H", "x-api-key: "+s, "--no-key")}, {"", online("explain", "demo", "/", "-H", s, "--no-key")},
+		{s, online("explain", "demo", "/", "--extension", "instance="+s)}, {s, online("explain", "demo", "/", "--extension", "required_scopes="+s)}, {s, online("explain", "demo", "/", "--client", s, "--time", s)},
+		{"", online("explain", "demo", "--decision", s)}, {"", online("keys", "limits", "demo", s)}, {"", []string{"quotas", "replay", s, "--log", rows, "--file", wrong}}, {"", []string{"quotas", "replay", "demo", "--log", rows, "--file", s}},
 		{s, append([]string{"revoke-leaked"}, holders...)}, {"", append([]string{"revoke-leaked", s}, holders...)},
 	} {
 		if strings.HasPrefix(s, "acme_") && (strings.Contains(strings.Join(c.args, " "), s) || slices.Contains(c.args, wrong)) {

@@ -257,6 +257,17 @@ routes:
 		l.call(manageAt, "PUT", "/instances/demo/quotas/"+q, quota+`}`, append(as(token), "Content-Type", "application/json")...)
 		l.call(manageAt, "GET", "/instances/demo/quotas/"+q, "", as(token)...)
 		l.call(manageAt, "DELETE", "/instances/demo/quotas/"+q, "", as(token)...)
+		for _, body := range []string{
+			`{"secret":%s}`, `{"keyId":%s}`, `{"secret":%[1]s,"headers":[{"name":"x-api-key","value":%[1]s}]}`, `{"headers":[{"name":"x-api-key","value":%s}]}`,
+			`{"headers":[{"name":"authorization","value":%s}]}`, `{"headers":[{"name":%s,"value":"x"}]}`, `{"secret":%[1]s,"method":%[1]s}`, `{"host":%s}`,
+			`{"secret":%[1]s,"path":%[1]s}`, `{"secret":%[1]s,"contextExtensions":{"instance":%[1]s}}`, `{"secret":%[1]s,"contextExtensions":{"agent":%[1]s}}`,
+			`{"secret":%[1]s,"contextExtensions":{"required_scopes":%[1]s}}`, `{"contextExtensions":{%s:"x"}}`, `{"secret":%[1]s,"body":%[1]s}`,
+			`{"secret":%[1]s,"clientAddress":%[1]s}`, `{"secret":%[1]s,"time":%[1]s}`, `{"secret":[%s]}`, `{%s:"x"}`,
+		} {
+			l.call(manageAt, "POST", keys+":verify", fmt.Sprintf(body, typed), as(token)...)
+		}
+		l.call(manageAt, "GET", "/instances/demo/decisions/"+q, "", as(token)...)
+		l.call(manageAt, "GET", keys+"/"+q+"/limits", "", as(token)...)
 		l.call(manageAt, "PUT", "/instances/"+q, `{"policy":{}}`, as(token)...)
 		l.call(manageAt, "PUT", "/instances/demo", fmt.Sprintf(`{"policy":{"total":{"rate":{"requests":1,"per":%s}}}}`, typed), as(token)...)
 		l.call(manageAt, "PUT", "/instances/demo", fmt.Sprintf(`{"policy":{"allowedScopes":[%s]}}`, typed), as(token)...)

@@ -82,6 +82,21 @@ func selfFields(s holders.Answer) [][2]string {
 	if r := s.Remaining; r != nil {
 		fields = append(fields, [2]string{"LEFT", fmt.Sprintf("burst %s, concurrent %s", leftText(r.Burst), leftText(r.MaxConcurrent))})
 	}
+	for _, l := range s.Standings {
+		if l.Quota == "" {
+			continue
+		}
+		text := leftText(l.Remaining) + " left of " + leftText(l.Most) + " per " + l.Window
+		switch {
+		case l.Most == apikey.Unlimited:
+			text = "unlimited"
+		case !l.LockedUntil.IsZero():
+			text += ", locked until " + stamp(l.LockedUntil)
+		case !l.ResetsAt.IsZero():
+			text += ", all of it " + when(l.ResetsAt)
+		}
+		fields = append(fields, [2]string{"QUOTA " + l.Quota, text})
+	}
 	fields = append(fields, [][2]string{
 		{"EXPIRES", stamp(s.ExpirationDate)}, {"ENDS UNUSED", stamp(s.IdleAfter)}, {"GENERATION", strconv.Itoa(s.Generation.Number)},
 		{"SECRET ENDS", stamp(s.Generation.ValidUntil)},

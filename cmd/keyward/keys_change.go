@@ -340,8 +340,16 @@ func (a *app) keysAdvice() *cobra.Command {
 func (a *app) keysLimits() *cobra.Command {
 	var user, agent string
 	c := &cobra.Command{
-		Use: "limits INSTANCE", Short: "Show how many keys there may be, and how many there are", Args: cobra.ExactArgs(1),
+		Use: "limits INSTANCE [KEY-ID]", Short: "Show how many keys there may be and are; of one key, where each of its limits stands",
+		Example: "  keyward keys limits demo --user ann@example.com\n  keyward keys limits demo 0192f0c1-8a4e-7cc3-98c4-dc0c0c07398f",
+		Args:    cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 2 {
+				if user != "" || agent != "" {
+					return usageError{errors.New("--user and --agent do not go with one key")}
+				}
+				return a.limitsOfKey(cmd.Context(), args[0], args[1])
+			}
 			owner := admin.KeyOwner{}
 			switch {
 			case user != "" && agent != "":

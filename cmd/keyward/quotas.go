@@ -23,7 +23,7 @@ import (
 func (a *app) quotasCommand() *cobra.Command {
 	c := &cobra.Command{Use: "quotas", Short: "Show and set the quotas of an instance", Args: cobra.NoArgs}
 	a.clientFlags(c)
-	c.AddCommand(a.quotasList(), a.quotasGet(), a.quotasApply(), a.quotasDelete())
+	c.AddCommand(a.quotasList(), a.quotasGet(), a.quotasApply(), a.quotasDelete(), a.quotasReplay())
 	return c
 }
 

@@ -156,7 +156,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.admin = admin.New(s.store, admin.Config{
-		Format: cfg.format(), Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, AuditKeep: cfg.Audit.Keep.Std(),
+		Format: cfg.format(), Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, Decisions: decisions{s}, Replica: s.replica, AuditKeep: cfg.Audit.Keep.Std(),
 	}, s.cache, s.log)
 	s.lastUsed = usage.NewLastUsed(s.store, s.log)
 	s.redigester = admin.NewRedigester(s.store, peppers.Current.Version(), s.cache.Learn, s.log)
@@ -291,6 +291,19 @@ func (f inFlight) Running(key apikey.ID) []admin.RunningRequest {
 func (f inFlight) End(ctx context.Context, l limits.Lease) error {
 	return f.s.limiter.End(ctx, []limits.Ending{{Lease: l, Cause: limits.CauseForced}})
 }
+
+// decisions explains what this replica decides.
+type decisions struct{ s *service }
+
+func (d decisions) Explain(ctx context.Context, in authz.Inquiry) (*authz.Explanation, error) {
+	return d.s.authorizer.Explain(ctx, in)
+}
+
+func (d decisions) LimitsOf(ctx context.Context, k *apikey.Key) ([]authz.Standing, error) {
+	return d.s.authorizer.LimitsOf(ctx, k)
+}
+
+func (d decisions) Recall(id authz.ID) (authz.Refusal, bool) { return d.s.authorizer.Recall(id) }
 
 func (s *service) adminTokenPath() string {
 	return filepath.Join(filepath.Dir(s.cfg.Store.SQLite.Path), adminTokenFile)

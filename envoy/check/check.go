@@ -202,6 +202,7 @@ func (s *Server) answer(ctx context.Context, from Connection, c *call, message, 
 	s.metrics.decided(d, took)
 	s.log.decided(r, d, took)
 	if d.Outcome() != authz.Allowed {
+		s.authorizer.Refused(d, start)
 		return sealed(s.answers.deny(dst, d, about), nil)
 	}
 	out, err = sealed(s.answers.allow(dst, d), nil)

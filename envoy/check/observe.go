@@ -1,6 +1,8 @@
 package check
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"log/slog"
 	"net/url"
 	"strings"
@@ -185,6 +187,26 @@ func (l *decisionLog) describe(r *authz.Request, d *authz.Decision) []any {
 	}
 	if d.Key != nil {
 		attrs = append(attrs, slog.String("keyId", d.Key.ID.String()), slog.String("instance", d.Key.InstanceID))
+	} else if d.InstanceID != "" {
+		attrs = append(attrs, slog.String("instance", d.InstanceID))
+	}
+	// What quotas went by, so that others can be tried on the log. Names of people are not written.
+	if _, context, cost := d.Route(); context != "" && d.HasIdentity() {
+		attrs = append(attrs, slog.String("context", context), slog.Int("cost", cost))
+		if d.Agent != "" {
+			attrs = append(attrs, slog.String("agent", l.clean(cut(d.Agent, 128))))
+		}
+		attrs = append(attrs, slog.String("principal", pseudonym(d, d.AppendUPN(nil))), slog.String("userId", pseudonym(d, d.AppendUserID(nil))))
 	}
 	return attrs
+}
+
+// pseudonym stands for somebody in an instance: always the same, and no name.
+func pseudonym(d *authz.Decision, name []byte) string {
+	instance := d.InstanceID
+	if d.Key != nil {
+		instance = d.Key.InstanceID
+	}
+	sum := sha256.Sum256(append(append([]byte(instance), 0), name...))
+	return hex.EncodeToString(sum[:16])
 }

@@ -375,7 +375,7 @@ func (s *simple) Look(ctx context.Context, d *limits.Demand, standings []limits.
 			st.LockedFor = time.Duration(log.locked - now)
 		}
 		if lockout > 0 && !q.Shadow {
-			st.RefusesFor = lockout
+			st.RefusesFor, st.NoRoomFor = lockout, wait
 			if s.mistake == lookLocks {
 				s.log(q.Cell).locked = now + int64(lockout)
 			}

@@ -621,7 +621,7 @@ func lookSpendsNothing(t failer, s *table) {
 	s.wantAllowed(t, d)
 	// Asked now, the quota would begin its lockout. Looking at it begins none.
 	want(limits.Standing{Class: limits.ClassBurst, Limit: 3, Used: 3, ResetsIn: 2700 * s.Resolution, RefusesFor: 700 * s.Resolution},
-		limits.Standing{Class: limits.ClassKeyQuota, Quota: 1, Limit: 3, Used: 3, ResetsIn: 1000 * s.Resolution, RefusesFor: 50 * s.Resolution})
+		limits.Standing{Class: limits.ClassKeyQuota, Quota: 1, Limit: 3, Used: 3, ResetsIn: 1000 * s.Resolution, RefusesFor: 50 * s.Resolution, NoRoomFor: 700 * s.Resolution})
 	s.wantRefused(t, asks(q), limits.ClassKeyQuota, 50*s.Resolution)
 	want(limits.Standing{Class: limits.ClassBurst, Limit: 3, Used: 3, ResetsIn: 2700 * s.Resolution, RefusesFor: 700 * s.Resolution},
 		limits.Standing{Class: limits.ClassKeyQuota, Quota: 1, Limit: 3, LockedFor: 50 * s.Resolution, RefusesFor: 50 * s.Resolution})
@@ -707,7 +707,11 @@ func (s *table) retries(t failer, n int, seed uint64) {
 					q.Quota, q.Cost = changed, 1
 				}
 			}
+			judged := limits.Judge(s.look(t, &d))
 			got := s.take(t, &d)
+			if judged != got {
+				t.Fatalf("seed %d: %+v was judged %+v, and is answered %+v", seed, d, judged, got)
+			}
 			if got.Allowed {
 				continue
 			}
