@@ -52,6 +52,10 @@ func TestWhereTheAgentIsNamed(t *testing.T) {
 		"ignored, cut":            {authz.Request{Path: "/ignored", Body: []byte(`{"x":1}`), BodyCut: true}, user, authz.ReasonInvalidBody, ""},
 		"ignored":                 {authz.Request{Path: "/ignored", Body: []byte(`{}`)}, user, authz.ReasonKey, "raw"},
 		"ignored, an agent's key": {authz.Request{Path: "/ignored", Body: []byte(`{}`)}, agent, authz.ReasonKey, "raw sales"},
+		"ignored, HTTP/2":         {authz.Request{Path: "/ignored", Framed: true}, user, authz.ReasonInvalidBody, ""},
+		"ignored, HTTP/2, none":   {authz.Request{Path: "/ignored", Framed: true, Headers: length("0")}, user, authz.ReasonKey, "raw"},
+		"ignored, HTTP/2, empty":  {authz.Request{Path: "/ignored", Framed: true, BodySent: true}, user, authz.ReasonKey, "raw"},
+		"ignored, HTTP/1":         {authz.Request{Path: "/ignored"}, user, authz.ReasonKey, "raw"},
 		"nobody asks":             {authz.Request{Path: "/none", Body: body("sales")}, agent, authz.ReasonKey, "raw"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -3,6 +3,7 @@ package authz
 import (
 	"fmt"
 	"io"
+	"net/http"
 	"net/netip"
 	"strings"
 	"time"
@@ -38,6 +39,8 @@ type Request struct {
 	// it is longer.
 	Body              []byte
 	BodySent, BodyCut bool
+	// Framed says that the protocol has frames, as HTTP/2 does: no header has to announce a body.
+	Framed bool
 
 	// What a decision needs room for while it is made.
 	match     match
@@ -111,7 +114,15 @@ func (r *Request) member(name string) (value string, present, ok bool) {
 	// Envoy sends none where there is none, and where it was not told to.
 	length, n := r.header("content-length")
 	_, chunked := r.header("transfer-encoding")
-	return "", false, chunked == 0 && (n == 0 || length == "0")
+	if n == 0 && chunked == 0 {
+		return "", false, !r.Framed || !usuallyHasBody(r.Method) // with frames, nobody knows
+	}
+	return "", false, chunked == 0 && length == "0"
+}
+
+// usuallyHasBody reports whether a method is one whose requests without a body say so, in any protocol.
+func usuallyHasBody(method string) bool {
+	return method == http.MethodPost || method == http.MethodPut || method == http.MethodPatch
 }
 
 // trimSpace trims what HTTP calls optional white space.

@@ -50,6 +50,7 @@ type reader struct {
 	id               string
 	metadata         []byte // of the request, merged
 	rawBody          []byte
+	protocol         string
 	partial          string // whether the body is cut: "true", "false" or not said
 
 	// The list of headers comes after the map, whichever stands first in the message.
@@ -112,6 +113,7 @@ func (c *reader) read(message []byte) (about, error) {
 	if len(c.rawBody) > 0 {
 		r.Body = c.rawBody
 	}
+	r.Framed = c.protocol != "" && !strings.HasPrefix(c.protocol, "HTTP/1")
 	r.BodySent, r.BodyCut = len(r.Body) > 0 || c.partial != "", c.partial == "true"
 	for _, list := range [...][]taken{c.mapped, c.listed} {
 		for _, h := range list {
@@ -277,6 +279,10 @@ func (c *reader) readHTTP(b []byte) bool {
 			ok = text(&c.to.Path, content)
 		case wire.Bytes(5):
 			ok = text(&c.to.Host, content)
+		case wire.Bytes(10): // protocol
+			if c.body {
+				ok = text(&c.protocol, content)
+			}
 		case wire.Bytes(11): // body
 			if c.body {
 				c.to.Body = content

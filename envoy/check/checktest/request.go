@@ -67,6 +67,7 @@ func Fill(r *authz.Request, in *authv3.CheckRequest, want Wanted) (grpc bool, er
 		take(h.GetKey(), headerValue(h))
 	}
 	if want.Body {
+		r.Framed = request.GetProtocol() != "" && !strings.HasPrefix(request.GetProtocol(), "HTTP/1")
 		r.Body = request.GetRawBody()
 		if len(r.Body) == 0 {
 			r.Body = []byte(request.GetBody())
