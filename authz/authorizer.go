@@ -191,8 +191,9 @@ func (a *Authorizer) HeaderNames() []string { return a.rules.Load().headers }
 // ExtensionNames lists the context extensions that a decision looks at. Adapters give these and no others.
 func (a *Authorizer) ExtensionNames() []string { return extensionNames[:] }
 
-// bodyHeaders tell a request without a body from one whose body Envoy keeps to itself.
-var bodyHeaders = []string{"content-length", "transfer-encoding"}
+// bodyHeaders tell a request without a body from one whose body Envoy keeps to itself, and a body that is
+// another once it is decoded.
+var bodyHeaders = []string{"content-length", "transfer-encoding", "content-encoding"}
 
 // WantsBody reports whether a decision may look at a body. Adapters give it only then.
 func (a *Authorizer) WantsBody() bool { return a.rules.Load().wantBody }

@@ -106,6 +106,8 @@ func (r *Request) member(name string) (value string, present, ok bool) {
 	switch {
 	case r.BodyCut:
 		return "", false, false
+	case len(r.Body) > 0 && r.encoded():
+		return "", false, false // compressed text can be JSON by itself, and other JSON to whoever decodes it
 	case len(r.Body) > 0:
 		return bodyMember(r.Body, name)
 	case r.BodySent:
@@ -118,6 +120,12 @@ func (r *Request) member(name string) (value string, present, ok bool) {
 		return "", false, !r.Framed || !usuallyHasBody(r.Method) // with frames, nobody knows
 	}
 	return "", false, chunked == 0 && length == "0"
+}
+
+// encoded reports whether the body is something else before it is decoded.
+func (r *Request) encoded() bool {
+	value, n := r.header("content-encoding")
+	return n > 1 || n == 1 && !strings.EqualFold(trimSpace(value), "identity")
 }
 
 // usuallyHasBody reports whether a method is one whose requests without a body say so, in any protocol.

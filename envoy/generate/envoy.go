@@ -283,8 +283,8 @@ func extAuthz(c Config) *extauthzv3.ExtAuthz {
 	if c.CORSPreflight {
 		headers = append(headers, "origin", "access-control-request-method")
 	}
-	if len(c.Bodies) > 0 { // by which keyward knows a request without a body from one whose body it was not sent
-		headers = append(headers, "content-length", "transfer-encoding")
+	if len(c.Bodies) > 0 { // by which keyward knows whether it was sent all of a body, and as others read it
+		headers = append(headers, "content-length", "transfer-encoding", "content-encoding")
 	}
 	headers = append(headers, c.CheckHeaders...)
 	allowed := &matcherv3.ListStringMatcher{}
