@@ -243,3 +243,22 @@ func spells(key, name string) bool {
 	decoded, err := url.QueryUnescape(key)
 	return err == nil && decoded == name
 }
+
+// inOtherCase reports whether a raw query has a parameter that is name in another case: many servers read
+// names without regard to it. It allocates only if a key is escaped.
+func inOtherCase(query, name string) bool {
+	for query != "" {
+		var pair string
+		pair, query, _ = strings.Cut(query, "&")
+		key, _, _ := strings.Cut(pair, "=")
+		if len(key) <= 3*len(name) && strings.ContainsAny(key, "%+") {
+			if decoded, err := url.QueryUnescape(key); err == nil {
+				key = decoded
+			}
+		}
+		if key != name && strings.EqualFold(key, name) {
+			return true
+		}
+	}
+	return false
+}

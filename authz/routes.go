@@ -99,6 +99,9 @@ func (s *Source) value(r *Request, query string) (value string, present, ok bool
 	case fromBody:
 		return r.member(s.name)
 	case fromQuery:
+		if inOtherCase(query, s.name) { // as with members of a body: somebody behind us may read it
+			return "", true, false
+		}
 		value, n, ok := queryValue(query, s.name)
 		return value, n > 0, ok && n < 2
 	}

@@ -340,7 +340,7 @@ func TestSource(t *testing.T) {
 	if r.match(&m, "GET", "", "/i/42/a/b") == nil {
 		t.Fatal("no rule")
 	}
-	const query = "agent=sales&empty=&twice=1&twice=1&bad=%zz&flag&x%2Dy=a%20b"
+	const query = "agent=sales&empty=&twice=1&twice=1&bad=%zz&flag&x%2Dy=a%20b&AgentName=b&one=1&%6FNE=2"
 	for _, c := range []struct {
 		source      string
 		want        string
@@ -357,6 +357,8 @@ func TestSource(t *testing.T) {
 		{"?twice", "1", true, false},
 		{"?bad", "", true, false},
 		{"?x-y", "a b", true, true},
+		{"?agentName", "", true, false}, // in another case: who reads that without regard to it knows an agent
+		{"?one", "", true, false},
 	} {
 		source, err := ParseSource(c.source)
 		if err != nil || source.String() != c.source {

@@ -143,24 +143,41 @@ type loggedDecision struct {
 
 const maxLogLine = 1 << 20 // bytes
 
+// line reads one line. ok is true for a decision that quotas count or refuse.
+func (r *replay) line(text []byte) (d loggedDecision, ok bool) {
+	switch err := json.Unmarshal(text, &d); {
+	case err != nil && bytes.Contains(text, []byte(`"msg":"decision"`)): // half of one, or two at once
+		r.report.Missing++
+		return d, false
+	case err != nil || d.Msg != "decision" && d.Msg != "could not decide":
+		return d, false // of something else
+	}
+	if r.lines++; r.lines > 1 { // what was left out before the first is not of this log's time
+		r.report.Missing += d.Skipped
+	}
+	return d, d.Instance == r.instance.ID && d.Context != "" && (d.Outcome == "allowed" || d.Outcome == "limited")
+}
+
 func (r *replay) read(from io.Reader) error {
 	var all []loggedDecision
-	lines := bufio.NewScanner(from)
-	lines.Buffer(nil, maxLogLine)
-	for lines.Scan() {
-		var d loggedDecision
-		if json.Unmarshal(lines.Bytes(), &d) != nil || d.Msg != "decision" && d.Msg != "could not decide" {
-			continue // of something else
+	lines := bufio.NewReaderSize(from, maxLogLine)
+	for {
+		line, err := lines.ReadSlice('\n')
+		tooLong := errors.Is(err, bufio.ErrBufferFull)
+		for errors.Is(err, bufio.ErrBufferFull) { // of something else: lines about decisions are short
+			_, err = lines.ReadSlice('\n')
 		}
-		if r.lines++; r.lines > 1 { // what was left out before the first is not of this log's time
-			r.report.Missing += d.Skipped
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
 		}
-		if d.Instance == r.instance.ID && d.Context != "" && (d.Outcome == "allowed" || d.Outcome == "limited") {
-			all = append(all, d)
+		if !tooLong {
+			if d, ok := r.line(line); ok {
+				all = append(all, d)
+			}
 		}
-	}
-	if err := lines.Err(); err != nil {
-		return err
+		if err != nil {
+			break
+		}
 	}
 	if r.lines == 0 {
 		return errors.New("has no decisions as JSON lines: keyward serve writes them with log.format: json and log.decisionsPerSecond above 0")

@@ -85,6 +85,7 @@ type service struct {
 	limiter    *local.Limiter
 	quotas     *quotaKeeper
 	leases     *authz.LeaseIDs
+	logKey     [32]byte // of the log's names for principals
 	accessLogs *accesslog.Server
 	replica    string
 	lastUsed   *usage.LastUsed
@@ -149,7 +150,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	if err := s.quotas.restore(ctx); err != nil {
 		return nil, err
 	}
-	s.leases = authz.NewLeaseIDs(peppers)
+	s.leases, s.logKey = authz.NewLeaseIDs(peppers), peppers.Current.Derive("decision log")
 	s.accessLogs = accesslog.New(s.limiter, s.leases, s.registry, s.log)
 	issuers, err := cfg.oidc()
 	if err != nil {
@@ -544,7 +545,7 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 	server := grpc.NewServer(options...)
 	s.accessLogs.Register(server)
 	config := s.cfg.checkConfig()
-	config.Leases = s.leases
+	config.Leases, config.LogKey = s.leases, s.logKey
 	if err := registerChecks(server, s.authorizer, config, s.registry, s.log); err != nil {
 		return nil, err
 	}

@@ -62,6 +62,9 @@ type Config struct {
 	MaxBody int
 	// LogPerSecond is how many decisions are logged at most; the rest are counted. 0: none.
 	LogPerSecond int
+	// LogKey is what the log's names for principals are made under, so that nobody finds out whose they are by
+	// guessing. Zero: one that nobody else has, until this process ends.
+	LogKey [32]byte
 }
 
 // Validate reports what New would not take.
@@ -96,7 +99,7 @@ func New(a *authz.Authorizer, cfg Config, reg prometheus.Registerer, log *slog.L
 		timeout:    cfg.Timeout,
 		maxBody:    cfg.MaxBody,
 		calls:      sync.Pool{New: func() any { return new(call) }},
-		log:        newDecisionLog(log, cfg.LogPerSecond, cfg.Format),
+		log:        newDecisionLog(log, &cfg),
 		metrics:    newMetrics(reg),
 	}, nil
 }

@@ -658,6 +658,42 @@ func TestShadowIsTold(t *testing.T) {
 	}
 }
 
+// TestPrincipalsInTheLogCannotBeGuessed: their names there are always the same under one key, and others under
+// another.
+func TestPrincipalsInTheLogCannotBeGuessed(t *testing.T) {
+	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
+	f := newFacts()
+	a, err := authz.New(authz.Config{Rules: []authz.Rule{{Path: "/", Context: "S:C"}}}, f, f, peppers, f, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	logged := func(key [32]byte) [2]string {
+		log := new(bytes.Buffer)
+		cfg := check.Config{Leases: authz.NewLeaseIDs(peppers), LogPerSecond: 10, LogKey: key}
+		s, err := check.New(a, cfg, prometheus.NewRegistry(), slog.New(slog.NewJSONHandler(log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out, err := checkOnce(t, s, t.Context(), withKey("/")); err != nil || out.GetStatus().GetCode() != 0 {
+			t.Fatal(out, err)
+		}
+		var line struct{ Principal, UserID string }
+		if err := json.Unmarshal(log.Bytes(), &line); err != nil || len(line.Principal) != 32 || len(line.UserID) != 32 {
+			t.Fatalf("%v: %s", err, log)
+		}
+		return [2]string{line.Principal, line.UserID}
+	}
+	one, again, other, none, alsoNone := logged([32]byte{1}), logged([32]byte{1}), logged([32]byte{2}), logged([32]byte{}), logged([32]byte{})
+	if one != again {
+		t.Errorf("under one key: %v and %v", one, again)
+	}
+	for i := range one {
+		if one[i] == other[i] || none[i] == alsoNone[i] || one[i] == none[i] {
+			t.Errorf("the same under different keys: %v, %v, %v, %v", one, other, none, alsoNone)
+		}
+	}
+}
+
 // TestQuotaRefusalIsWhatClientsRead: word for word, and never more than 1 KiB.
 func TestQuotaRefusalIsWhatClientsRead(t *testing.T) {
 	s, _, _ := newServer(t, newFacts(), authz.Config{}, check.Config{LegacyRateLimit: true})

@@ -1,6 +1,8 @@
 package check
 
 import (
+	"crypto/hmac"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"log/slog"
@@ -88,6 +90,7 @@ func (m *metrics) failed(took time.Duration) {
 // decisionLog writes a sample of decisions: the first so many of each second.
 type decisionLog struct {
 	format     apikey.Format
+	key        [32]byte // of pseudonyms
 	log        *slog.Logger
 	perSecond  int64
 	second     atomic.Int64 // Unix time of the second that written and skipped belong to
@@ -110,8 +113,12 @@ func (l *decisionLog) noFeedback(connection uint64) {
 		"connection", connection)
 }
 
-func newDecisionLog(log *slog.Logger, perSecond int, format apikey.Format) *decisionLog {
-	return &decisionLog{log: log, perSecond: int64(perSecond), format: format}
+func newDecisionLog(log *slog.Logger, cfg *Config) *decisionLog {
+	l := &decisionLog{log: log, perSecond: int64(cfg.LogPerSecond), format: cfg.Format, key: cfg.LogKey}
+	if l.key == [32]byte{} {
+		_, _ = rand.Read(l.key[:]) // never fails
+	}
+	return l
 }
 
 // sampled reports whether one more line may be written now, and how many were left out before it.
@@ -196,17 +203,19 @@ func (l *decisionLog) describe(r *authz.Request, d *authz.Decision) []any {
 		if d.Agent != "" {
 			attrs = append(attrs, slog.String("agent", l.clean(cut(d.Agent, 128))))
 		}
-		attrs = append(attrs, slog.String("principal", pseudonym(d, d.AppendUPN(nil))), slog.String("userId", pseudonym(d, d.AppendUserID(nil))))
+		attrs = append(attrs, slog.String("principal", l.pseudonym(d, d.AppendUPN(nil))), slog.String("userId", l.pseudonym(d, d.AppendUserID(nil))))
 	}
 	return attrs
 }
 
-// pseudonym stands for somebody in an instance: always the same, and no name.
-func pseudonym(d *authz.Decision, name []byte) string {
+// pseudonym stands for somebody in an instance: always the same, and no name. It is under a key, because names
+// of people can be guessed.
+func (l *decisionLog) pseudonym(d *authz.Decision, name []byte) string {
 	instance := d.InstanceID
 	if d.Key != nil {
 		instance = d.Key.InstanceID
 	}
-	sum := sha256.Sum256(append(append([]byte(instance), 0), name...))
-	return hex.EncodeToString(sum[:16])
+	mac := hmac.New(sha256.New, l.key[:])
+	_, _ = mac.Write(append(append([]byte(instance), 0), name...)) // a hash never fails
+	return hex.EncodeToString(mac.Sum(nil)[:16])
 }
