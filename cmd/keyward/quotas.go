@@ -211,7 +211,7 @@ func (a *app) confirmPrune(ctx context.Context, client *manage.Client, instance 
 		}
 	}
 	if len(gone) == 0 {
-		return ctx, nil
+		return manage.WithIfMatch(ctx, would.ETag), nil
 	}
 	return manage.WithIfMatch(ctx, would.ETag), a.confirm("Delete quotas: " + strings.Join(gone, ", ") + "?")
 }
