@@ -57,6 +57,7 @@ var controllers = []controller{
 var facade = []controller{
 	{"Resource", "", "/providers/{provider}/{path...}", "", false},
 	{"Resource", "", "/providers/FoundationaLLM.Agent/agents/{agentName}/{path...}", "{agentName}", false},
+	{noController, "", "/{rest...}", "", false}, // of its instance all the same
 }
 
 // What nobody needs to be known for.
