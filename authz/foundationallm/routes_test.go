@@ -45,6 +45,7 @@ POST /instances/{instanceId}/onedriveworkschool/download                      On
 any  /instances/{instanceId}/{rest...}                                        __default__        no  -
 any  /management/instances/{instanceId}/providers/{provider}/{path...}        Resource           no  -
 any  /management/instances/{instanceId}/providers/FoundationaLLM.Agent/agents/{agentName}/{path...} Resource no {agentName}
+any  /management/instances/{instanceId}/{rest...} __default__ no -
 GET  /instances/{instanceId}/status                                           public             -   -
 OPTIONS /instances/{instanceId}/status                                        public             -   -
 GET  /instances/{instanceId}/branding                                         public             -   -
