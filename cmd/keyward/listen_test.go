@@ -436,8 +436,12 @@ func TestUnixSocket(t *testing.T) {
 	if _, err := os.Lstat(path); err != nil {
 		t.Fatalf("no socket was left: %v", err)
 	}
-	next, err := config.listen(t.Context())
-	if err != nil {
+	var next net.Listener
+	// Not at once where another test is about to start a program: until then the child has the socket open.
+	if err := eventually(func() (err error) {
+		next, err = config.listen(t.Context())
+		return err
+	}); err != nil {
 		t.Fatalf("a socket that nobody serves: %v", err)
 	}
 	if err := next.Close(); err != nil {

@@ -169,7 +169,7 @@ func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known map[string]a
 		"listAuditEvents": example{Path: in}, "listAllAuditEvents": example{}, "getAuditChain": example{}, "getAuditHead": example{}, "verifyAudit": example{},
 		"listInstances": example{}, "getInstance": example{Path: in}, "disableInstance": example{Path: in}, "enableInstance": example{Path: in},
 		"putInstance":    example{Path: in, Body: ids{"policy": ids{"caps": ids{"instance": -1}, "creation": ids{"perHour": -1}}}},
-		"deleteInstance": example{Path: ids{"instanceId": "gone"}, Query: ids{"revokeKeys": true}},
+		"deleteInstance": example{Path: ids{"instanceId": "gone"}, Query: ids{"revokeKeys": "true"}},
 		"listKeys":       example{Path: in, Query: ids{"status": "active", "orderby": "name"}},
 		"createKey":      example{Path: in, Body: ids{"name": "n", "type": "agent", "agentName": "a", "scopes": []string{"a:b"}, "expiresIn": "30d"}},
 		"getKey":         example{Path: of(1)}, "getKeyAdvice": example{Path: of(1)}, "getKeyLimits": example{Path: in}, "updateKey": example{Path: of(1), Body: name},
