@@ -149,6 +149,7 @@ var may = map[string][]Role{
 	readInFlight:   {RoleOwner, RoleOperator, RoleAuditor},
 	endInFlight:    {RoleOwner, RoleOperator},
 	readAudit:      {RoleOwner, RoleAuditor},
+	readUsage:      {RoleOwner, RoleOperator, RoleAuditor, RoleUser}, // RoleUser: of the keys it owns
 }
 
 // A ForbiddenError says that the caller may not do this, or not with this value.

@@ -18,6 +18,9 @@ import (
 // was that. None carries a digest. storetest is the contract in full.
 type Store interface {
 	Reader
+	UsageStore
+	AlertStore
+	SessionStore
 
 	// Update runs fn in one transaction. If fn returns nil and wrote at least one audit event, the
 	// transaction commits with a new revision, which Update returns; every reader that starts after

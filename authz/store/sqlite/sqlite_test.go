@@ -274,7 +274,7 @@ func TestRefusedFilesStayAsTheyAre(t *testing.T) {
 				t.Fatal(err)
 			}
 			run(t, path, "INSERT INTO goose_db_version (version_id, is_applied) VALUES (99, 1)")
-		}, []string{"written by a newer keyward", "its schema is 99, this one knows 6", "nothing was changed"}},
+		}, []string{"written by a newer keyward", "its schema is 99, this one knows 7", "nothing was changed"}},
 		{"a newer schema in the log only", func(t *testing.T, path string) {
 			s := open(t, path)
 			if _, err := s.writer.ExecContext(t.Context(), "INSERT INTO goose_db_version (version_id, is_applied) VALUES (99, 1)"); err != nil {

@@ -47,6 +47,8 @@ func NewMemory(audit admin.AuditKeys) *Memory {
 		peppers: newTable[uint32, [16]byte](), marks: newTable[string, struct{}](),
 		replays: newTable[admin.ReplayID, memoryReplay](), hashes: newTable[apikey.ID, apikey.AgentHash](),
 		quotaStates: newTable[limits.Cell, limits.QuotaState](),
+		usage:       newTable[usagePlace, admin.UsageCounts](), alerts: newTable[apikey.ID, admin.Alert](),
+		sessions: newTable[admin.SessionID, admin.Session](),
 	}
 	s.look = func(ctx context.Context) (*memoryView, func(), error) {
 		leave, err := s.enter(ctx)
@@ -348,6 +350,9 @@ type memoryView struct {
 	replays      table[admin.ReplayID, memoryReplay]
 	hashes       table[apikey.ID, apikey.AgentHash]
 	quotaStates  table[limits.Cell, limits.QuotaState]
+	usage        table[usagePlace, admin.UsageCounts]
+	alerts       table[apikey.ID, admin.Alert]
+	sessions     table[admin.SessionID, admin.Session]
 
 	revision, forgotten apikey.Revision
 	// A transaction appends to these beyond what readers see of them.
@@ -363,6 +368,7 @@ func (v *memoryView) begin() memoryView {
 	next.peppers, next.marks, next.replays = v.peppers.begin(), v.marks.begin(), v.replays.begin()
 	next.hashes = v.hashes.begin()
 	next.quotaStates = v.quotaStates.begin()
+	next.usage, next.alerts, next.sessions = v.usage.begin(), v.alerts.begin(), v.sessions.begin()
 	return next
 }
 
@@ -373,6 +379,7 @@ func (v *memoryView) commit() memoryView {
 	next.peppers, next.marks, next.replays = v.peppers.commit(), v.marks.commit(), v.replays.commit()
 	next.hashes = v.hashes.commit()
 	next.quotaStates = v.quotaStates.commit()
+	next.usage, next.alerts, next.sessions = v.usage.commit(), v.alerts.commit(), v.sessions.commit()
 	return next
 }
 

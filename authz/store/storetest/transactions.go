@@ -505,12 +505,27 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 			return s.QuotaStates(ctx, noon, func(limits.QuotaState) bool { return true })
 		},
 		"ForgetQuotaStates": func(ctx context.Context) error { return s.ForgetQuotaStates(ctx, noon) },
-		"Touch":             func(ctx context.Context) error { return s.Touch(ctx, []apikey.Use{{KeyID: id(1), At: noon}}) },
-		"Redigest":          func(ctx context.Context) error { return s.Redigest(ctx, []admin.Redigest{{Version: 2}}) },
-		"Register":          func(ctx context.Context) error { return s.Register(ctx, "r", 1, time.Minute) },
-		"Confirm":           func(ctx context.Context) error { return s.Confirm(ctx, "known", 1, time.Minute) },
-		"Unregister":        func(ctx context.Context) error { return s.Unregister(ctx, "known") },
-		"Replicas":          func(ctx context.Context) error { _, err := s.Replicas(ctx); return err },
+		"AddUsage":          func(ctx context.Context) error { return s.AddUsage(ctx, []admin.Usage{{Start: noon}}) },
+		"Usage":             func(ctx context.Context) error { _, err := s.Usage(ctx, admin.UsageQuery{}); return err },
+		"TopUsage":          func(ctx context.Context) error { _, err := s.TopUsage(ctx, "", admin.UsageTop{}); return err },
+		"ForgetUsage": func(ctx context.Context) error {
+			return s.ForgetUsage(ctx, map[admin.UsageInterval]time.Time{admin.UsageDay: noon})
+		},
+		"PutAlert":       func(ctx context.Context) error { return s.PutAlert(ctx, &admin.Alert{ID: id(1)}) },
+		"Alert":          func(ctx context.Context) error { _, err := s.Alert(ctx, "", id(1)); return err },
+		"Alerts":         func(ctx context.Context) error { _, err := s.Alerts(ctx, admin.AlertQuery{Limit: 1}); return err },
+		"ForgetAlerts":   func(ctx context.Context) error { return s.ForgetAlerts(ctx, noon) },
+		"PutSession":     func(ctx context.Context) error { return s.PutSession(ctx, &admin.Session{}) },
+		"Session":        func(ctx context.Context) error { _, err := s.Session(ctx, admin.SessionID{}); return err },
+		"EndSession":     func(ctx context.Context) error { return s.EndSession(ctx, admin.SessionID{}) },
+		"ForgetSessions": func(ctx context.Context) error { return s.ForgetSessions(ctx, noon) },
+
+		"Touch":      func(ctx context.Context) error { return s.Touch(ctx, []apikey.Use{{KeyID: id(1), At: noon}}) },
+		"Redigest":   func(ctx context.Context) error { return s.Redigest(ctx, []admin.Redigest{{Version: 2}}) },
+		"Register":   func(ctx context.Context) error { return s.Register(ctx, "r", 1, time.Minute) },
+		"Confirm":    func(ctx context.Context) error { return s.Confirm(ctx, "known", 1, time.Minute) },
+		"Unregister": func(ctx context.Context) error { return s.Unregister(ctx, "known") },
+		"Replicas":   func(ctx context.Context) error { _, err := s.Replicas(ctx); return err },
 		"Update": func(ctx context.Context) error {
 			_, err := s.Update(ctx, func(tx admin.Tx) error { return tx.Audit(ctx, event) })
 			return err

@@ -1,0 +1,45 @@
+-- +goose Up
+
+-- Requests by key (a zero id: of the instance as a whole) and time. detail holds what is counted besides, as
+-- JSON.
+CREATE TABLE usage (
+    instance_id TEXT    NOT NULL,
+    key_id      BLOB    NOT NULL,
+    interval    INTEGER NOT NULL, -- seconds: 60, 3600 or 86400
+    start       INTEGER NOT NULL,
+    allowed     INTEGER NOT NULL,
+    refused     INTEGER NOT NULL,
+    detail      TEXT    NOT NULL,
+    PRIMARY KEY (instance_id, key_id, interval, start)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX usage_time ON usage (interval, start);
+CREATE INDEX usage_top ON usage (instance_id, interval, start, allowed, refused);
+
+CREATE TABLE alerts (
+    id          BLOB    NOT NULL PRIMARY KEY,
+    instance_id TEXT    NOT NULL,
+    kind        TEXT    NOT NULL,
+    key_id      BLOB    NOT NULL,
+    subject     TEXT    NOT NULL,
+    message     TEXT    NOT NULL,
+    count       INTEGER NOT NULL,
+    opened_at   INTEGER NOT NULL,
+    seen_at     INTEGER NOT NULL,
+    resolved_at INTEGER NOT NULL,
+    acked_at    INTEGER NOT NULL,
+    acked_by    TEXT    NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX alerts_open ON alerts (instance_id, kind, key_id, subject) WHERE resolved_at = -62135596800000000;
+CREATE INDEX alerts_newest ON alerts (instance_id, opened_at, id);
+CREATE INDEX alerts_resolved ON alerts (resolved_at);
+
+CREATE TABLE sessions (
+    id         BLOB    NOT NULL PRIMARY KEY,
+    created_at INTEGER NOT NULL,
+    seen_at    INTEGER NOT NULL,
+    ends_at    INTEGER NOT NULL,
+    idle_at    INTEGER NOT NULL,
+    token      BLOB    NOT NULL,
+    subject    TEXT    NOT NULL -- JSON
+) STRICT, WITHOUT ROWID;
+CREATE INDEX sessions_idle ON sessions (idle_at);

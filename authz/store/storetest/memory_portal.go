@@ -1,0 +1,217 @@
+package storetest
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"maps"
+	"slices"
+	"time"
+
+	"keyward/authz/admin"
+	"keyward/authz/apikey"
+)
+
+// A usagePlace is a row of usage.
+type usagePlace struct {
+	instance string
+	key      apikey.ID
+	interval admin.UsageInterval
+	start    time.Time
+}
+
+// AddUsage implements admin.Store.
+func (s *Memory) AddUsage(ctx context.Context, counts []admin.Usage) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		for _, u := range counts {
+			for _, interval := range admin.UsageIntervals() {
+				place := usagePlace{u.InstanceID, u.KeyID, interval, u.Start.UTC().Truncate(interval.Duration())}
+				kept, _ := t.usage.get(place)
+				sum := cloneCounts(kept)
+				sum.Add(&u.UsageCounts)
+				t.usage.put(place, sum)
+			}
+		}
+		return nil
+	})
+}
+
+func cloneCounts(c admin.UsageCounts) admin.UsageCounts {
+	c.Reasons, c.Generations, c.Networks = maps.Clone(c.Reasons), maps.Clone(c.Generations), maps.Clone(c.Networks)
+	return c
+}
+
+// Usage implements admin.Store.
+func (s *Memory) Usage(ctx context.Context, q admin.UsageQuery) (list []admin.Usage, err error) {
+	v, done, err := s.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	for at, counts := range v.usage.all() {
+		if at.instance == q.InstanceID && at.key == q.KeyID && at.interval == q.Interval && !at.start.Before(micros(q.From)) && at.start.Before(micros(q.To)) {
+			list = append(list, admin.Usage{InstanceID: at.instance, KeyID: at.key, Start: at.start, UsageCounts: cloneCounts(counts)})
+		}
+	}
+	slices.SortFunc(list, func(a, b admin.Usage) int { return a.Start.Compare(b.Start) })
+	return list, nil
+}
+
+// TopUsage implements admin.Store.
+func (s *Memory) TopUsage(ctx context.Context, instanceID string, q admin.UsageTop) (list []admin.Usage, err error) {
+	v, done, err := s.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	sums := map[apikey.ID]*admin.Usage{}
+	for at, counts := range v.usage.all() {
+		if at.instance != instanceID || at.key == (apikey.ID{}) || at.interval != q.Interval || at.start.Before(micros(q.From)) || !at.start.Before(micros(q.To)) {
+			continue
+		}
+		if sums[at.key] == nil {
+			sums[at.key] = &admin.Usage{InstanceID: instanceID, KeyID: at.key}
+		}
+		sums[at.key].Add(&counts)
+	}
+	for _, u := range sums {
+		list = append(list, *u)
+	}
+	by := func(u *admin.Usage) int64 {
+		if q.By == admin.ByRefused {
+			return u.Refused
+		}
+		return u.Allowed + u.Refused
+	}
+	slices.SortFunc(list, func(a, b admin.Usage) int {
+		return cmp.Or(cmp.Compare(by(&b), by(&a)), bytes.Compare(a.KeyID[:], b.KeyID[:]))
+	})
+	return list[:min(len(list), q.Limit)], nil
+}
+
+// ForgetUsage implements admin.Store.
+func (s *Memory) ForgetUsage(ctx context.Context, before map[admin.UsageInterval]time.Time) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		for at := range t.usage.all() {
+			if limit, ok := before[at.interval]; ok && at.start.Before(micros(limit)) {
+				t.usage.drop(at)
+			}
+		}
+		return nil
+	})
+}
+
+// PutAlert implements admin.Store.
+func (s *Memory) PutAlert(ctx context.Context, a *admin.Alert) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		for _, other := range t.alerts.all() {
+			if other.ID != a.ID && a.ResolvedAt.IsZero() && other.ResolvedAt.IsZero() && other.InstanceID == a.InstanceID &&
+				other.Kind == a.Kind && other.KeyID == a.KeyID && other.Subject == a.Subject {
+				return apikey.ErrConflict
+			}
+		}
+		kept := *a
+		for _, at := range []*time.Time{&kept.OpenedAt, &kept.SeenAt, &kept.ResolvedAt, &kept.AckedAt} {
+			*at = micros(*at)
+		}
+		t.alerts.put(a.ID, kept)
+		return nil
+	})
+}
+
+// Alert implements admin.Store.
+func (s *Memory) Alert(ctx context.Context, instanceID string, id apikey.ID) (*admin.Alert, error) {
+	v, done, err := s.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	a, ok := v.alerts.get(id)
+	if !ok || a.InstanceID != instanceID {
+		return nil, notThere("alert")
+	}
+	return &a, nil
+}
+
+// Alerts implements admin.Store.
+func (s *Memory) Alerts(ctx context.Context, q admin.AlertQuery) (list []*admin.Alert, err error) {
+	v, done, err := s.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	for _, a := range v.alerts.all() {
+		place := admin.AlertPlace{OpenedAt: a.OpenedAt, ID: a.ID}
+		if (q.Everywhere || a.InstanceID == q.InstanceID) && (q.Kind == "" || a.Kind == q.Kind) &&
+			(q.KeyID == (apikey.ID{}) || a.KeyID == q.KeyID) && (!q.Open || a.ResolvedAt.IsZero()) &&
+			(q.After == (admin.AlertPlace{}) || compareAlerts(place, q.After) < 0) {
+			list = append(list, &a)
+		}
+	}
+	slices.SortFunc(list, func(a, b *admin.Alert) int {
+		return compareAlerts(admin.AlertPlace{OpenedAt: b.OpenedAt, ID: b.ID}, admin.AlertPlace{OpenedAt: a.OpenedAt, ID: a.ID})
+	})
+	return list[:min(len(list), q.Limit)], nil
+}
+
+func compareAlerts(a, b admin.AlertPlace) int {
+	return cmp.Or(a.OpenedAt.Compare(micros(b.OpenedAt)), bytes.Compare(a.ID[:], b.ID[:]))
+}
+
+// ForgetAlerts implements admin.Store.
+func (s *Memory) ForgetAlerts(ctx context.Context, before time.Time) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		for id, a := range t.alerts.all() {
+			if !a.ResolvedAt.IsZero() && a.ResolvedAt.Before(micros(before)) {
+				t.alerts.drop(id)
+			}
+		}
+		return nil
+	})
+}
+
+// PutSession implements admin.Store.
+func (s *Memory) PutSession(ctx context.Context, session *admin.Session) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		kept := *session
+		for _, at := range []*time.Time{&kept.CreatedAt, &kept.SeenAt, &kept.EndsAt, &kept.IdleAt} {
+			*at = micros(*at)
+		}
+		t.sessions.put(kept.ID, kept)
+		return nil
+	})
+}
+
+// Session implements admin.Store.
+func (s *Memory) Session(ctx context.Context, id admin.SessionID) (*admin.Session, error) {
+	v, done, err := s.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	session, ok := v.sessions.get(id)
+	if !ok {
+		return nil, notThere("session")
+	}
+	return &session, nil
+}
+
+// EndSession implements admin.Store.
+func (s *Memory) EndSession(ctx context.Context, id admin.SessionID) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		t.sessions.drop(id)
+		return nil
+	})
+}
+
+// ForgetSessions implements admin.Store.
+func (s *Memory) ForgetSessions(ctx context.Context, now time.Time) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		for id, session := range t.sessions.all() {
+			if !session.IdleAt.After(micros(now)) || !session.EndsAt.After(micros(now)) {
+				t.sessions.drop(id)
+			}
+		}
+		return nil
+	})
+}
