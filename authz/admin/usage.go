@@ -10,9 +10,9 @@ import (
 
 // A UsageStore keeps how many requests there were. Nothing in it is a mutation: no revision, no audit.
 type UsageStore interface {
-	// AddUsage adds counts, in batches: each to the minute, to the hour and to the day that its Start is in, in
-	// one transaction, so that the three always agree. Start may be any instant. Counts of a key that is gone are
-	// added all the same.
+	// AddUsage adds counts: each to the minute, to the hour and to the day that its Start is in. All are added
+	// in one transaction, or on error none: batches of a hundred keep others from writing for some 10 ms. Start
+	// may be any instant. Counts of a key that is gone are added all the same.
 	AddUsage(ctx context.Context, counts []Usage) error
 	// Usage lists what was counted, oldest first: Start is the beginning of a minute, hour or day in UTC.
 	// Where nothing was counted there is nothing.

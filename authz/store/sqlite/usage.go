@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"slices"
 	"time"
 
 	"keyward/authz/admin"
@@ -10,22 +9,16 @@ import (
 
 // AddUsage implements admin.Store.
 func (s *Store) AddUsage(ctx context.Context, counts []admin.Usage) error {
-	for some := range slices.Chunk(counts, batch) {
-		err := s.write(ctx, "add usage", func(t *tx) error {
-			for i := range some {
-				for _, interval := range admin.UsageIntervals() {
-					if err := t.addUsage(ctx, &some[i], interval); err != nil {
-						return err
-					}
+	return s.write(ctx, "add usage", func(t *tx) error {
+		for i := range counts {
+			for _, interval := range admin.UsageIntervals() {
+				if err := t.addUsage(ctx, &counts[i], interval); err != nil {
+					return err
 				}
 			}
-			return nil
-		})
-		if err != nil {
-			return err
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // A usageDetail is what a row of usage holds in JSON.
