@@ -54,16 +54,9 @@ func newTx(sqlTx *sql.Tx, audit admin.AuditKeys, fault func(what string, err err
 
 // exec runs a statement and returns how many rows it changed. What a constraint refuses did nothing.
 func (t *tx) exec(ctx context.Context, what, query string, args ...any) (int64, error) {
-	if t.broken != nil {
-		return 0, t.broken
-	}
-	statement := t.prepared[query]
-	if statement == nil {
-		var err error
-		if statement, err = t.sql.PrepareContext(ctx, query); err != nil { // closed with the transaction
-			return 0, t.fault(what, err)
-		}
-		t.prepared[query] = statement
+	statement, err := t.prepare(ctx, what, query)
+	if err != nil {
+		return 0, err
 	}
 	result, err := statement.ExecContext(ctx, args...)
 	if err != nil {
@@ -77,6 +70,22 @@ func (t *tx) exec(ctx context.Context, what, query string, args ...any) (int64, 
 		return 0, t.fault(what, err)
 	}
 	return n, nil
+}
+
+// prepare returns a statement that is closed with the transaction.
+func (t *tx) prepare(ctx context.Context, what, query string) (*sql.Stmt, error) {
+	if t.broken != nil {
+		return nil, t.broken
+	}
+	statement := t.prepared[query]
+	if statement == nil {
+		var err error
+		if statement, err = t.sql.PrepareContext(ctx, query); err != nil {
+			return nil, t.fault(what, err)
+		}
+		t.prepared[query] = statement
+	}
+	return statement, nil
 }
 
 // execOne runs a statement that changes exactly the row it names.
