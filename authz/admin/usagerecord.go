@@ -17,9 +17,10 @@ type UsageInput struct {
 
 const (
 	usualUsage = 24 * time.Hour // where nobody says since when
-	// Up to so long a time is shown in minutes, or in hours, where nobody says: as much as a chart can show.
-	inMinutes = 3 * time.Hour
-	inHours   = 7 * 24 * time.Hour
+	// Up to so long a time is shown in minutes, or in hours, where nobody says: as much as a chart can show. But
+	// not of so long ago that they may not be kept any more.
+	inMinutes, minutesKept = 3 * time.Hour, 24 * time.Hour
+	inHours, hoursKept     = 7 * 24 * time.Hour, 30 * 24 * time.Hour
 )
 
 // Query checks in and returns the query it describes, of a time in whole intervals: the one that From is in is the
@@ -47,11 +48,11 @@ func (in UsageInput) Query(now time.Time) (UsageQuery, error) {
 		return UsageQuery{}, apikey.Invalid("from", "must be before to, and before now")
 	}
 	q := UsageQuery{Interval: in.Interval}
-	switch span := to.Sub(from); {
+	switch span, ago := to.Sub(from), now.Sub(from); {
 	case q.Interval != "":
-	case span <= inMinutes:
+	case span <= inMinutes && ago <= minutesKept:
 		q.Interval = UsageMinute
-	case span <= inHours:
+	case span <= inHours && ago <= hoursKept:
 		q.Interval = UsageHour
 	default:
 		q.Interval = UsageDay

@@ -18,7 +18,7 @@ import (
 type UsageTimes struct {
 	From     string `query:"from" doc:"RFC 3339 with a zone, a date, which means its beginning in UTC, or a duration back from now such as 7d. By default 24h before to."`
 	To       string `query:"to" doc:"Written as from; a date means its end. By default, and at most, now."`
-	Interval string `query:"interval" enum:"minute,hour,day" doc:"By default minute up to 3 hours, hour up to 7 days, else day. At most 2000 are listed at once."`
+	Interval string `query:"interval" enum:"minute,hour,day" doc:"By default minute up to 3 hours of the last day, hour up to 7 days of the last 30, else day. At most 2000 are listed at once."`
 }
 
 func (in *UsageTimes) query() (admin.UsageQuery, error) {

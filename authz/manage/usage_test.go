@@ -122,7 +122,9 @@ func TestUsageOfATime(t *testing.T) {
 			{"to=2000-02-09T12:00:00Z", "hour", "2000-02-08T12:00:00Z", "2000-02-09T12:00:00Z", 24},
 			{"from=2000-02-09T12:30:00%2B01:00&to=2000-02-09T13:10:00Z&interval=hour", "hour", "2000-02-09T11:00:00Z", "2000-02-09T14:00:00Z", 3},
 			{"from=1h&to=9999-12-31", "minute", "2000-02-09T23:01:00Z", "2000-02-10T00:02:00Z", 61},
-			{"from=48h&to=47h", "minute", "2000-02-08T00:01:00Z", "2000-02-08T01:02:00Z", 61},
+			{"from=23h&to=22h", "minute", "2000-02-09T01:01:00Z", "2000-02-09T02:02:00Z", 61},
+			{"from=48h&to=47h", "hour", "2000-02-08T00:00:00Z", "2000-02-08T02:00:00Z", 2},
+			{"from=31d&to=30d", "day", "2000-01-10T00:00:00Z", "2000-01-12T00:00:00Z", 2},
 		} {
 			for _, path := range []string{"/instances/a/usage?", "/usage?"} {
 				got := read[admin.UsageRecord](t, d.send(d.owner, "GET", path+tt.query, ""), 200)
