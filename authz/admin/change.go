@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"reflect"
 	"time"
@@ -144,16 +143,8 @@ func (s *Service) UpdateKey(ctx context.Context, caller Caller, instanceID strin
 		}
 		return caller.audit(ctx, tx, action, instance, id.String(), auditOf(old), auditOf(k))
 	})
-	switch {
-	case errors.Is(err, errNothing):
-		// It may still be on its way from when it was made.
-		if rev, err = s.head(ctx); err != nil {
-			return KeyChange{}, err
-		}
-	case err != nil:
+	if rev, err = s.ofKey(ctx, k, rev, err); err != nil {
 		return KeyChange{}, err
-	default:
-		k.Revision = rev
 	}
 	wait := revokeWait
 	if sameRights(old, k) {

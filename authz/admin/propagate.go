@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"time"
 
@@ -85,5 +86,18 @@ func (s *Service) head(ctx context.Context) (apikey.Revision, error) {
 	if err != nil && !isNotFound(err) {
 		return 0, err
 	}
+	return rev, nil
+}
+
+// ofKey is what follows a change of one key: its revision, which the key is given. Where there was nothing to do, it
+// is the newest, since the same change may still be on its way from when it was made.
+func (s *Service) ofKey(ctx context.Context, k *apikey.Key, rev apikey.Revision, err error) (apikey.Revision, error) {
+	switch {
+	case errors.Is(err, errNothing):
+		return s.head(ctx)
+	case err != nil:
+		return 0, err
+	}
+	k.Revision = rev
 	return rev, nil
 }

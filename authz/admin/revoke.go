@@ -16,8 +16,6 @@ type Revocation struct {
 	Propagation Propagation
 }
 
-var errRevokedAlready = errors.New("revoked already")
-
 // RevokeKey ends a key for good. Repeating it changes nothing, and tells anew how far it has come; the
 // first reason stays.
 func (s *Service) RevokeKey(ctx context.Context, caller Caller, instanceID string, id apikey.ID, reason apikey.RevocationReason) (Revocation, error) {
@@ -34,20 +32,13 @@ func (s *Service) RevokeKey(ctx context.Context, caller Caller, instanceID strin
 			return err
 		}
 		if !k.RevokedAt.IsZero() {
-			return errRevokedAlready
+			return errNothing
 		}
 		k, err = revoke(ctx, tx, caller, k, reason, now())
 		return err
 	})
-	switch {
-	case errors.Is(err, errRevokedAlready):
-		if rev, err = s.head(ctx); err != nil {
-			return Revocation{}, err
-		}
-	case err != nil:
+	if rev, err = s.ofKey(ctx, k, rev, err); err != nil {
 		return Revocation{}, err
-	default:
-		k.Revision = rev
 	}
 	return Revocation{Key: k, Propagation: s.propagate(ctx, rev, revokeWait)}, nil
 }

@@ -2,7 +2,6 @@ package admin
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -213,15 +212,8 @@ func (s *Service) RevokeGeneration(ctx context.Context, caller Caller, instanceI
 		}
 		return caller.audit(ctx, tx, revokeOneOfKey, instance, id.String(), auditOf(old), auditOf(k))
 	})
-	switch {
-	case errors.Is(err, errNothing):
-		if rev, err = s.head(ctx); err != nil {
-			return KeyChange{}, err
-		}
-	case err != nil:
+	if rev, err = s.ofKey(ctx, k, rev, err); err != nil {
 		return KeyChange{}, err
-	default:
-		k.Revision = rev
 	}
 	return KeyChange{Key: k, Propagation: s.propagate(ctx, rev, revokeWait)}, nil
 }

@@ -110,11 +110,11 @@ func (s *Service) RevokeToken(ctx context.Context, caller Caller, id apikey.ID) 
 			return apikey.ErrNotFound
 		}
 		if ended = tokens[i]; !ended.RevokedAt.IsZero() {
-			return errRevokedAlready
+			return errNothing
 		}
 		return endToken(ctx, tx, caller, ended)
 	})
-	if err != nil && !errors.Is(err, errRevokedAlready) {
+	if err != nil && !errors.Is(err, errNothing) {
 		return nil, err
 	}
 	return ended, nil

@@ -204,6 +204,19 @@ func (s *Service) InstanceUsage(ctx context.Context, caller Caller, instanceID s
 	return s.usage(ctx, q)
 }
 
+// UsageOfNoInstance lists what was counted of requests of which no instance is known, such as those with an
+// unknown key. It is for callers of all instances.
+func (s *Service) UsageOfNoInstance(ctx context.Context, caller Caller, q UsageQuery) ([]Usage, error) {
+	if err := caller.mayAll(readUsage); err != nil {
+		return nil, err
+	}
+	if err := caller.notUser(); err != nil {
+		return nil, err
+	}
+	q.InstanceID, q.KeyID = "", apikey.ID{}
+	return s.usage(ctx, q)
+}
+
 // TopUsage lists the keys of an instance that did the most.
 func (s *Service) TopUsage(ctx context.Context, caller Caller, instanceID string, q UsageTop) ([]Usage, error) {
 	instance, err := s.ofWholeInstance(ctx, caller, instanceID)
@@ -234,11 +247,18 @@ func (s *Service) ofWholeInstance(ctx context.Context, caller Caller, instanceID
 	if err != nil {
 		return "", err
 	}
-	if caller.Role == RoleUser {
-		return "", &ForbiddenError{Reason: "the role user sees the usage of its own keys only"}
+	if err := caller.notUser(); err != nil {
+		return "", err
 	}
 	_, err = s.store.Instance(ctx, instance) // to tell nothing used from no instance
 	return instance, err
+}
+
+func (c Caller) notUser() error {
+	if c.Role == RoleUser {
+		return &ForbiddenError{Reason: "the role user sees the usage of its own keys only"}
+	}
+	return nil
 }
 
 func (s *Service) usage(ctx context.Context, q UsageQuery) ([]Usage, error) {
@@ -251,7 +271,7 @@ func (s *Service) usage(ctx context.Context, q UsageQuery) ([]Usage, error) {
 	case !q.From.Before(q.To):
 		bad.add(apikey.Invalid("from", "must be before to"))
 	case each > 0 && q.To.Sub(q.From) > maxUsageRows*each:
-		bad.add(apikey.Invalid("interval", "is too short for so long a time: at most 2000 of them are listed at once"))
+		bad.add(apikey.Invalid("interval", "is too short for so long a time: at most 2000 of them are listed at once, so ask for a longer interval or a shorter time"))
 	}
 	if err := bad.err(); err != nil {
 		return nil, err

@@ -77,9 +77,12 @@ func ParseQuotaStore(text []byte) (quotas []apikey.Quota, warnings []string, err
 	unreadable := map[string]bool{} // fields whose faults are told already
 	for i, definition := range list {
 		at := "quotas[" + strconv.Itoa(i) + "]"
-		var members map[string]json.RawMessage
-		if err := json.Unmarshal(definition, &members); err != nil || members == nil {
+		members, twice := membersOf(definition)
+		if members == nil {
 			return nil, nil, apikey.Invalid(at, "must be an object")
+		}
+		for _, name := range twice {
+			bad = append(bad, apikey.Invalid(at, "has "+shown(name)+" twice"))
 		}
 		var stored storedQuota
 		fields := stored.fields()
@@ -121,6 +124,31 @@ func ParseQuotaStore(text []byte) (quotas []apikey.Quota, warnings []string, err
 		bad = append(bad, apikey.Invalid(path, one.Reason))
 	}
 	return quotas, warnings, errors.Join(bad...)
+}
+
+// membersOf returns the members of an object, and the names that it has more than once: which of them that
+// platform would take is nobody's to guess. nil if it is no object.
+func membersOf(object json.RawMessage) (members map[string]json.RawMessage, twice []string) {
+	d := json.NewDecoder(bytes.NewReader(object))
+	if begin, err := d.Token(); err != nil || begin != json.Delim('{') {
+		return nil, nil
+	}
+	members = map[string]json.RawMessage{}
+	for d.More() {
+		name, err := d.Token()
+		if err != nil {
+			return nil, nil
+		}
+		var value json.RawMessage
+		if err := d.Decode(&value); err != nil {
+			return nil, nil
+		}
+		if _, known := members[name.(string)]; known && !slices.Contains(twice, name.(string)) {
+			twice = append(twice, name.(string))
+		}
+		members[name.(string)] = value
+	}
+	return members, twice
 }
 
 // FormatQuotaStore writes quotas as that platform reads them.

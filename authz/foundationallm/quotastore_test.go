@@ -87,7 +87,8 @@ func TestParseQuotaStoreTellsAllFaults(t *testing.T) {
 		{"name":"a","context":"CoreAPI:Completions","metric_partition":"PerUser","metric_limit":2,"metric_window_seconds":60,"lockout_duration_seconds":-5},
 		{"name":"b","context":"CoreAPI","metric_limit":120,"metric_window_seconds":10,"type":"Other"},
 		{"name":"b","context":"CoreAPI:Files","metric_limit":"120","metric_window_seconds":50.5,"distributed_enforcement":"no"},
-		{"name":"c","context":"CoreAPI:Files","metric_limit":120,"metric_window_seconds":36028797018964028}
+		{"name":"c","context":"CoreAPI:Files","metric_limit":120,"metric_window_seconds":36028797018964028},
+		{"name":"d","context":"CoreAPI:Files","metric_limit":120,"metric_window_seconds":60,"metric_limit":1200,"enabled":true,"enabled":true,"kwi_0123":1,"kwi_0123":2,"kwi_0123":3}
 	]`
 	_, _, err := ParseQuotaStore([]byte(text))
 	want := []string{
@@ -102,6 +103,9 @@ func TestParseQuotaStoreTellsAllFaults(t *testing.T) {
 		`quotas[2].metric_limit: must be a whole number`,
 		`quotas[2].metric_window_seconds: must be a whole number`,
 		`quotas[2].name: is that of quotas[1] too: b`,
+		`quotas[4]: has a member "enabled" twice`,
+		`quotas[4]: has a member "metric_limit" twice`,
+		`quotas[4]: has an unknown member twice`,
 	}
 	var got []string
 	for _, one := range faults(err) {

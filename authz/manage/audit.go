@@ -16,28 +16,23 @@ import (
 	"keyward/authz/apikey"
 )
 
+// EventParams are the parameters of a list of audit events. huma looks into an embedded struct only if its name is
+// exported.
+type EventParams struct {
+	Actor       string `query:"actor" doc:"Exactly, e.g. token:0192f0c1-…"`
+	Action      string `query:"action" doc:"Exactly, e.g. key.create"`
+	Target      string `query:"target" doc:"Id of what was changed, or was to be."`
+	Outcome     string `query:"outcome" enum:"done,refused"`
+	From        string `query:"from" doc:"RFC 3339 with a zone; inclusive."`
+	To          string `query:"to" doc:"RFC 3339 with a zone; inclusive."`
+	MaxPageSize number `query:"maxpagesize" doc:"Events on a page; more than 1000 counts as 1000. By default 100."`
+	Cursor      string `query:"cursor" doc:"From nextLink."`
+}
+
 type (
 	eventList struct {
-		InstanceID  string `path:"instanceId"`
-		Actor       string `query:"actor" doc:"Exactly, e.g. token:0192f0c1-…"`
-		Action      string `query:"action" doc:"Exactly, e.g. key.create"`
-		Target      string `query:"target" doc:"Id of what was changed, or was to be."`
-		Outcome     string `query:"outcome" enum:"done,refused"`
-		From        string `query:"from" doc:"RFC 3339 with a zone; inclusive."`
-		To          string `query:"to" doc:"RFC 3339 with a zone; inclusive."`
-		MaxPageSize number `query:"maxpagesize" doc:"Events on a page; more than 1000 counts as 1000. By default 100."`
-		Cursor      string `query:"cursor" doc:"From nextLink."`
-	}
-	// The same without an instance: huma would document one that is not in the path.
-	allEventList struct {
-		Actor       string `query:"actor" doc:"Exactly, e.g. token:0192f0c1-…"`
-		Action      string `query:"action" doc:"Exactly, e.g. key.create"`
-		Target      string `query:"target" doc:"Id of what was changed, or was to be."`
-		Outcome     string `query:"outcome" enum:"done,refused"`
-		From        string `query:"from" doc:"RFC 3339 with a zone; inclusive."`
-		To          string `query:"to" doc:"RFC 3339 with a zone; inclusive."`
-		MaxPageSize number `query:"maxpagesize" doc:"Events on a page; more than 1000 counts as 1000. By default 100."`
-		Cursor      string `query:"cursor" doc:"From nextLink."`
+		InstanceID string `path:"instanceId"`
+		EventParams
 	}
 	chainPart struct {
 		After       wholeNumber `query:"after" doc:"Begin after the event with this sequence number; absent: with the first."`
@@ -55,22 +50,20 @@ func (h *handler) listEvents(ctx context.Context, c *call, in *eventList) (*out[
 	if err != nil {
 		return nil, apikey.ErrNotFound
 	}
-	in.InstanceID = id
-	return h.events(ctx, c, in)
+	return h.events(ctx, c, id, &in.EventParams)
 }
 
-func (h *handler) listAllEvents(ctx context.Context, c *call, in *allEventList) (*out[list[admin.EventRecord]], error) {
-	return h.events(ctx, c, &eventList{
-		Actor: in.Actor, Action: in.Action, Target: in.Target, Outcome: in.Outcome, From: in.From, To: in.To, MaxPageSize: in.MaxPageSize, Cursor: in.Cursor,
-	})
+func (h *handler) listAllEvents(ctx context.Context, c *call, in *EventParams) (*out[list[admin.EventRecord]], error) {
+	return h.events(ctx, c, "", in)
 }
 
-func (h *handler) events(ctx context.Context, c *call, in *eventList) (*out[list[admin.EventRecord]], error) {
+// events lists the events of an instance, those of all if that is "".
+func (h *handler) events(ctx context.Context, c *call, instanceID string, in *EventParams) (*out[list[admin.EventRecord]], error) {
 	size, err := pageSizeOf(in.MaxPageSize)
 	if err != nil {
 		return nil, err
 	}
-	filter := admin.EventFilter{Actor: in.Actor, Action: in.Action, Target: in.Target, InstanceID: in.InstanceID, Outcome: admin.Outcome(in.Outcome)}
+	filter := admin.EventFilter{Actor: in.Actor, Action: in.Action, Target: in.Target, InstanceID: instanceID, Outcome: admin.Outcome(in.Outcome)}
 	switch filter.Outcome {
 	case "", admin.OutcomeDone, admin.OutcomeRefused:
 	default:
@@ -89,7 +82,7 @@ func (h *handler) events(ctx context.Context, c *call, in *eventList) (*out[list
 	}
 	var after admin.EventPlace
 	if c.r.URL.Query().Has("cursor") {
-		if after, err = h.cursors.decodeEvent(in.InstanceID, in.Cursor); err != nil {
+		if after, err = h.cursors.decodeEvent(instanceID, in.Cursor); err != nil {
 			return nil, err
 		}
 	}
@@ -101,7 +94,7 @@ func (h *handler) events(ctx context.Context, c *call, in *eventList) (*out[list
 	if len(events) > size {
 		events = events[:size]
 		last := events[size-1]
-		next = nextLink(c.r, h.cursors.encodeEvent(in.InstanceID, admin.EventPlace{At: last.At, Sequence: last.Sequence}))
+		next = nextLink(c.r, h.cursors.encodeEvent(instanceID, admin.EventPlace{At: last.At, Sequence: last.Sequence}))
 	}
 	page := listOf(events, admin.EventRecordOf)
 	page.NextLink = next

@@ -121,6 +121,7 @@ func (h *handler) routes(api huma.API) {
 	h.quotaRoutes(api, instance)
 	h.agentTokenRoutes(api, instance)
 	h.explainRoutes(api, instance, keys, key)
+	h.usageRoutes(api, instance, key)
 	route(h, api, http.MethodGet, inFlight, "listInFlight", "List the requests that run now, the oldest first", nil, h.listInFlight)
 	route(h, api, http.MethodDelete, lease, "endInFlight", "End a lease by force; the request itself goes on", nil, h.endInFlight)
 	route(h, api, http.MethodGet, tokens, "listTokens", "List management tokens, newest first", nil, h.listTokens)
@@ -242,7 +243,7 @@ var versionParameter = &huma.Param{
 // queryParams are the names of the query parameters of an input.
 func queryParams(input reflect.Type) map[string]bool {
 	names := map[string]bool{versionParameter.Name: true}
-	for field := range input.Fields() {
+	for _, field := range reflect.VisibleFields(input) {
 		if name := field.Tag.Get("query"); name != "" {
 			names[name] = true
 		}

@@ -154,6 +154,8 @@ func (l *leakSearch) mistaken(token, id, s string) {
 		"POST /instances/" + q + "/disable", "POST /instances/" + q + "/apiKeys:import", "GET /instances/" + q + "/apiKeys:export", "GET " + canaryKeys + ":limits?userPrincipalName=" + q,
 		"GET " + canaryKeys + ":limits?agentName=" + q, "GET " + canaryKeys + ":export?" + q, "POST " + canaryKeys + ":import?firstRow=" + q, "POST " + canaryKeys + ":import?dryRun=" + q,
 		"GET /instances/demo/auditEvents?action=" + q, "GET /instances/demo/auditEvents?cursor=" + q, "GET /instances/" + q + "/auditEvents", "GET /audit/chain?after=" + q,
+		"GET " + key + "/usage?from=" + q, "GET " + key + "/usage?interval=" + q, "GET " + canaryKeys + "/" + q + "/usage", "GET /instances/" + q + "/usage", "GET /instances/demo/usage?to=" + q,
+		"GET /instances/demo/usage/top?by=" + q, "GET /instances/demo/usage/top?limit=" + q, "GET /usage?" + q, "GET /usage?from=" + q,
 		"GET " + canaryKeys + "?type=" + q, "GET " + canaryKeys + "?status=" + q, "GET " + canaryKeys + "?userPrincipalName=" + q, "GET " + canaryKeys + "?agentName=" + q,
 		"GET " + canaryKeys + "?environment=" + q, "GET " + canaryKeys + "?createdBy=" + q, "GET " + canaryKeys + "?namePrefix=" + q, "GET " + canaryKeys + "?unusedFor=" + q,
 		"GET " + canaryKeys + "?expiresBefore=" + q, "GET " + canaryKeys + "?idleBefore=" + q, "GET " + canaryKeys + "?neverUsed=" + q, "GET " + canaryKeys + "?orderby=" + q,

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"keyward/authz/admin"
 	"keyward/authz/apikey"
 	"keyward/authz/manage"
 )
@@ -82,13 +83,16 @@ var flagWords = map[string][]string{
 	"output": {"table", "json", "jsonl", "yaml"},
 	"type":   {string(apikey.TypeInstance), string(apikey.TypeAgent), string(apikey.TypeUser)},
 	"role":   {"owner", "operator", "auditor", "user"},
+
+	"interval": {string(admin.UsageMinute), string(admin.UsageHour), string(admin.UsageDay)},
+	"by":       {string(admin.ByRequests), string(admin.ByRefused)},
 }
 
 // addCompletion teaches every command what a shell may complete: arguments by their names in Use, flags by
 // theirs. Ids are asked of the server that the command would call.
 func (a *app) addCompletion(c *cobra.Command) {
 	if _, arguments, ok := strings.Cut(c.Use, " "); ok && c.ValidArgsFunction == nil {
-		c.ValidArgsFunction = a.completeArguments(strings.Fields(arguments))
+		c.ValidArgsFunction = a.completeArguments(strings.Fields(strings.NewReplacer("[", "", "]", "").Replace(arguments)))
 	}
 	c.LocalFlags().VisitAll(func(f *pflag.Flag) {
 		var complete cobra.CompletionFunc

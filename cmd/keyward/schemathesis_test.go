@@ -170,6 +170,7 @@ func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known map[string]a
 	atAgent := ids{"instanceId": "other", "agent": "a"}
 	atAgentToken := ids{"instanceId": "other", "agent": "a", "keyId": "8b0f6c58-4a7c-4d7f-9d3e-5b1a0c9e7f21"}
 	soon := time.Now().AddDate(0, 0, 30).UTC().Format(time.RFC3339)
+	lately := time.Now().AddDate(0, 0, -30).UTC().Format(time.DateOnly)
 	return map[string]any{
 		"listAuditEvents": example{Path: in}, "listAllAuditEvents": example{}, "getAuditChain": example{}, "getAuditHead": example{}, "verifyAudit": example{},
 		"listInstances": example{}, "getInstance": example{Path: in}, "disableInstance": example{Path: in}, "enableInstance": example{Path: in},
@@ -190,6 +191,8 @@ func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known map[string]a
 		"validateAgentAccessToken": example{Path: atAgent, Body: ids{"access_token": "none"}},
 		"listInFlight":             example{Path: in}, "endInFlight": example{Path: ids{"instanceId": "other", "leaseId": "none"}},
 		"verifyKey": example{Path: in, Body: ids{"method": "GET", "path": "/"}}, "getLimitsOfKey": example{Path: of(1)},
+		"getKeyUsage": example{Path: of(1), Query: ids{"from": "7d", "interval": "hour"}}, "getInstanceUsage": example{Path: in, Query: ids{"from": "2h"}},
+		"getTopUsage": example{Path: in, Query: ids{"by": "refused", "limit": 5}}, "getUsage": example{Query: ids{"from": lately, "interval": "day"}},
 		"getDecision": example{Path: ids{"instanceId": "other", "decisionId": "none"}},
 		"listPeppers": example{}, "retirePepper": example{Path: ids{"version": 1}},
 		"listTokens": example{}, "createToken": example{Body: ids{"name": "n", "role": "auditor"}}, "revokeToken": example{Path: ids{"tokenId": token}},
