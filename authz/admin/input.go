@@ -61,6 +61,7 @@ type PolicyInput struct {
 	OnLeak        apikey.OnLeak   `json:"onLeak,omitzero" doc:"What becomes of a key whose secret is reported as leaked: revoke or flag."`
 	KeepRevoked   string          `json:"keepRevoked,omitempty" doc:"How long revoked keys are kept before they are removed with their digests, from 1d. As shipped: 90d."`
 	Shadow        apikey.Shadow   `json:"shadow,omitzero" doc:"What is judged, counted and reported, and refuses nobody."`
+	Alerts        AlertsInput     `json:"alerts,omitzero" doc:"What is worth an alert, and how many it takes."`
 }
 
 // CapsInput are caps as people write them: an absent field inherits, -1 is none, 0 is refused.
@@ -374,6 +375,8 @@ func (in *PolicyInput) Policy() (apikey.Policy, error) {
 	}
 	p.Expiration.Default, p.Expiration.Required, p.OnLeak = in.Expiration.Default, in.Expiration.Required, in.OnLeak
 	p.Shadow = in.Shadow
+	p.Alerts, err = in.Alerts.alerts("policy.alerts")
+	bad.add(err)
 	for _, d := range []struct {
 		field, from string
 		to          *apikey.Duration

@@ -2,6 +2,7 @@ package apikey
 
 import (
 	"cmp"
+	"errors"
 	"strings"
 	"time"
 )
@@ -36,6 +37,8 @@ type Policy struct {
 	KeepRevoked Duration `json:"keepRevoked,omitempty"`
 	// Shadow says what is judged and reported, and refuses nobody.
 	Shadow Shadow `json:"shadow,omitzero"`
+	// Alerts say what is worth an alert, and how many it takes.
+	Alerts Alerts `json:"alerts,omitzero"`
 }
 
 // Shadow names limits and rights that are judged, counted and reported, but not enforced: to see what they
@@ -118,6 +121,7 @@ var ShippedPolicy = Policy{
 	},
 	OnLeak:      OnLeak{Instance: LeakRevokes, Agent: LeakFlags, User: LeakRevokes},
 	KeepRevoked: Duration(90 * day),
+	Alerts:      ShippedAlerts,
 }
 
 // InForce returns p with what it does not say taken from [ShippedPolicy]. Limits inherit in LimitsOf.
@@ -135,6 +139,7 @@ func (p Policy) InForce() Policy {
 	}
 	p.OnLeak = OnLeak{cmp.Or(p.OnLeak.Instance, s.OnLeak.Instance), cmp.Or(p.OnLeak.Agent, s.OnLeak.Agent), cmp.Or(p.OnLeak.User, s.OnLeak.User)}
 	p.KeepRevoked = cmp.Or(p.KeepRevoked, s.KeepRevoked)
+	p.Alerts = p.Alerts.InForce()
 	return p
 }
 
@@ -177,7 +182,14 @@ func (p *Policy) Validate() error {
 	if p.Total.Rate.Requests > 0 && p.Total.Burst == 0 {
 		return Invalid("total.burst", "is missing: a total rate needs one, and there is nothing to inherit")
 	}
-	return p.validateLife()
+	if err := p.validateLife(); err != nil {
+		return err
+	}
+	if err := p.Alerts.Validate(); err != nil {
+		bad, _ := errors.AsType[*InvalidError](err)
+		return Invalid("alerts."+bad.Field, bad.Reason)
+	}
+	return nil
 }
 
 // validateLife reports the first field about numbers and lives of keys that cannot be meant.
