@@ -120,6 +120,9 @@ func NewWebhook(cfg WebhookConfig, reg prometheus.Registerer, log *slog.Logger) 
 	return w, nil
 }
 
+// TrimSecret returns the secret that a file holds: without the end of its line, which no receiver has.
+func TrimSecret(text []byte) []byte { return bytes.TrimRight(text, "\r\n") }
+
 // CheckWebhookURL reports what is wrong with the address of a webhook: it is https, but for tests http to an
 // address of this machine where private ones are allowed.
 func CheckWebhookURL(address string, allowPrivate bool) error {
