@@ -40,6 +40,7 @@ type Config struct {
 	OIDC            []OIDCIssuer    `yaml:"oidc"` // who else than holders of a token may use the Management API
 	Audit           Audit           `yaml:"audit"`
 	Usage           Usage           `yaml:"usage"`
+	Alerts          Alerts          `yaml:"alerts"`
 	Log             Log             `yaml:"log"`
 	Runtime         Runtime         `yaml:"runtime"`
 }
@@ -328,6 +329,7 @@ func defaultConfig() Config {
 		Preset:      Preset{Mode: authz.Required.String()},
 		JWT:         JWT{UPNClaim: authz.DefaultUPNClaim, IDClaim: authz.DefaultIDClaims},
 		Usage:       Usage{Enabled: new(true), KeepMinutes: 2 * oneDay, KeepHours: 90 * oneDay, KeepDays: 800 * oneDay},
+		Alerts:      defaultAlerts(),
 		Envoy:       EnvoyFacts{MaxRequestBytes: generate.DefaultMaxRequestBytes},
 
 		Errors: "rpc",
@@ -352,6 +354,7 @@ func (c *Config) validate() error {
 		c.Runtime.validate(),
 		c.Preset.validate(),
 		c.Usage.validate(),
+		c.Alerts.validate(),
 		oneOf("defaultRoute", c.DefaultRoute, "required", "deny"),
 		oneOf("corsPreflight", c.CORSPreflight, "deny", "allow"),
 		oneOf("errors", c.Errors, "rpc", "error_response"),

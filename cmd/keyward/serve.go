@@ -89,6 +89,8 @@ type service struct {
 	accessLogs *accesslog.Server
 	replica    string
 	usage      *usage.Counter
+	alerts     *usage.Alerts
+	webhook    *usage.Webhook // nil: none is configured
 	redigester *admin.Redigester
 	settler    *admin.Settler
 	health     *health.Server
@@ -151,16 +153,26 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.leases, s.logKey = authz.NewLeaseIDs(peppers), peppers.Current.Derive("decision log")
-	s.accessLogs = accesslog.New(s.limiter, nil, s.leases, s.registry, s.log)
+	if s.webhook, err = s.newWebhook(cfg.Alerts.Webhook); err != nil {
+		return nil, err
+	}
+	s.alerts = usage.NewAlerts(s.store, usage.AlertsConfig{
+		UnknownKeys: apikey.UnknownKeyAlerts(cfg.Alerts.UnknownKeys), Keep: cfg.Alerts.Keep.Std(), Notify: s.webhook != nil, Holder: s.replica,
+	}, s.registry, s.log)
+	s.usage = usage.NewCounter(s.store, usage.Config{Off: !*cfg.Usage.Enabled, Instance: s.cache.Instance, Listener: s.alerts}, s.registry, s.log)
+	s.accessLogs = accesslog.New(s.limiter, s.usage, s.leases, s.registry, s.log)
 	issuers, err := cfg.oidc()
 	if err != nil {
 		return nil, err
 	}
-	s.admin = admin.New(s.store, admin.Config{
-		Format: cfg.format(), Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, Decisions: decisions{s}, Replica: s.replica, AuditKeep: cfg.Audit.Keep.Std(),
-		UsageKeep: cfg.Usage.keep(),
-	}, s.cache, s.log)
-	s.usage = usage.NewCounter(s.store, usage.Config{Off: !*cfg.Usage.Enabled, Instance: s.cache.Instance}, s.registry, s.log)
+	adminConfig := admin.Config{
+		Format: cfg.format(), Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, Decisions: decisions{s}, Replica: s.replica,
+		AuditKeep: cfg.Audit.Keep.Std(), UsageKeep: cfg.Usage.keep(),
+	}
+	if s.webhook != nil { // a nil *usage.Webhook would be one
+		adminConfig.Webhook = s.webhook
+	}
+	s.admin = admin.New(s.store, adminConfig, s.cache, s.log)
 	s.redigester = admin.NewRedigester(s.store, peppers.Current.Version(), s.cache.Learn, s.log)
 
 	decisions, err := cfg.authorizer()
@@ -349,6 +361,10 @@ func (s *service) run(ctx context.Context) error {
 	group, failed := errgroup.WithContext(behind)
 	group.Go(func() error { return s.cache.Run(behind) })
 	group.Go(func() error { return s.usage.Run(behind) })
+	group.Go(func() error { return s.alerts.Run(behind) })
+	if s.webhook != nil {
+		group.Go(func() error { return s.webhook.Run(behind, s.store, s.replica) })
+	}
 	group.Go(func() error { return s.quotas.run(behind) })
 	group.Go(func() error { return s.redigester.Run(behind) })
 	group.Go(func() error { return s.settler.Run(behind) })
