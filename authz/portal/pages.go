@@ -28,7 +28,9 @@ type section struct {
 }
 
 // sections are the entries in their order.
-var sections = []section{}
+var sections = []section{
+	{sectionKeys, "/keys", "key.read", (*portal).keyPages},
+}
 
 // A visit is a request of somebody who is signed in.
 type visit struct {
@@ -217,12 +219,20 @@ func (p *portal) loadPages() map[string]*template.Template {
 // functions are what templates can call.
 func (p *portal) functions() template.FuncMap {
 	return template.FuncMap{
-		"asset": p.assets.of,
-		"stamp": stamp,
-		"ago":   func(t time.Time) string { return distance(t, time.Now()) },
-		"date":  func(t time.Time) string { return t.UTC().Format(time.DateOnly) },
-		"join":  strings.Join,
-		"iso":   func(t time.Time) string { return t.UTC().Format(time.RFC3339) },
+		"asset":  p.assets.of,
+		"stamp":  stamp,
+		"ago":    func(t time.Time) string { return distance(t, time.Now()) },
+		"date":   func(t time.Time) string { return t.UTC().Format(time.DateOnly) },
+		"join":   strings.Join,
+		"number": number,
+		// What "options" takes, and what "fault" does.
+		"pair": func(choices []choice, chosen string) map[string]any {
+			return map[string]any{"Choices": choices, "Chosen": chosen}
+		},
+		"field": func(faults map[string]string, field string) map[string]any {
+			return map[string]any{"Faults": faults, "Field": field}
+		},
+		"iso": func(t time.Time) string { return t.UTC().Format(time.RFC3339) },
 	}
 }
 
