@@ -12,6 +12,7 @@ import (
 	"keyward/authz"
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/authz/portal"
 	"keyward/cache"
 	"keyward/envoy/check"
 	"keyward/envoy/generate"
@@ -39,6 +40,7 @@ type Config struct {
 	Envoy           EnvoyFacts      `yaml:"envoy"`
 	OIDC            []OIDCIssuer    `yaml:"oidc"` // who else than holders of a token may use the Management API
 	Audit           Audit           `yaml:"audit"`
+	Portal          Portal          `yaml:"portal"`
 	Log             Log             `yaml:"log"`
 	Runtime         Runtime         `yaml:"runtime"`
 }
@@ -48,6 +50,7 @@ type Listen struct {
 	Check   Listener `yaml:"check"`   // gRPC, for Envoy
 	Manage  Listener `yaml:"manage"`  // Management API
 	Holders Listener `yaml:"holders"` // what holders of keys may ask; off unless it has an address
+	Portal  Listener `yaml:"portal"`  // the portal, for browsers; off unless it has an address
 	Metrics Listener `yaml:"metrics"` // Prometheus, health
 }
 
@@ -259,6 +262,22 @@ type Audit struct {
 	Keep apikey.Duration `yaml:"keep"` // at least; 0: for good
 }
 
+// Portal says how long people stay signed in.
+type Portal struct {
+	Idle apikey.Duration `yaml:"idle"` // without doing anything
+	Most apikey.Duration `yaml:"most"` // in any case
+}
+
+func (p Portal) validate() error {
+	var faults []error
+	for field, d := range map[string]apikey.Duration{"portal.idle": p.Idle, "portal.most": p.Most} {
+		if d.Std() < time.Minute || d.Std() > 30*24*time.Hour {
+			faults = append(faults, apikey.Invalid(field, "must be from 1m to 30d"))
+		}
+	}
+	return errors.Join(faults...)
+}
+
 // Log says what is logged, to standard error.
 type Log struct {
 	Level              string `yaml:"level"`              // debug | info | warn | error
@@ -276,6 +295,7 @@ func defaultConfig() Config {
 			Check:   Listener{Address: "127.0.0.1:9191", MaxConnections: 4096},
 			Manage:  Listener{Address: "127.0.0.1:9192", MaxConnections: 512},
 			Holders: Listener{MaxConnections: 512},
+			Portal:  Listener{MaxConnections: 512},
 			Metrics: Listener{Address: "127.0.0.1:9193", MaxConnections: 512},
 		},
 		Credentials:   Credentials{Headers: authz.DefaultCredentialHeaders, Bearer: &yes, Prefix: apikey.DefaultFirst, Realm: "keyward"},
@@ -294,6 +314,7 @@ func defaultConfig() Config {
 		JWT:         JWT{UPNClaim: authz.DefaultUPNClaim, IDClaim: authz.DefaultIDClaims},
 		Envoy:       EnvoyFacts{MaxRequestBytes: generate.DefaultMaxRequestBytes},
 
+		Portal: Portal{Idle: apikey.Duration(portal.DefaultIdle), Most: apikey.Duration(portal.DefaultMost)},
 		Errors: "rpc",
 		Log:    Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
 		// What lives is the cache, what dies is requests', and marking the cache for their sake is the greater
@@ -311,7 +332,9 @@ func (c *Config) validate() error {
 		c.Listen.Check.validate("listen.check"),
 		c.Listen.Manage.validate("listen.manage"),
 		c.Listen.Holders.validate("listen.holders"),
+		c.Listen.Portal.validate("listen.portal"),
 		c.Listen.Metrics.validate("listen.metrics"),
+		c.Portal.validate(),
 		c.Concurrency.validate(),
 		c.Runtime.validate(),
 		c.Preset.validate(),
