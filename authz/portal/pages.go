@@ -5,6 +5,7 @@ import (
 	"context"
 	"embed"
 	"encoding/base64"
+	"errors"
 	"html/template"
 	"log/slog"
 	"net"
@@ -76,7 +77,7 @@ func (p *portal) page(section, pattern string, page pageFunc) {
 		}
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
 			if err := v.ParseForm(); err != nil {
-				p.fail(w, r, v, errForm)
+				p.fail(w, r, v, formFault(err))
 				return
 			}
 			if !sameText(v.PostForm.Get("form"), v.FormToken) {
@@ -91,6 +92,14 @@ func (p *portal) page(section, pattern string, page pageFunc) {
 			p.fail(w, r, v, err)
 		}
 	})
+}
+
+// formFault is the fault of a form that cannot be read. What was sent is not repeated.
+func formFault(err error) error {
+	if large, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return large
+	}
+	return errForm
 }
 
 // unattended marks a request that a page makes by itself: it does not keep anybody signed in.
