@@ -104,7 +104,7 @@ func faultsOf(err error) (fields map[string]string, rest []error) {
 	fields = map[string]string{}
 	var walk func(err error)
 	walk = func(err error) {
-		if all, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // it is what errors.Join makes that is taken apart
+		if all, ok := err.(interface{ Unwrap() []error }); ok {
 			for _, one := range all.Unwrap() {
 				walk(one)
 			}

@@ -187,7 +187,7 @@ func (p *portal) redirect(w http.ResponseWriter, r *http.Request, to string) {
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
-	http.Redirect(w, r, to, http.StatusSeeOther)
+	http.Redirect(w, r, to, http.StatusSeeOther) //nolint:gosec // G710: what came from a request went through ownPath
 }
 
 // said returns what the page before did, once.
