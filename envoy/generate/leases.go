@@ -123,7 +123,9 @@ func addLog(m *hcmv3.HttpConnectionManager, c Config, filter *accesslogv3.Access
 	return nil
 }
 
-func metadataOf(key string) string { return "%DYNAMIC_METADATA(" + metadataNamespace + ":" + key + ")%" }
+func metadataOf(key string) string {
+	return "%DYNAMIC_METADATA(" + metadataNamespace + ":" + key + ")%"
+}
 
 func attribute(key, value string) *otlpv1.KeyValue {
 	return &otlpv1.KeyValue{Key: key, Value: &otlpv1.AnyValue{Value: &otlpv1.AnyValue_StringValue{StringValue: value}}}
