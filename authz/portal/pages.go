@@ -28,7 +28,13 @@ type section struct {
 }
 
 // sections are the entries in their order.
-var sections = []section{}
+var sections = []section{
+	{"Quotas", "/quotas", "quota.read", (*portal).quotaPages},
+	{"Policy", "/policy", "instance.read", (*portal).policyPages},
+	{"Audit", "/audit", "audit.read", (*portal).auditPages},
+	{"Tokens", "/tokens", "token.read", (*portal).tokenPages},
+	{"Envoy", "/envoy", "instance.read", (*portal).envoyPages},
+}
 
 // A visit is a request of somebody who is signed in.
 type visit struct {
