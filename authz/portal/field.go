@@ -4,7 +4,6 @@ import (
 	"errors"
 	"strconv"
 
-	"keyward/authz/admin"
 	"keyward/authz/apikey"
 )
 

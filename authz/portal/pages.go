@@ -29,6 +29,7 @@ type section struct {
 
 // sections are the entries in their order.
 var sections = []section{
+	{sectionKeys, "/keys", "key.read", (*portal).keyPages},
 	{"Quotas", "/quotas", "quota.read", (*portal).quotaPages},
 	{"Policy", "/policy", "instance.read", (*portal).policyPages},
 	{"Audit", "/audit", "audit.read", (*portal).auditPages},
@@ -223,12 +224,20 @@ func (p *portal) loadPages() map[string]*template.Template {
 // functions are what templates can call.
 func (p *portal) functions() template.FuncMap {
 	return template.FuncMap{
-		"asset": p.assets.of,
-		"stamp": stamp,
-		"ago":   func(t time.Time) string { return distance(t, time.Now()) },
-		"date":  func(t time.Time) string { return t.UTC().Format(time.DateOnly) },
-		"join":  strings.Join,
-		"iso":   func(t time.Time) string { return t.UTC().Format(time.RFC3339) },
+		"asset":  p.assets.of,
+		"stamp":  stamp,
+		"ago":    func(t time.Time) string { return distance(t, time.Now()) },
+		"date":   func(t time.Time) string { return t.UTC().Format(time.DateOnly) },
+		"join":   strings.Join,
+		"number": number,
+		// What "options" takes, and what "fault" does.
+		"pair": func(choices []choice, chosen string) map[string]any {
+			return map[string]any{"Choices": choices, "Chosen": chosen}
+		},
+		"field": func(faults map[string]string, field string) map[string]any {
+			return map[string]any{"Faults": faults, "Field": field}
+		},
+		"iso": func(t time.Time) string { return t.UTC().Format(time.RFC3339) },
 	}
 }
 

@@ -45,9 +45,6 @@ type Config struct {
 	Log *slog.Logger // nil: slog.Default
 	// Idle is how long a session lives without being used, Most in any case; 0: [DefaultIdle], [DefaultMost].
 	Idle, Most time.Duration
-	// Pepper is what the key of list cursors is derived from, so that every replica reads every replica's. nil: a
-	// key of this handler's own.
-	Pepper *apikey.Pepper
 	// Version is that of the program, for the foot of a page.
 	Version string
 	// Envoys is what is in front of the server; nil: the page about it shows none.

@@ -51,7 +51,7 @@ func newDesk(t testing.TB) *desk {
 		}
 		d.tokens[role] = made
 	}
-	d.cfg = Config{Log: log, Pepper: peppers.Current, Version: "test"}
+	d.cfg = Config{Log: log, Version: "test"}
 	d.web = New(d.svc, d.cfg)
 	return d
 }
