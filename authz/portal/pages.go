@@ -32,6 +32,7 @@ var sections = []section{
 	{sectionKeys, "/keys", "key.read", (*portal).keyPages},
 	{"Quotas", "/quotas", "quota.read", (*portal).quotaPages},
 	{"Policy", "/policy", "instance.read", (*portal).policyPages},
+	{"Alerts", "/alerts", "alert.read", (*portal).alertPages},
 	{"Audit", "/audit", "audit.read", (*portal).auditPages},
 	{"Tokens", "/tokens", "token.read", (*portal).tokenPages},
 	{"Envoy", "/envoy", "instance.read", (*portal).envoyPages},

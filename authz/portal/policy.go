@@ -46,6 +46,10 @@ func policyGroups(values policyValues) []policyGroupView {
 				one.Kind, one.Empty = "number", inherited
 			case policyDuration:
 				one.Kind, one.Empty, one.Max = "text", inherited, 16
+			case policyNumbers:
+				one.Kind, one.Empty, one.Max = "text", inherited, 32
+			case policyYesNo:
+				one.Kind, one.Choices = "choice", []choice{{"", "as shipped: " + inherited}, {"yes", "yes"}, {"no", "no"}}
 			case policySwitch:
 				one.Kind = "switch"
 			case policyScopes:

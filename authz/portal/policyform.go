@@ -3,6 +3,7 @@ package portal
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"strconv"
 	"strings"
 
@@ -26,6 +27,8 @@ const (
 	policyChoice   policyKind = "choice"
 	policySwitch   policyKind = "switch"
 	policyScopes   policyKind = "scopes"
+	policyYesNo    policyKind = "yes or no" // or neither
+	policyNumbers  policyKind = "numbers"
 )
 
 // A policyGroup is fields that belong together.
@@ -70,6 +73,24 @@ var policyForm = []policyGroup{
 		{"onLeak.agent", "Agent keys", "", policyChoice, []string{"revoke", "flag"}},
 		{"onLeak.user", "User keys", "", policyChoice, []string{"revoke", "flag"}},
 	}},
+	{"Usage", "", []policyField{
+		{"usage.enabled", "Count requests by key and minute", "For charts, tables and alerts. When a key was last used is kept always.", policyYesNo, nil},
+	}},
+	{"Alerts", "What is worth one, and how much it takes.", []policyField{
+		{"alerts.newNetwork.off", "No alert when a key is used from a network that it was never used from", "", policySwitch, nil},
+		{"alerts.refusals.off", "No alert when far more is refused than usual", "", policySwitch, nil},
+		{"alerts.refusals.window", "Refusals are counted within", "Whole minutes, from 1m to 1h.", policyDuration, nil},
+		{"alerts.refusals.perKey", "Refusals of a key, at least", "", policyCount, nil},
+		{"alerts.refusals.perInstance", "Refusals of the instance, at least", "", policyCount, nil},
+		{"alerts.refusals.factor", "Times as many as usual", "", policyCount, nil},
+		{"alerts.unknownKeys.off", "No alert when somebody tries secrets that are no key's", "", policySwitch, nil},
+		{"alerts.unknownKeys.perMinute", "Unknown secrets in a minute, at least", "", policyCount, nil},
+		{"alerts.expiring.off", "No alert when a key that is in use expires soon", "", policySwitch, nil},
+		{"alerts.expiring.days", "Days before the end", "Falling, such as 14 3 1; each is an alert of its own.", policyNumbers, nil},
+		{"alerts.unused.off", "No alert when nobody uses a key", "", policySwitch, nil},
+		{"alerts.unused.idleDays", "Days since the last use", "", policyCount, nil},
+		{"alerts.unused.neverUsedDays", "Days since a key that was never used was made", "", policyCount, nil},
+	}},
 	{"Shadow", "What is ticked is judged, counted and reported, and refuses nobody: to see what a limit would do.", []policyField{
 		{"shadow.rate", "Rate and burst of keys", "", policySwitch, nil},
 		{"shadow.maxConcurrent", "Running requests of keys", "", policySwitch, nil},
@@ -112,8 +133,17 @@ func (v policyValues) input() (admin.PolicyInput, error) {
 				value = n
 			case policySwitch:
 				value = true
+			case policyYesNo:
+				value = text == "yes"
 			case policyScopes:
 				value = strings.Fields(text)
+			case policyNumbers:
+				list, err := numbers(text)
+				if err != nil {
+					bad.add(apikey.Invalid("policy."+f.name, "must be whole numbers with spaces between"))
+					continue
+				}
+				value = list
 			}
 			plant(tree, f.name, value)
 		}
@@ -129,6 +159,18 @@ func (v policyValues) input() (admin.PolicyInput, error) {
 		err = d.Decode(&in)
 	}
 	return in, err
+}
+
+func numbers(text string) ([]int, error) {
+	var list []int
+	for _, word := range strings.FieldsFunc(text, func(r rune) bool { return r == ' ' || r == ',' || r == '\t' }) {
+		n, err := strconv.Atoi(word)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, n)
+	}
+	return list, nil
 }
 
 // policyValuesOf returns what a form shows for a policy: what it says itself.
@@ -161,15 +203,24 @@ func pick(p *apikey.Policy) policyValues {
 			switch value := find(tree, f.name).(type) {
 			case nil:
 			case bool:
-				if value {
+				switch {
+				case f.kind == policyYesNo && !value:
+					values[f.name] = "no"
+				case f.kind == policyYesNo:
+					values[f.name] = "yes"
+				case value:
 					values[f.name] = "on"
 				}
 			case []any:
-				lines := make([]string, len(value))
-				for i, line := range value {
-					lines[i], _ = line.(string)
+				parts := make([]string, len(value))
+				for i, part := range value {
+					parts[i] = fmt.Sprint(part) // a string or a number
 				}
-				values[f.name] = strings.Join(lines, "\n")
+				separator := "\n"
+				if f.kind == policyNumbers {
+					separator = " "
+				}
+				values[f.name] = strings.Join(parts, separator)
 			case json.Number:
 				values[f.name] = value.String()
 			case string:
@@ -233,6 +284,8 @@ func (f *policyField) read(value string) string {
 		return "yes"
 	case f.kind == policySwitch:
 		return "no"
+	case f.kind == policyYesNo && value == "":
+		return "yes, unless the server counts nothing"
 	case f.kind == policyScopes && value == "":
 		return "no cap"
 	case f.kind == policyScopes:

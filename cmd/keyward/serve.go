@@ -100,8 +100,8 @@ type service struct {
 	pepper     *apikey.Pepper
 
 	check, manage, holders, portal, metrics net.Listener // nil where not configured
-	reloaders                       map[string]*reloader
-	bootstrapMade                   bool // this start made the first token
+	reloaders                               map[string]*reloader
+	bootstrapMade                           bool // this start made the first token
 }
 
 // serviceOptions are what a command knows better than the configuration.
