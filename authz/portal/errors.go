@@ -33,18 +33,18 @@ type failure struct {
 
 // failureOf translates an error into what a page tells. It is the one place that does.
 func failureOf(err error) *failure {
+	if no, ok := errors.AsType[*admin.ForbiddenError](err); ok {
+		return &failure{
+			Status: http.StatusForbidden, Title: "Not allowed", Text: upper(no.Error()) + ".",
+			Next: "If you need it, ask an owner for a role that may, or to do it.", code: "Forbidden",
+		}
+	}
 	if fields, rest := faultsOf(err); len(fields) > 0 && len(rest) == 0 {
 		text := ""
 		for field, reason := range fields {
 			text = field + ": " + reason
 		}
 		return &failure{Status: http.StatusBadRequest, Title: "That cannot be accepted", Text: text, Next: "Go back, correct it, and send it again.", code: "InvalidRequest"}
-	}
-	if no, ok := errors.AsType[*admin.ForbiddenError](err); ok {
-		return &failure{
-			Status: http.StatusForbidden, Title: "Not allowed", Text: upper(no.Error()) + ".",
-			Next: "If you need it, ask an owner for a role that may, or to do it.", code: "Forbidden",
-		}
 	}
 	if full, ok := errors.AsType[*admin.QuotaExceededError](err); ok {
 		return &failure{Status: http.StatusConflict, Title: "No more keys", Text: upper(full.Error()) + ".", code: "QuotaExceeded"}
@@ -104,7 +104,7 @@ func faultsOf(err error) (fields map[string]string, rest []error) {
 	fields = map[string]string{}
 	var walk func(err error)
 	walk = func(err error) {
-		if all, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // it is what errors.Join makes that is taken apart
+		if all, ok := err.(interface{ Unwrap() []error }); ok {
 			for _, one := range all.Unwrap() {
 				walk(one)
 			}
@@ -135,7 +135,7 @@ func join(a, b string) string {
 
 // fail answers with a page that explains. v is nil where nobody is signed in, or it is not known yet.
 func (p *portal) fail(w http.ResponseWriter, r *http.Request, v *visit, err error) {
-	if _, ok := errors.AsType[*http.MaxBytesError](err); !ok && errors.Is(err, admin.ErrUnauthenticated) {
+	if errors.Is(err, admin.ErrUnauthenticated) {
 		p.signInFirst(w, r)
 		return
 	}

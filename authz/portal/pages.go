@@ -5,6 +5,7 @@ import (
 	"context"
 	"embed"
 	"encoding/base64"
+	"errors"
 	"html/template"
 	"log/slog"
 	"net"
@@ -82,7 +83,7 @@ func (p *portal) page(section, pattern string, page pageFunc) {
 		}
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
 			if err := v.ParseForm(); err != nil {
-				p.fail(w, r, v, errForm)
+				p.fail(w, r, v, formFault(err))
 				return
 			}
 			if !sameText(v.PostForm.Get("form"), v.FormToken) {
@@ -97,6 +98,14 @@ func (p *portal) page(section, pattern string, page pageFunc) {
 			p.fail(w, r, v, err)
 		}
 	})
+}
+
+// formFault is the fault of a form that cannot be read. What was sent is not repeated.
+func formFault(err error) error {
+	if large, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return large
+	}
+	return errForm
 }
 
 // unattended marks a request that a page makes by itself: it does not keep anybody signed in.
@@ -184,7 +193,7 @@ func (p *portal) redirect(w http.ResponseWriter, r *http.Request, to string) {
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
-	http.Redirect(w, r, to, http.StatusSeeOther)
+	http.Redirect(w, r, to, http.StatusSeeOther) //nolint:gosec // G710: what came from a request went through ownPath
 }
 
 // said returns what the page before did, once.

@@ -23,6 +23,7 @@ type desk struct {
 	owner  admin.Caller
 	tokens map[admin.Role]admin.CreatedToken
 	cfg    Config
+	pepper *apikey.Pepper
 }
 
 const (
@@ -34,7 +35,7 @@ func newDesk(t testing.TB) *desk {
 	t.Helper()
 	peppers := apikey.Peppers{Current: apikey.NewPepper(1, true)}
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
-	d := &desk{t: t, store: storetest.NewMemory(admin.NewAuditKeys(peppers)), tokens: map[admin.Role]admin.CreatedToken{}}
+	d := &desk{t: t, pepper: peppers.Current, store: storetest.NewMemory(admin.NewAuditKeys(peppers)), tokens: map[admin.Role]admin.CreatedToken{}}
 	d.svc = admin.New(d.store, admin.Config{Format: apikey.Format{First: apikey.DefaultFirst}, Peppers: peppers}, nil, log)
 	d.owner = admin.Caller{Name: "test", Role: admin.RoleOwner}
 	if _, err := d.svc.PutInstance(t.Context(), d.owner, instance, apikey.Policy{}); err != nil {

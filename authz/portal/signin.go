@@ -98,7 +98,7 @@ const noToken = "That is not a management token that works. It may be mistyped, 
 
 func (p *portal) signIn(w http.ResponseWriter, r *http.Request) {
 	if err := r.ParseForm(); err != nil {
-		p.fail(w, r, nil, errForm)
+		p.fail(w, r, nil, formFault(err))
 		return
 	}
 	from := sourceOf(r)
@@ -155,7 +155,7 @@ func (p *portal) signOut(w http.ResponseWriter, v *visit) error {
 	}
 	http.SetCookie(w, cookieOf(sessionCookie, "", -1))
 	// Whatever pages the browser still has of ours.
-	w.Header().Set("Clear-Site-Data", `"cache", "storage"`)
+	w.Header().Set("Clear-Site-Data", `"cache"`)
 	p.redirect(w, v.Request, "/sign-in")
 	return nil
 }

@@ -17,14 +17,17 @@
       rows.map((r) => Number(r.cells[1].dataset.n)),
       rows.map((r) => Number(r.cells[2].dataset.n)),
     ];
+    const day = uPlot.fmtDate("{D} {MMM}"), time = uPlot.fmtDate("{HH}:{mm}");
+    const utc = (seconds) => uPlot.tzDate(new Date(seconds * 1000), "UTC");
+    const label = (seconds) => (box.dataset.interval === "day" || seconds % 86400 === 0 ? day : time)(utc(seconds));
     const axis = { stroke: color("--pico-muted-color"), grid: { stroke: color("--pico-muted-border-color"), width: 1 }, ticks: { show: false } };
     const size = () => ({ width: Math.max(box.clientWidth, 200), height: 200 });
     const plot = new uPlot({
       ...size(),
-      tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "UTC"),
+      tzDate: utc,
       cursor: { drag: { x: false, y: false } },
       scales: { y: { range: (_, min, max) => [0, Math.max(max, 5)] } },
-      axes: [axis, { ...axis, size: 55 }],
+      axes: [{ ...axis, values: (_, splits) => splits.map(label) }, { ...axis, size: 55 }],
       series: [
         { value: "{YYYY}-{MM}-{DD} {HH}:{mm}", label: "UTC" },
         { label: "Allowed", stroke: color("--pico-primary"), width: 2 },
