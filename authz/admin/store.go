@@ -90,6 +90,9 @@ type Reader interface {
 	Key(ctx context.Context, instanceID string, id apikey.ID) (*apikey.Key, error)
 	// Keys lists keys of an instance, as q says. An instance that is not there has no keys.
 	Keys(ctx context.Context, instanceID string, q KeyQuery) ([]*apikey.Key, error)
+	// KeyPage does the same, but looks at a bounded number of keys, however many there are: a page may be
+	// short, even empty, and still have a next one.
+	KeyPage(ctx context.Context, instanceID string, q KeyQuery) (KeyPage, error)
 	// CountKeys counts the keys of an instance, or those of one owner in it, from counts that are kept: it
 	// does not read the keys.
 	CountKeys(ctx context.Context, instanceID string, owner KeyOwner, now time.Time) (KeyCounts, error)
@@ -164,7 +167,7 @@ type Tx interface {
 	// PutInstance creates or replaces an instance, its policy and quotas; CreatedAt of an existing one stays. Its Revision
 	// becomes the transaction's.
 	PutInstance(ctx context.Context, in *apikey.Instance) error
-	// DeleteInstance removes an instance with all its keys, and its alerts; audit and tokens stay.
+	// DeleteInstance removes an instance with all its keys, usage and alerts; audit and tokens stay.
 	// Errors: apikey.ErrNotFound.
 	DeleteInstance(ctx context.Context, id string) error
 
@@ -172,7 +175,7 @@ type Tx interface {
 	// apikey.ErrNotFound if there is no such instance.
 	InsertKey(ctx context.Context, k *apikey.Key) error
 	// UpdateKey replaces what may change of a key: everything but ID, InstanceID, Type, AgentName,
-	// UserPrincipalName, CreatedAt, CreatedBy, LastUsedAt, Generations and Revision. Another
+	// UserPrincipalName, CreatedAt, CreatedBy, LastUsed…, Generations and Revision. Another
 	// ExpirationDate or InactivityDays takes back MarkEnded. Errors: apikey.ErrNotFound, also where the
 	// key belongs to another instance.
 	UpdateKey(ctx context.Context, k *apikey.Key) error

@@ -27,7 +27,7 @@ type reader struct {
 const (
 	keyColumns = `k.id, k.instance_id, k.type, k.name, k.description, k.agent_name, k.user_principal_name, k.environment,
 	k.scopes, k.allowed_ips, k.limits, k.quotas, k.expires_at, k.inactivity_days, k.not_before, k.metadata, k.disabled,
-	k.revoked_at, k.revoked_reason, k.leak_reported_at, k.created_at, k.created_by, k.last_used_at, k.idle_from, k.revision,
+	k.revoked_at, k.revoked_reason, k.leak_reported_at, k.created_at, k.created_by, k.last_used_at, k.last_used_network, k.last_used_path, k.idle_from, k.revision,
 	g.number, g.hint, g.created_at, g.valid_until, g.last_used_at, g.revoked`
 
 	findKey = `SELECT (SELECT revision FROM meta WHERE one = 1), d.generation, ` + keyColumns + `
@@ -194,29 +194,81 @@ func (r *reader) Key(ctx context.Context, instanceID string, id apikey.ID) (*api
 
 // Keys implements admin.Reader.
 func (r *reader) Keys(ctx context.Context, instanceID string, q admin.KeyQuery) ([]*apikey.Key, error) {
-	by, err := r.rarest(ctx, instanceID, q)
+	w, _, err := r.way(ctx, instanceID, q)
 	if err != nil {
 		return nil, err
 	}
-	query, args := listKeys(instanceID, q, by)
+	query, args := listKeys(instanceID, q, w, admin.KeyPlace{})
 	return r.keys(r.rows(ctx, "list keys", query, args...))
 }
 
-// rarest returns the index of a part of the filter that means few keys; "" if none does, or if the list goes by
-// it anyway.
-func (r *reader) rarest(ctx context.Context, instanceID string, q admin.KeyQuery) (index string, err error) {
-	indexes, queries := rareKeys(instanceID, q)
-	least := fewKeys + 1
-	for _, one := range indexes {
-		var n int
-		if _, err := r.one(ctx, "list keys", queries[one].text, queries[one].args, &n); err != nil {
-			return "", err
-		}
-		if n < least {
-			index, least = one, n
+// KeyPage implements admin.Reader.
+func (r *reader) KeyPage(ctx context.Context, instanceID string, q admin.KeyQuery) (admin.KeyPage, error) {
+	w, rare, err := r.way(ctx, instanceID, q)
+	if err != nil {
+		return admin.KeyPage{}, err
+	}
+	var upTo admin.KeyPlace
+	if !w.exact && !rare {
+		if upTo, err = r.lastLooked(ctx, instanceID, q, w); err != nil {
+			return admin.KeyPage{}, err
 		}
 	}
-	return index, nil
+	size := max(q.Limit, 0)
+	q.Limit = size + 1 // one more tells whether this is the last page
+	query, args := listKeys(instanceID, q, w, upTo)
+	keys, err := r.keys(r.rows(ctx, "list keys", query, args...))
+	switch {
+	case err != nil:
+		return admin.KeyPage{}, err
+	case len(keys) <= size:
+		return admin.KeyPage{Keys: keys, Next: upTo}, nil
+	case size == 0:
+		return admin.KeyPage{Next: q.After}, nil
+	}
+	return admin.KeyPage{Keys: keys[:size], Next: q.Order.PlaceOf(keys[size-1])}, nil
+}
+
+// way chooses how a list is read; rare: by sorting the keys that a part of the filter means, which are few.
+func (r *reader) way(ctx context.Context, instanceID string, q admin.KeyQuery) (w way, rare bool, err error) {
+	w = drive(orders[q.Order].column, &q.KeyFilter)
+	if w.exact {
+		return w, false, nil
+	}
+	parts, counts := rareParts(instanceID, q, w)
+	least := fewKeys + 1
+	for i, p := range parts {
+		var n int
+		if _, err := r.one(ctx, "list keys", counts[i].text, counts[i].args, &n); err != nil {
+			return way{}, false, err
+		}
+		if n < least {
+			least, rare = n, true
+			w = way{index: p.index, means: p.means}
+			if p.more != "" {
+				w.more = []string{p.more}
+			}
+		}
+	}
+	return w, rare, nil
+}
+
+// lastLooked returns the place of the last of the keys that may be looked at for a page by the way w; zero if
+// there are fewer.
+func (r *reader) lastLooked(ctx context.Context, instanceID string, q admin.KeyQuery, w way) (p admin.KeyPlace, err error) {
+	query, args := lastLooked(instanceID, q, w)
+	at := any(instant{&p.At})
+	switch orders[q.Order].column {
+	case "name":
+		at = &p.Name
+	case "expiry":
+		at = orNever{&p.At}
+	}
+	found, err := r.one(ctx, "list keys", query, args, at, exactly(p.ID[:]))
+	if err != nil || !found {
+		return admin.KeyPlace{}, err
+	}
+	return p, nil
 }
 
 // CountKeys implements admin.Reader.
@@ -291,7 +343,7 @@ func (r *reader) key(row *sql.Rows, lead ...any) (*apikey.Key, error) {
 		document{&k.Scopes}, document{&k.AllowedIPs}, document{&k.Limits}, document{&k.Quotas}, instant{&k.ExpirationDate}, &k.InactivityDays,
 		instant{&k.NotBefore}, document{&k.Metadata}, &k.Disabled,
 		instant{&k.RevokedAt}, &k.RevokedReason, instant{&k.LeakReportedAt}, instant{&k.CreatedAt}, &k.CreatedBy,
-		instant{&k.LastUsedAt}, instant{&k.IdleFrom}, &k.Revision,
+		instant{&k.LastUsedAt}, &k.LastUsedNetwork, &k.LastUsedPath, instant{&k.IdleFrom}, &k.Revision,
 		&number, &hint, &createdAt, &validUntil, &lastUsedAt, &ended)...)
 	if err != nil {
 		return nil, r.fault("read key "+k.ID.String(), err)

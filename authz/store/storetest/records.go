@@ -48,6 +48,7 @@ func testInstances(t *testing.T, s admin.Store) {
 				Expiring:    apikey.ExpiringKeyAlerts{Off: true, Days: []int{9, 8}},
 				Unused:      apikey.UnusedKeyAlerts{Off: true, IdleDays: 5, NeverUsedDays: 6},
 			},
+			Usage: apikey.UsagePolicy{Enabled: new(false)},
 		},
 		CreatedAt: noon,
 	}
@@ -192,7 +193,7 @@ func testUpdateKey(t *testing.T, s admin.Store) {
 	change := &apikey.Key{
 		ID: before.ID, InstanceID: before.InstanceID,
 		Type: apikey.TypeUser, AgentName: "x", UserPrincipalName: "x", CreatedAt: noon.Add(time.Hour), CreatedBy: "x",
-		LastUsedAt: noon.Add(time.Hour), Generations: []apikey.Generation{{Number: 9}}, Digest: digest("x"), Generation: 9,
+		LastUsedAt: noon.Add(time.Hour), LastUsedNetwork: "2001:db8::/48", LastUsedPath: "/other", Generations: []apikey.Generation{{Number: 9}}, Digest: digest("x"), Generation: 9,
 		Name: "new name", Description: "new", Environment: "test", Scopes: apikey.Scopes{"c"},
 		AllowedIPs: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32")}, Limits: apikey.Limits{Burst: 99},
 		ExpirationDate: noon.Add(time.Hour), InactivityDays: 3, NotBefore: noon.Add(time.Minute), Metadata: map[string]string{"k": "v"},
@@ -204,6 +205,7 @@ func testUpdateKey(t *testing.T, s admin.Store) {
 	want.Revision = revision
 	want.Type, want.AgentName, want.UserPrincipalName = before.Type, before.AgentName, before.UserPrincipalName
 	want.CreatedAt, want.CreatedBy, want.LastUsedAt = before.CreatedAt, before.CreatedBy, before.LastUsedAt
+	want.LastUsedNetwork, want.LastUsedPath = before.LastUsedNetwork, before.LastUsedPath
 	want.Generations, want.Digest, want.Generation = []apikey.Generation{fullGeneration}, apikey.Digest{}, 0
 	got, err := s.Key(ctx, "tenant", before.ID)
 	if err != nil {
