@@ -31,6 +31,12 @@ type section struct {
 // sections are the entries in their order.
 var sections = []section{
 	{sectionKeys, "/keys", "key.read", (*portal).keyPages},
+	{"Quotas", "/quotas", "quota.read", (*portal).quotaPages},
+	{"Policy", "/policy", "instance.read", (*portal).policyPages},
+	{"Alerts", "/alerts", "alert.read", (*portal).alertPages},
+	{"Audit", "/audit", "audit.read", (*portal).auditPages},
+	{"Tokens", "/tokens", "token.read", (*portal).tokenPages},
+	{"Envoy", "/envoy", "instance.read", (*portal).envoyPages},
 }
 
 // A visit is a request of somebody who is signed in.

@@ -47,6 +47,8 @@ type Config struct {
 	Idle, Most time.Duration
 	// Version is that of the program, for the foot of a page.
 	Version string
+	// Envoys is what is in front of the server; nil: the page about it shows none.
+	Envoys Envoys
 }
 
 // How long a session lives where nobody says otherwise.
