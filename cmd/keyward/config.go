@@ -40,6 +40,7 @@ type Config struct {
 	OIDC            []OIDCIssuer    `yaml:"oidc"` // who else than holders of a token may use the Management API
 	Audit           Audit           `yaml:"audit"`
 	Log             Log             `yaml:"log"`
+	Tracing         Tracing         `yaml:"tracing"`
 	Runtime         Runtime         `yaml:"runtime"`
 }
 
@@ -294,8 +295,9 @@ func defaultConfig() Config {
 		JWT:         JWT{UPNClaim: authz.DefaultUPNClaim, IDClaim: authz.DefaultIDClaims},
 		Envoy:       EnvoyFacts{MaxRequestBytes: generate.DefaultMaxRequestBytes},
 
-		Errors: "rpc",
-		Log:    Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
+		Errors:  "rpc",
+		Tracing: Tracing{Protocol: "grpc", Ratio: 0.01},
+		Log:     Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
 		// What lives is the cache, what dies is requests', and marking the cache for their sake is the greater
 		// part of collecting: four times as seldom as Go does by itself, a request costs a quarter less.
 		Runtime: Runtime{GCPercent: 400, MemoryLimit: "90%"},
@@ -315,6 +317,7 @@ func (c *Config) validate() error {
 		c.Concurrency.validate(),
 		c.Runtime.validate(),
 		c.Preset.validate(),
+		c.Tracing.validate(),
 		oneOf("defaultRoute", c.DefaultRoute, "required", "deny"),
 		oneOf("corsPreflight", c.CORSPreflight, "deny", "allow"),
 		oneOf("errors", c.Errors, "rpc", "error_response"),

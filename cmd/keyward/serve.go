@@ -97,6 +97,7 @@ type service struct {
 	drainDelay time.Duration
 	serving    chan struct{} // closed when everything is
 	pepper     *apikey.Pepper
+	traces     *traces // nil: none are made
 
 	check, manage, holders, metrics net.Listener // nil where not configured
 	reloaders                       map[string]*reloader
@@ -142,7 +143,10 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	s.replica = fmt.Sprintf("%s-%d-%d", host, os.Getpid(), time.Now().Unix())
 	cacheConfig := cfg.cacheConfig()
 	cacheConfig.Replica = s.replica
-	if s.cache, err = cache.New(s.store, cacheConfig, s.registry, s.log); err != nil {
+	if s.traces, err = openTraces(ctx, cfg.Tracing, s.replica, s.log); err != nil {
+		return nil, err
+	}
+	if s.cache, err = cache.New(s.keyStore(), cacheConfig, s.registry, s.log); err != nil {
 		return nil, err
 	}
 	s.limiter = local.New(cfg.Concurrency.leases(), s.registry)
@@ -167,7 +171,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.settler = admin.NewSettler(s.admin, s.cache)
-	facts := keyFacts{Cache: s.cache, Settler: s.settler, store: s.store, lastUsed: s.lastUsed}
+	facts := keyFacts{Cache: s.cache, Settler: s.settler, store: s.keyStore(), lastUsed: s.lastUsed}
 	if s.authorizer, err = authz.New(decisions, facts, s.limiter, peppers, s.lastUsed, s.redigester); err != nil {
 		return nil, err
 	}
@@ -315,7 +319,7 @@ func (s *service) adminTokenPath() string {
 type keyFacts struct {
 	*cache.Cache
 	*admin.Settler
-	store    *sqlite.Store
+	store    keyStore
 	lastUsed *usage.LastUsed
 }
 
@@ -358,7 +362,7 @@ func (s *service) run(ctx context.Context) error {
 	}
 
 	manageServer := s.httpServer(manage.New(s.admin, manage.Config{
-		Format: s.cfg.format(), Pepper: s.pepper, Log: s.log, Version: readVersion().Version,
+		Format: s.cfg.format(), Pepper: s.pepper, Log: s.log, Version: readVersion().Version, Tracer: s.traces.tracer(),
 	}))
 	holdersServer := s.httpServer(holders.New(s.authorizer, s.admin, s.log))
 	metricsServer := s.httpServer(s.metricsHandler())
@@ -498,6 +502,7 @@ func (s *service) close() error {
 	if s.cache != nil {
 		s.cache.Close()
 	}
+	s.traces.close()
 	if s.store != nil {
 		faults = append(faults, s.store.Close())
 	}
@@ -545,7 +550,7 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 	server := grpc.NewServer(options...)
 	s.accessLogs.Register(server)
 	config := s.cfg.checkConfig()
-	config.Leases, config.LogKey = s.leases, s.logKey
+	config.Leases, config.LogKey, config.Tracer = s.leases, s.logKey, s.traces.tracer()
 	if err := registerChecks(server, s.authorizer, config, s.registry, s.log); err != nil {
 		return nil, err
 	}
