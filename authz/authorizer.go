@@ -31,13 +31,6 @@ type Keys interface {
 	Serving() error
 }
 
-// Uses hears about allowed requests. It must not block.
-type Uses interface {
-	Used(k *apikey.Key, at time.Time)
-	// Last returns when a key was last used, as far as this process remembers; zero if it does not.
-	Last(id apikey.ID) time.Time
-}
-
 // Redigests hears of a secret that was found by the digest of the previous pepper. It must not block.
 type Redigests interface {
 	Redigest(old, current apikey.Digest)
@@ -109,7 +102,9 @@ func New(cfg Config, keys Keys, limiter limits.Leaser, peppers apikey.Peppers, u
 func (a *Authorizer) Configure(cfg Config) error {
 	cfg.Rules = slices.Clone(cfg.Rules)
 	for i := range cfg.Rules {
-		cfg.Rules[i].note = a.notes.number(cfg.Rules[i].Host + cfg.Rules[i].Path)
+		rule := &cfg.Rules[i]
+		rule.pattern = rule.Host + rule.Path
+		rule.note = a.notes.number(rule.pattern)
 	}
 	r, err := prepare(cfg)
 	if err != nil {
@@ -284,6 +279,7 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 			d.Reason = ReasonAnonymous
 			return nil
 		}
+		d.client = r.clientAddr(rules.ClientAddress, rules.TrustedHops)
 		return a.decideToken(ctx, r, d, rules, &question{rule: rule, query: query, mayBlock: mayBlock})
 	case !found.sent:
 		d.Reason = ReasonNoCredential
@@ -300,7 +296,8 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 		}
 	}
 
-	q := question{rule: rule, query: query, secret: found.secret, kind: kind, client: r.clientAddr(rules.ClientAddress, rules.TrustedHops), mayBlock: mayBlock, at: r.At}
+	d.client = r.clientAddr(rules.ClientAddress, rules.TrustedHops)
+	q := question{rule: rule, query: query, secret: found.secret, kind: kind, client: d.client, mayBlock: mayBlock, at: r.At}
 	x.prepare(&q)
 	instance, err := a.known(ctx, r, d, &q)
 	if err != nil || d.Reason != ReasonNone {
@@ -326,9 +323,6 @@ func (a *Authorizer) decide(ctx context.Context, r *Request, d *Decision, mayBlo
 	x.reach(StepAllowed)
 	d.Reason = ReasonKey
 	d.allowed = instance.Policy.AllowedScopes
-	if x == nil {
-		a.uses.Used(d.Key, q.at)
-	}
 	return nil
 }
 

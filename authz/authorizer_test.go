@@ -34,6 +34,7 @@ type world struct {
 	block   bool // the limiter's TryTake cannot decide
 
 	used      []apikey.ID
+	decided   []authz.Use
 	redigests int
 }
 
@@ -101,8 +102,13 @@ func (w *world) Renew(context.Context, []limits.Lease) error     { return nil }
 func (w *world) Disconnected(uint64)                             {}
 func (w *world) Running(func(limits.Cell) bool) []limits.Running { return nil }
 
-func (w *world) Last(apikey.ID) time.Time         { return w.lastHere }
-func (w *world) Used(k *apikey.Key, _ time.Time)  { w.used = append(w.used, k.ID) }
+func (w *world) Last(apikey.ID) time.Time { return w.lastHere }
+func (w *world) Decided(u authz.Use) {
+	w.decided = append(w.decided, u)
+	if u.Reason == authz.ReasonKey {
+		w.used = append(w.used, u.Key.ID)
+	}
+}
 func (w *world) Redigest(_, _ apikey.Digest)      { w.redigests++ }
 func (w *world) spent() bool                      { return len(w.demands) > 0 || len(w.used) > 0 }
 func (w *world) issue(k apikey.Key) apikey.Secret { return w.issueUnder(w.peppers.Current, k) }
@@ -143,7 +149,9 @@ func (w *world) authorizer(t *testing.T, cfg authz.Config) *authz.Authorizer {
 func decide(t *testing.T, a *authz.Authorizer, r authz.Request) authz.Decision {
 	t.Helper()
 	var d authz.Decision
-	if err := a.Decide(t.Context(), &r, &d); err != nil {
+	if err := a.Decide(t.Context(), &r, &d); err == nil {
+		a.Decided(&r, &d, time.Now())
+	} else {
 		t.Fatalf("could not decide: %v", err)
 	}
 	return d

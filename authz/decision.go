@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"math/rand/v2"
+	"net/netip"
 	"time"
 
 	"keyward/authz/apikey"
@@ -211,7 +212,8 @@ type Decision struct {
 	Agent string
 	// InstanceID is that whose limits were judged; "": none were.
 	InstanceID string
-	route      *Rule // that the request matched, perhaps anyRequest; nil where that was not looked for
+	route      *Rule      // that the request matched, perhaps anyRequest; nil where that was not looked for
+	client     netip.Addr // where it was looked for
 	// allowed are the rights that the policy leaves to keys.
 	allowed apikey.Scopes
 

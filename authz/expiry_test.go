@@ -37,7 +37,7 @@ func aging(t *testing.T) (a, b *using) {
 	store := storetest.NewMemory(auditKeys)
 	h := newHouse(t, store, cache.Config{Records: 20, Unknown: 20, Poll: agingPoll, Lease: 2 * agingPoll}, nil, store, store)
 	uses := func(r *replica) *using {
-		noted := usage.NewLastUsed(store, slog.New(slog.DiscardHandler))
+		noted := usage.NewCounter(store, usage.Config{}, nil, slog.New(slog.DiscardHandler))
 		ctx, cancel := context.WithCancel(context.Background())
 		var run sync.WaitGroup
 		run.Go(func() { _ = noted.Run(ctx) })

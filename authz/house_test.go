@@ -125,7 +125,7 @@ func (f facts) LastUsed(ctx context.Context, id apikey.ID) (time.Time, error) {
 // nobody listens.
 type nobody struct{}
 
-func (nobody) Used(*apikey.Key, time.Time) {}
+func (nobody) Decided(authz.Use)           {}
 func (nobody) Last(apikey.ID) time.Time    { return time.Time{} }
 func (nobody) Redigest(_, _ apikey.Digest) {}
 
@@ -139,8 +139,13 @@ func asking(secret apikey.Secret) authz.Request {
 
 // ask decides as an adapter does: at once where that can be, else with waiting.
 func ask(ctx context.Context, a *authz.Authorizer, r *authz.Request, d *authz.Decision) error {
-	if ok, err := a.Try(r, d); ok {
+	ok, err := a.Try(r, d)
+	if !ok {
+		err = a.Decide(ctx, r, d)
+	}
+	if err != nil {
 		return err
 	}
-	return a.Decide(ctx, r, d)
+	a.Decided(r, d, time.Now())
+	return nil
 }

@@ -46,8 +46,8 @@ type refusal struct {
 	route *Rule
 }
 
-// Refused remembers a decision that refuses. Adapters say so once they know its final reason.
-func (a *Authorizer) Refused(d *Decision, at time.Time) {
+// remember remembers a decision that refuses.
+func (a *Authorizer) remember(d *Decision, at time.Time) {
 	ring := &a.recent.unknown
 	if d.Key != nil || d.Holder != (Holder{}) {
 		ring = &a.recent.known

@@ -138,7 +138,8 @@ type Rule struct {
 	// Shadow says that scopes which a caller lacks here are reported, and refuse nobody.
 	Shadow bool
 
-	note uint32 // number of its pattern, see notes
+	pattern string // host and path
+	note    uint32 // number of pattern, see notes
 }
 
 // String returns the rule's pattern as ServeMux writes it.

@@ -169,8 +169,12 @@ type staged struct {
 	secret   apikey.Secret
 }
 
-func (s *stage) Used(k *apikey.Key, at time.Time) { s.uses[k.ID] = at }
-func (s *stage) Last(id apikey.ID) time.Time      { return s.used[id] }
+func (s *stage) Decided(u authz.Use) {
+	if u.Reason == authz.ReasonKey {
+		s.uses[u.Key.ID] = u.At
+	}
+}
+func (s *stage) Last(id apikey.ID) time.Time { return s.used[id] }
 func (s *stage) Redigest(old, current apikey.Digest) {
 	s.redigests = append(s.redigests, admin.Redigest{Old: old, New: current, Version: 2})
 }

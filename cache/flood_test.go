@@ -27,7 +27,7 @@ func (factsOf) LastUsed(context.Context, apikey.ID) (time.Time, error) { return 
 // nobody hears of uses and re-digesting.
 type nobody struct{}
 
-func (nobody) Used(*apikey.Key, time.Time) {}
+func (nobody) Decided(authz.Use)           {}
 func (nobody) Last(apikey.ID) time.Time    { return time.Time{} }
 func (nobody) Redigest(_, _ apikey.Digest) {}
 

@@ -34,7 +34,7 @@ func inGate(t *testing.T, fn func(t *testing.T, g *warmGate)) {
 			t.Fatal(err)
 		}
 		ctx, stop := context.WithCancel(context.Background())
-		lastUsed := usage.NewLastUsed(d.store, log)
+		counter := usage.NewCounter(d.store, usage.Config{}, nil, log)
 		running := make(chan error, 1)
 		go func() { running <- facts.Run(ctx) }()
 		defer func() {
@@ -49,7 +49,7 @@ func inGate(t *testing.T, fn func(t *testing.T, g *warmGate)) {
 		g := &warmGate{desk: d}
 		rule := authz.Rule{Path: "/admin", Scopes: []apikey.Scope{"admin"}}
 		keys := decisionFacts{facts, d.store}
-		if g.authorizer, err = authz.New(authz.Config{Rules: []authz.Rule{rule}}, keys, local.New(local.Config{}, nil), peppers, lastUsed, nobodyRedigests{}); err != nil {
+		if g.authorizer, err = authz.New(authz.Config{Rules: []authz.Rule{rule}}, keys, local.New(local.Config{}, nil), peppers, counter, nobodyRedigests{}); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Second) // the cache has loaded what it needs

@@ -51,16 +51,17 @@ type RateInput struct {
 
 // A PolicyInput is a policy as people write it.
 type PolicyInput struct {
-	Disabled      bool            `json:"disabled,omitempty" doc:"Refuses every key of the instance."`
-	Defaults      DefaultsInput   `json:"defaults,omitzero" doc:"Apply to each key of a type that does not say otherwise."`
-	Total         LimitsInput     `json:"total,omitzero" doc:"Applies to all keys of the instance together; without maxConcurrent."`
-	AllowedScopes []string        `json:"allowedScopes,omitzero" strict:"notnull" nullable:"false" maxItems:"64" doc:"Caps every key's rights. Absent: no cap."`
-	Caps          CapsInput       `json:"caps,omitzero" doc:"How many keys there may be that are neither revoked nor expired."`
-	Creation      CreationInput   `json:"creation,omitzero" doc:"How many keys may be made within any hour."`
-	Expiration    ExpirationInput `json:"expiration,omitzero" doc:"How long keys may live."`
-	OnLeak        apikey.OnLeak   `json:"onLeak,omitzero" doc:"What becomes of a key whose secret is reported as leaked: revoke or flag."`
-	KeepRevoked   string          `json:"keepRevoked,omitempty" doc:"How long revoked keys are kept before they are removed with their digests, from 1d. As shipped: 90d."`
-	Shadow        apikey.Shadow   `json:"shadow,omitzero" doc:"What is judged, counted and reported, and refuses nobody."`
+	Disabled      bool               `json:"disabled,omitempty" doc:"Refuses every key of the instance."`
+	Defaults      DefaultsInput      `json:"defaults,omitzero" doc:"Apply to each key of a type that does not say otherwise."`
+	Total         LimitsInput        `json:"total,omitzero" doc:"Applies to all keys of the instance together; without maxConcurrent."`
+	AllowedScopes []string           `json:"allowedScopes,omitzero" strict:"notnull" nullable:"false" maxItems:"64" doc:"Caps every key's rights. Absent: no cap."`
+	Caps          CapsInput          `json:"caps,omitzero" doc:"How many keys there may be that are neither revoked nor expired."`
+	Creation      CreationInput      `json:"creation,omitzero" doc:"How many keys may be made within any hour."`
+	Expiration    ExpirationInput    `json:"expiration,omitzero" doc:"How long keys may live."`
+	OnLeak        apikey.OnLeak      `json:"onLeak,omitzero" doc:"What becomes of a key whose secret is reported as leaked: revoke or flag."`
+	KeepRevoked   string             `json:"keepRevoked,omitempty" doc:"How long revoked keys are kept before they are removed with their digests, from 1d. As shipped: 90d."`
+	Shadow        apikey.Shadow      `json:"shadow,omitzero" doc:"What is judged, counted and reported, and refuses nobody."`
+	Usage         apikey.UsagePolicy `json:"usage,omitzero" doc:"Whether requests are counted."`
 }
 
 // CapsInput are caps as people write them: an absent field inherits, -1 is none, 0 is refused.
@@ -373,7 +374,7 @@ func (in *PolicyInput) Policy() (apikey.Policy, error) {
 		}
 	}
 	p.Expiration.Default, p.Expiration.Required, p.OnLeak = in.Expiration.Default, in.Expiration.Required, in.OnLeak
-	p.Shadow = in.Shadow
+	p.Shadow, p.Usage = in.Shadow, in.Usage
 	for _, d := range []struct {
 		field, from string
 		to          *apikey.Duration

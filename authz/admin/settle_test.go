@@ -147,7 +147,7 @@ func inTokenGate(t *testing.T, replicas int, fn func(t *testing.T, g *tokenGate)
 			running.Go(func() { _ = facts.Run(ctx); facts.Close() })
 			running.Go(func() { _ = settler.Run(ctx) })
 			a, err := authz.New(authz.Config{Credentials: authz.Credentials{Format: acme}}, settlingFacts{decisionFacts{facts, g.store}, settler},
-				local.New(local.Config{}, nil), peppers, usage.NewLastUsed(g.store, slog.New(slog.DiscardHandler)), nobodyRedigests{})
+				local.New(local.Config{}, nil), peppers, usage.NewCounter(g.store, usage.Config{}, nil, slog.New(slog.DiscardHandler)), nobodyRedigests{})
 			if err != nil {
 				t.Fatal(err)
 			}

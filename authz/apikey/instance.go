@@ -36,7 +36,17 @@ type Policy struct {
 	KeepRevoked Duration `json:"keepRevoked,omitempty"`
 	// Shadow says what is judged and reported, and refuses nobody.
 	Shadow Shadow `json:"shadow,omitzero"`
+	// Usage says whether requests are counted.
+	Usage UsagePolicy `json:"usage,omitzero"`
 }
+
+// UsagePolicy says whether the requests of an instance are counted. When its keys were last used is kept always.
+type UsagePolicy struct {
+	Enabled *bool `json:"enabled,omitempty" doc:"False: not counted. Default: true."`
+}
+
+// On reports whether requests are counted.
+func (u UsagePolicy) On() bool { return u.Enabled == nil || *u.Enabled }
 
 // Shadow names limits and rights that are judged, counted and reported, but not enforced: to see what they
 // would do before they do it. Quotas and routes say it for themselves.

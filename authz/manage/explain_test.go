@@ -26,10 +26,14 @@ func (f facts) Instance(id string) *apikey.Instance {
 	in, _ := f.Store.Instance(context.Background(), id)
 	return in
 }
-func (f facts) Serving() error                  { return nil }
-func (f facts) Used(k *apikey.Key, _ time.Time) { panic("a use of " + k.ID.String()) }
-func (f facts) Last(apikey.ID) time.Time        { return time.Time{} }
-func (f facts) Redigest(_, _ apikey.Digest)     { panic("an explanation wrote something down") }
+func (f facts) Serving() error { return nil }
+func (f facts) Decided(u authz.Use) {
+	if u.Reason.Outcome() == authz.Allowed {
+		panic("a use of " + u.Key.ID.String())
+	}
+}
+func (f facts) Last(apikey.ID) time.Time    { return time.Time{} }
+func (f facts) Redigest(_, _ apikey.Digest) { panic("an explanation wrote something down") }
 
 var rules = []authz.Rule{
 	{Path: "/"}, {Path: "/read", Scopes: apikey.Scopes{"orders:read"}}, {Path: "/open", Mode: authz.Public},
@@ -157,7 +161,7 @@ func TestRefusalsAreRecalledWhereTheyBelong(t *testing.T) {
 		if err := d.decider.Decide(t.Context(), &r, &decision); err != nil {
 			t.Fatal(err)
 		}
-		d.decider.Refused(&decision, time.Now())
+		d.decider.Decided(&r, &decision, time.Now())
 		return decision.ID.String()
 	}
 	id := refuse(own.Secret.Reveal())

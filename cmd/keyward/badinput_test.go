@@ -549,7 +549,7 @@ routes:
 	}), "200", "ours are found among them; below the bound on a message they are no fault")
 	w.judge(t, secrets, inputs)
 
-	if !w.lastUsed.Pending(keyOf(t, w, unused).ID).IsZero() {
+	if !w.usage.Pending(keyOf(t, w, unused).ID).IsZero() {
 		t.Error("10: a key counts as used that was sent beside another")
 	}
 	message, _ := proto.Marshal(w.fresh(anAsk(header("x-api-key", good, "x-keyward-key-id", "admin", "x-keyward-user", "root"))))

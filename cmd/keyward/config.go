@@ -39,6 +39,7 @@ type Config struct {
 	Envoy           EnvoyFacts      `yaml:"envoy"`
 	OIDC            []OIDCIssuer    `yaml:"oidc"` // who else than holders of a token may use the Management API
 	Audit           Audit           `yaml:"audit"`
+	Usage           Usage           `yaml:"usage"`
 	Log             Log             `yaml:"log"`
 	Tracing         Tracing         `yaml:"tracing"`
 	Runtime         Runtime         `yaml:"runtime"`
@@ -260,6 +261,40 @@ type Audit struct {
 	Keep apikey.Duration `yaml:"keep"` // at least; 0: for good
 }
 
+// Usage says what is counted of requests, and how long that is kept. When keys were last used is kept always.
+type Usage struct {
+	Enabled     *bool           `yaml:"enabled"`     // true if absent; instances can say no for themselves
+	KeepMinutes apikey.Duration `yaml:"keepMinutes"` // counts by minute
+	KeepHours   apikey.Duration `yaml:"keepHours"`
+	KeepDays    apikey.Duration `yaml:"keepDays"`
+}
+
+const (
+	oneDay       = apikey.Duration(24 * time.Hour)
+	minKeepUsage = time.Hour
+	maxKeepUsage = 3650 * 24 * time.Hour
+)
+
+func (u Usage) validate() error {
+	var faults []error
+	for _, keep := range []struct {
+		field string
+		apikey.Duration
+	}{{"keepMinutes", u.KeepMinutes}, {"keepHours", u.KeepHours}, {"keepDays", u.KeepDays}} {
+		if keep.Std() < minKeepUsage || keep.Std() > maxKeepUsage {
+			faults = append(faults, apikey.Invalid("usage."+keep.field, "must be from 1h to 3650d"))
+		}
+	}
+	return errors.Join(faults...)
+}
+
+// keep is how long the counts of each interval are kept.
+func (u Usage) keep() map[admin.UsageInterval]time.Duration {
+	return map[admin.UsageInterval]time.Duration{
+		admin.UsageMinute: u.KeepMinutes.Std(), admin.UsageHour: u.KeepHours.Std(), admin.UsageDay: u.KeepDays.Std(),
+	}
+}
+
 // Log says what is logged, to standard error.
 type Log struct {
 	Level              string `yaml:"level"`              // debug | info | warn | error
@@ -293,6 +328,7 @@ func defaultConfig() Config {
 		Concurrency: Concurrency{Feedback: string(generate.FeedbackALS), RenewEvery: apikey.Duration(generate.DefaultRenewEvery)},
 		Preset:      Preset{Mode: authz.Required.String()},
 		JWT:         JWT{UPNClaim: authz.DefaultUPNClaim, IDClaim: authz.DefaultIDClaims},
+		Usage:       Usage{Enabled: new(true), KeepMinutes: 2 * oneDay, KeepHours: 90 * oneDay, KeepDays: 800 * oneDay},
 		Envoy:       EnvoyFacts{MaxRequestBytes: generate.DefaultMaxRequestBytes},
 
 		Errors:  "rpc",
@@ -318,6 +354,7 @@ func (c *Config) validate() error {
 		c.Runtime.validate(),
 		c.Preset.validate(),
 		c.Tracing.validate(),
+		c.Usage.validate(),
 		oneOf("defaultRoute", c.DefaultRoute, "required", "deny"),
 		oneOf("corsPreflight", c.CORSPreflight, "deny", "allow"),
 		oneOf("errors", c.Errors, "rpc", "error_response"),

@@ -88,7 +88,7 @@ type service struct {
 	logKey     [32]byte // of the log's names for principals
 	accessLogs *accesslog.Server
 	replica    string
-	lastUsed   *usage.LastUsed
+	usage      *usage.Counter
 	redigester *admin.Redigester
 	settler    *admin.Settler
 	health     *health.Server
@@ -163,7 +163,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	s.admin = admin.New(s.store, admin.Config{
 		Format: cfg.format(), Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, Decisions: decisions{s}, Replica: s.replica, AuditKeep: cfg.Audit.Keep.Std(),
 	}, s.cache, s.log)
-	s.lastUsed = usage.NewLastUsed(s.store, s.log)
+	s.usage = usage.NewCounter(s.store, usage.Config{Off: !*cfg.Usage.Enabled, Instance: s.cache.Instance}, s.registry, s.log)
 	s.redigester = admin.NewRedigester(s.store, peppers.Current.Version(), s.cache.Learn, s.log)
 
 	decisions, err := cfg.authorizer()
@@ -171,8 +171,8 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.settler = admin.NewSettler(s.admin, s.cache)
-	facts := keyFacts{Cache: s.cache, Settler: s.settler, store: s.keyStore(), lastUsed: s.lastUsed}
-	if s.authorizer, err = authz.New(decisions, facts, s.limiter, peppers, s.lastUsed, s.redigester); err != nil {
+	facts := keyFacts{Cache: s.cache, Settler: s.settler, store: s.keyStore(), usage: s.usage}
+	if s.authorizer, err = authz.New(decisions, facts, s.limiter, peppers, s.usage, s.redigester); err != nil {
 		return nil, err
 	}
 	for _, l := range []struct {
@@ -319,19 +319,21 @@ func (s *service) adminTokenPath() string {
 type keyFacts struct {
 	*cache.Cache
 	*admin.Settler
-	store    keyStore
-	lastUsed *usage.LastUsed
+	store keyStore
+	usage *usage.Counter
 }
 
 var _ authz.Settler = keyFacts{} // which the authorizer only looks for
 
-// LastUsed returns the later of what is written and what waits to be.
+// LastUsed returns the later of what is written and what waits to be. What waits is asked first: what is written
+// meanwhile is then found in the store.
 func (f keyFacts) LastUsed(ctx context.Context, id apikey.ID) (time.Time, error) {
+	pending := f.usage.Pending(id)
 	written, err := f.store.LastUsed(ctx, id)
 	if err != nil {
 		return time.Time{}, err
 	}
-	if pending := f.lastUsed.Pending(id); pending.After(written) {
+	if pending.After(written) {
 		return pending, nil
 	}
 	return written, nil
@@ -349,7 +351,7 @@ func (s *service) run(ctx context.Context) error {
 	defer stopBehind()
 	group, failed := errgroup.WithContext(behind)
 	group.Go(func() error { return s.cache.Run(behind) })
-	group.Go(func() error { return s.lastUsed.Run(behind) })
+	group.Go(func() error { return s.usage.Run(behind) })
 	group.Go(func() error { return s.quotas.run(behind) })
 	group.Go(func() error { return s.redigester.Run(behind) })
 	group.Go(func() error { return s.settler.Run(behind) })

@@ -93,10 +93,10 @@ func withChecker(ctx context.Context, dir string, fn func(*checker) error) (err 
 		_ = group.Wait() // it ends with its context
 	}()
 	group.Go(func() error { return keys.Run(running) })
-	lastUsed := usage.NewLastUsed(store, log)
+	counter := usage.NewCounter(store, usage.Config{}, nil, log)
 	redigester := admin.NewRedigester(store, peppers.Current.Version(), keys.Learn, log)
 	authorizer, err := authz.New(authz.Config{Credentials: authz.Credentials{Headers: authz.DefaultCredentialHeaders}},
-		facts{keys, store}, local.New(local.Config{}, registry), peppers, lastUsed, redigester)
+		facts{keys, store}, local.New(local.Config{}, registry), peppers, counter, redigester)
 	if err != nil {
 		return err
 	}

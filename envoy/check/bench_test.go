@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"keyward/authz"
+	"keyward/authz/admin"
 	"keyward/authz/apikey"
 	"keyward/authz/usage"
 	"keyward/cache"
@@ -72,7 +73,8 @@ func (s *stack) waits(t testing.TB) (n uint64) {
 // touch forgets last uses, which are written behind a Check's back.
 type touch struct{}
 
-func (touch) Touch(context.Context, []apikey.Use) error { return nil }
+func (touch) Touch(context.Context, []apikey.Use) error     { return nil }
+func (touch) AddUsage(context.Context, []admin.Usage) error { return nil }
 
 // facts of keys for the authorizer: the cache, and a store that is not asked.
 type cached struct{ *cache.Cache }
@@ -163,7 +165,7 @@ func newStack(t testing.TB, n int) *stack {
 	}
 	s.counted = prometheus.NewRegistry()
 	s.limiter = local.New(local.Config{RenewEvery: time.Hour}, s.counted)
-	uses := usage.NewLastUsed(touch{}, slog.New(slog.DiscardHandler))
+	uses := usage.NewCounter(touch{}, usage.Config{}, nil, slog.New(slog.DiscardHandler))
 	known := cached{facts}
 	a, err := authz.New(authz.Config{LeaseWait: 500 * time.Millisecond, Rules: []authz.Rule{
 		{Path: "/v1/agents/sales/quotacounts", Context: "Core:Metered"},

@@ -216,8 +216,8 @@ func (s *Server) answer(ctx context.Context, from Connection, c *call, message, 
 	took := time.Since(start)
 	s.metrics.decided(d, took)
 	s.log.decided(r, d, took)
+	s.authorizer.Decided(r, d, start.Add(took))
 	if d.Outcome() != authz.Allowed {
-		s.authorizer.Refused(d, start)
 		return sealed(s.answers.deny(dst, d, about), nil)
 	}
 	out, err = sealed(s.answers.allow(dst, d), nil)

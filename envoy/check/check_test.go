@@ -58,7 +58,7 @@ func (f *facts) LastUsed(context.Context, apikey.ID) (time.Time, error) {
 	return time.Time{}, nil
 }
 func (f *facts) Serving() error                                  { return nil }
-func (f *facts) Used(*apikey.Key, time.Time)                     {}
+func (f *facts) Decided(authz.Use)                               {}
 func (f *facts) Last(apikey.ID) time.Time                        { return time.Time{} }
 func (f *facts) Redigest(_, _ apikey.Digest)                     {}
 func (f *facts) Renew(context.Context, []limits.Lease) error     { return nil }

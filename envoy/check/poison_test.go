@@ -74,7 +74,7 @@ func testNothingOutlives(t *testing.T, cached bool) {
 	}
 	peppers := apikey.Peppers{Current: apikey.NewPepper(1, false)}
 	limiter := local.New(local.Config{RenewEvery: time.Hour}, prometheus.NewRegistry())
-	uses := usage.NewLastUsed(touch{}, slog.New(slog.DiscardHandler))
+	uses := usage.NewCounter(touch{}, usage.Config{}, nil, slog.New(slog.DiscardHandler))
 	a, err := authz.New(authz.Config{LeaseWait: time.Second, Rules: []authz.Rule{{Path: "/v1/{rest...}", Scopes: apikey.Scopes{"a:b"}}}}, keys, limiter, peppers, uses, f)
 	if err != nil {
 		t.Fatal(err)
