@@ -62,6 +62,7 @@ type PolicyInput struct {
 	KeepRevoked   string             `json:"keepRevoked,omitempty" doc:"How long revoked keys are kept before they are removed with their digests, from 1d. As shipped: 90d."`
 	Shadow        apikey.Shadow      `json:"shadow,omitzero" doc:"What is judged, counted and reported, and refuses nobody."`
 	Usage         apikey.UsagePolicy `json:"usage,omitzero" doc:"Whether requests are counted."`
+	Alerts        AlertsInput        `json:"alerts,omitzero" doc:"What is worth an alert, and how many it takes."`
 }
 
 // CapsInput are caps as people write them: an absent field inherits, -1 is none, 0 is refused.
@@ -375,6 +376,8 @@ func (in *PolicyInput) Policy() (apikey.Policy, error) {
 	}
 	p.Expiration.Default, p.Expiration.Required, p.OnLeak = in.Expiration.Default, in.Expiration.Required, in.OnLeak
 	p.Shadow, p.Usage = in.Shadow, in.Usage
+	p.Alerts, err = in.Alerts.alerts("policy.alerts")
+	bad.add(err)
 	for _, d := range []struct {
 		field, from string
 		to          *apikey.Duration

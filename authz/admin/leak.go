@@ -170,12 +170,21 @@ func (s *Service) endLeaked(ctx context.Context, l leak) error {
 		if err := tx.UpdateKey(ctx, &k); err != nil {
 			return err
 		}
-		action := "its secret is ended"
+		action, outcome := "its secret is ended", LeakEndedSecret
 		switch {
 		case flags:
-			action = "it goes on, as the policy says (onLeak): rotate it"
+			action, outcome = "it goes on, as the policy says (onLeak): rotate it", LeakFlagged
 		case !k.RevokedAt.IsZero():
-			action = "it is revoked"
+			action, outcome = "it is revoked", LeakRevokedKey
+		}
+		if s.cfg.Webhook != nil {
+			n, err := NoticeBody{Type: NoticeLeaked, Leak: &NoticeLeak{number, outcome}}.notice(&k)
+			if err != nil {
+				return err
+			}
+			if err := tx.QueueNotice(ctx, n); err != nil {
+				return err
+			}
 		}
 		done = slog.Group("", slog.String("instance", k.InstanceID), slog.String("key_id", k.ID.String()), slog.Int("generation", number), slog.String("done", action))
 		return caller.audit(ctx, tx, leakKey, k.InstanceID, k.ID.String(), auditOf(old), auditOf(&k))

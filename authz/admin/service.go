@@ -40,6 +40,8 @@ type Config struct {
 	Decisions Decisions
 	Replica   string
 	OIDC      *OIDC // nil: management tokens only
+	// Webhook is told of alerts and of leaked keys; nil: nobody is.
+	Webhook Webhook
 	// AuditKeep is how long audit events are kept at least; 0: for good.
 	AuditKeep time.Duration
 }
@@ -149,6 +151,9 @@ var may = map[string][]Role{
 	readInFlight:   {RoleOwner, RoleOperator, RoleAuditor},
 	endInFlight:    {RoleOwner, RoleOperator},
 	readAudit:      {RoleOwner, RoleAuditor},
+	readAlerts:     {RoleOwner, RoleOperator, RoleAuditor},
+	ackAlert:       {RoleOwner, RoleOperator},
+	testAlerts:     {RoleOwner, RoleOperator},
 	readUsage:      {RoleOwner, RoleOperator, RoleAuditor, RoleUser}, // RoleUser: of the keys it owns
 }
 

@@ -163,7 +163,7 @@ type Tx interface {
 	// PutInstance creates or replaces an instance, its policy and quotas; CreatedAt of an existing one stays. Its Revision
 	// becomes the transaction's.
 	PutInstance(ctx context.Context, in *apikey.Instance) error
-	// DeleteInstance removes an instance with all its keys; audit and tokens stay.
+	// DeleteInstance removes an instance with all its keys, and its alerts; audit and tokens stay.
 	// Errors: apikey.ErrNotFound.
 	DeleteInstance(ctx context.Context, id string) error
 
@@ -218,6 +218,13 @@ type Tx interface {
 	// RemoveAuditSegment removes the events of a sealed segment. The segment stays.
 	// Errors: apikey.ErrNotFound if there is no such sealed segment, or its MAC is wrong.
 	RemoveAuditSegment(ctx context.Context, number int64, at time.Time) error
+
+	// Alert is as in AlertStore.
+	Alert(ctx context.Context, id apikey.ID) (*Alert, error)
+	// AckAlert replaces AckedAt, AckedBy and ResolvedAt of an alert. Errors: apikey.ErrNotFound.
+	AckAlert(ctx context.Context, a *Alert) error
+	// QueueNotice keeps a notice for the webhook.
+	QueueNotice(ctx context.Context, n Notice) error
 
 	// KeepReplay keeps a sealed text under an id until it runs out.
 	// Errors: apikey.ErrConflict if there is one that has not run out at now.

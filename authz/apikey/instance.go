@@ -2,6 +2,7 @@ package apikey
 
 import (
 	"cmp"
+	"errors"
 	"strings"
 	"time"
 )
@@ -38,6 +39,8 @@ type Policy struct {
 	Shadow Shadow `json:"shadow,omitzero"`
 	// Usage says whether requests are counted.
 	Usage UsagePolicy `json:"usage,omitzero"`
+	// Alerts say what is worth an alert, and how many it takes.
+	Alerts Alerts `json:"alerts,omitzero"`
 }
 
 // UsagePolicy says whether the requests of an instance are counted. When its keys were last used is kept always.
@@ -128,6 +131,7 @@ var ShippedPolicy = Policy{
 	},
 	OnLeak:      OnLeak{Instance: LeakRevokes, Agent: LeakFlags, User: LeakRevokes},
 	KeepRevoked: Duration(90 * day),
+	Alerts:      ShippedAlerts,
 }
 
 // InForce returns p with what it does not say taken from [ShippedPolicy]. Limits inherit in LimitsOf.
@@ -145,6 +149,7 @@ func (p Policy) InForce() Policy {
 	}
 	p.OnLeak = OnLeak{cmp.Or(p.OnLeak.Instance, s.OnLeak.Instance), cmp.Or(p.OnLeak.Agent, s.OnLeak.Agent), cmp.Or(p.OnLeak.User, s.OnLeak.User)}
 	p.KeepRevoked = cmp.Or(p.KeepRevoked, s.KeepRevoked)
+	p.Alerts = p.Alerts.InForce()
 	return p
 }
 
@@ -187,7 +192,14 @@ func (p *Policy) Validate() error {
 	if p.Total.Rate.Requests > 0 && p.Total.Burst == 0 {
 		return Invalid("total.burst", "is missing: a total rate needs one, and there is nothing to inherit")
 	}
-	return p.validateLife()
+	if err := p.validateLife(); err != nil {
+		return err
+	}
+	if err := p.Alerts.Validate(); err != nil {
+		bad, _ := errors.AsType[*InvalidError](err)
+		return Invalid("alerts."+bad.Field, bad.Reason)
+	}
+	return nil
 }
 
 // validateLife reports the first field about numbers and lives of keys that cannot be meant.

@@ -24,6 +24,7 @@ const (
 	CodePepperInUse           = "PepperInUse"
 	CodeQuotaExceeded         = "QuotaExceeded"
 	CodeKeyState              = "KeyState"
+	CodeNoWebhook             = "NoWebhook"
 	CodeConfirmationNeeded    = "ConfirmationNeeded"
 	CodeIdempotencyResultGone = "IdempotencyResultGone"
 	CodePreconditionFailed    = "PreconditionFailed"
@@ -54,6 +55,7 @@ var Codes = []CodeMeaning{
 	{CodePepperInUse, http.StatusConflict, "The pepper is the newest, or something can only be found with it."},
 	{CodeQuotaExceeded, http.StatusConflict, "The instance's policy allows no more keys: the message names the cap, its size and how many are used."},
 	{CodeKeyState, http.StatusConflict, "Not with a key as this one is, such as a revoked one: the message says what is in the way."},
+	{CodeNoWebhook, http.StatusConflict, "The server has no webhook configured (`alerts.webhook`), so there is nothing to test."},
 	{CodeConfirmationNeeded, http.StatusConflict, "It would revoke many keys, or keys that are in use. Repeat it with the count that the message tells."},
 	{CodeIdempotencyResultGone, http.StatusConflict, "What the first request with this `Idempotency-Key` made is revoked, has ended or is gone. Send a new request with a new key."},
 	{CodePreconditionFailed, http.StatusPreconditionFailed, "It has changed since it was read. Read it again, and decide anew."},
@@ -188,6 +190,8 @@ func statusOf(err error) *failure {
 		return fail(http.StatusNotFound, CodeNotFound, "there is no such thing here")
 	case errors.Is(err, admin.ErrInUse):
 		return fail(http.StatusConflict, CodeInstanceInUse, "the instance has usable keys: revoke them, or delete it with revokeKeys=true")
+	case errors.Is(err, admin.ErrNoWebhook):
+		return fail(http.StatusConflict, CodeNoWebhook, admin.ErrNoWebhook.Error())
 	case errors.Is(err, admin.ErrPepperInUse):
 		return fail(http.StatusConflict, CodePepperInUse, "the pepper is the newest, or keys are left that only it finds: wait until they are used, or rotate or revoke them")
 	case errors.Is(err, apikey.ErrConflict):

@@ -53,6 +53,7 @@ type RevokedKeys struct {
 var actions = map[string]bool{
 	"rotateKey": true, "revokeGeneration": true, "revokeKeys": true, "disableInstance": true, "enableInstance": true,
 	"applyQuotas": true, "putAgentAccessToken": true, "validateAgentAccessToken": true, "verifyKey": true,
+	"ackAlert": true, "ackAnyAlert": true, "testAlerts": true,
 }
 
 // versioned are the operations that answer with a key, an instance or quotas and their ETag, conditional those

@@ -121,6 +121,7 @@ func (h *handler) routes(api huma.API) {
 	h.quotaRoutes(api, instance)
 	h.agentTokenRoutes(api, instance)
 	h.explainRoutes(api, instance, keys, key)
+	h.alertRoutes(api, instance)
 	route(h, api, http.MethodGet, inFlight, "listInFlight", "List the requests that run now, the oldest first", nil, h.listInFlight)
 	route(h, api, http.MethodDelete, lease, "endInFlight", "End a lease by force; the request itself goes on", nil, h.endInFlight)
 	route(h, api, http.MethodGet, tokens, "listTokens", "List management tokens, newest first", nil, h.listTokens)
@@ -222,7 +223,7 @@ var refusals = []int{
 // target is the id of what a request is about, for the audit; "" where the path has none, or something
 // else in its place, which may be a secret.
 func (c *call) target() string {
-	for _, name := range []string{"keyId", "tokenId"} {
+	for _, name := range []string{"keyId", "tokenId", "alertId"} {
 		if id, err := apikey.ParseID(c.r.PathValue(name)); err == nil {
 			return id.String()
 		}

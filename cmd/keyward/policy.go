@@ -85,7 +85,10 @@ func (a *app) policySet() *cobra.Command {
 			"  creation: {perHour: 60, perHourAndUser: 20}\n" +
 			"  expiration: {default: time, required: true, life: 90d, longestLife: 180d, inactivityDays: 30}\n" +
 			"  onLeak: {instance: revoke, agent: flag, user: revoke}\n" +
-			"  keepRevoked: 90d\n",
+			"  keepRevoked: 90d\n" +
+			"  alerts:\n" +
+			"    refusals: {window: 5m, perKey: 100, perInstance: 500, factor: 5}\n" +
+			"    unused: {off: true}\n",
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var in admin.PolicyInput

@@ -3,6 +3,7 @@ package sqlite
 import (
 	"context"
 	"database/sql"
+	"fmt"
 	"time"
 
 	"keyward/authz/admin"
@@ -12,20 +13,35 @@ import (
 const alertColumns = `id, instance_id, kind, key_id, subject, message, count, opened_at, seen_at, resolved_at, acked_at, acked_by`
 
 // PutAlert implements admin.Store.
-func (s *Store) PutAlert(ctx context.Context, a *admin.Alert) error {
+func (s *Store) PutAlert(ctx context.Context, a *admin.Alert, notices ...admin.Notice) error {
 	return s.write(ctx, "keep an alert", func(t *tx) error {
-		return t.execOne(ctx, "keep an alert", `INSERT INTO alerts (`+alertColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+		if a.InstanceID != "" { // one that was deleted meanwhile has none
+			if _, err := t.Instance(ctx, a.InstanceID); err != nil {
+				return err
+			}
+		}
+		n, err := t.exec(ctx, "keep an alert", `INSERT INTO alerts (`+alertColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 			ON CONFLICT (id) DO UPDATE SET instance_id = excluded.instance_id, kind = excluded.kind, key_id = excluded.key_id,
 				subject = excluded.subject, message = excluded.message, count = excluded.count, opened_at = excluded.opened_at,
-				seen_at = excluded.seen_at, resolved_at = excluded.resolved_at, acked_at = excluded.acked_at, acked_by = excluded.acked_by`,
+				seen_at = excluded.seen_at, resolved_at = excluded.resolved_at
+			WHERE resolved_at = `+neverSQL,
 			a.ID[:], a.InstanceID, a.Kind, a.KeyID[:], a.Subject, a.Message, a.Count,
 			micros(a.OpenedAt), micros(a.SeenAt), micros(a.ResolvedAt), micros(a.AckedAt), a.AckedBy)
+		if err == nil && n == 0 {
+			err = fmt.Errorf("keep an alert: it is resolved: %w", apikey.ErrConflict)
+		}
+		for _, n := range notices {
+			if err == nil {
+				err = t.QueueNotice(ctx, n)
+			}
+		}
+		return err
 	})
 }
 
 // Alert implements admin.Store.
-func (r *reader) Alert(ctx context.Context, instanceID string, id apikey.ID) (*admin.Alert, error) {
-	for row, err := range r.rows(ctx, "read an alert", `SELECT `+alertColumns+` FROM alerts WHERE id = ? AND instance_id = ?`, id[:], instanceID) {
+func (r *reader) Alert(ctx context.Context, id apikey.ID) (*admin.Alert, error) {
+	for row, err := range r.rows(ctx, "read an alert", `SELECT `+alertColumns+` FROM alerts WHERE id = ?`, id[:]) {
 		if err != nil {
 			return nil, err
 		}
@@ -45,7 +61,7 @@ func (r *reader) Alerts(ctx context.Context, q admin.AlertQuery) ([]*admin.Alert
 		and("kind = ?", q.Kind)
 	}
 	if q.KeyID != (apikey.ID{}) {
-		and("key_id = ?", q.KeyID[:])
+		and("key_id = ? AND key_id <> x'00000000000000000000000000000000'", q.KeyID[:]) // as the index says it
 	}
 	if q.Open {
 		and("resolved_at = " + neverSQL)
@@ -79,6 +95,120 @@ func (r *reader) alert(row *sql.Rows) (*admin.Alert, error) {
 func (s *Store) ForgetAlerts(ctx context.Context, before time.Time) error {
 	return s.write(ctx, "forget alerts", func(t *tx) error {
 		_, err := t.exec(ctx, "forget alerts", `DELETE FROM alerts WHERE resolved_at < ? AND resolved_at <> `+neverSQL, micros(before))
+		return err
+	})
+}
+
+// OpenAlerts implements admin.Store.
+func (r *reader) OpenAlerts(ctx context.Context) (map[admin.AlertsOf]int, error) {
+	open := map[admin.AlertsOf]int{}
+	for row, err := range r.rows(ctx, "count alerts", `SELECT instance_id, kind, count(*) FROM alerts INDEXED BY alerts_open
+		WHERE resolved_at = `+neverSQL+` GROUP BY instance_id, kind`) {
+		if err != nil {
+			return nil, err
+		}
+		var of admin.AlertsOf
+		var n int
+		if err := r.scan("count alerts", row, &of.InstanceID, &of.Kind, &n); err != nil {
+			return nil, err
+		}
+		open[of] = n
+	}
+	return open, nil
+}
+
+// AckAlert implements admin.Tx.
+func (t *tx) AckAlert(ctx context.Context, a *admin.Alert) error {
+	return t.execOne(ctx, "alert", `UPDATE alerts SET acked_at = ?, acked_by = ?, resolved_at = ? WHERE id = ?`,
+		micros(a.AckedAt), a.AckedBy, micros(a.ResolvedAt), a.ID[:])
+}
+
+// QueueNotice implements admin.Tx.
+func (t *tx) QueueNotice(ctx context.Context, n admin.Notice) error {
+	return t.execOne(ctx, "queue a notice", `INSERT INTO notices (id, type, body, made_at, tries, next_at) VALUES (?, ?, ?, ?, ?, ?)`,
+		n.ID[:], n.Type, string(n.Body), micros(n.MadeAt), n.Tries, micros(n.NextAt))
+}
+
+// DueNotices implements admin.Store.
+func (r *reader) DueNotices(ctx context.Context, now time.Time, limit int) ([]admin.Notice, error) {
+	var list []admin.Notice
+	for row, err := range r.rows(ctx, "read notices", `SELECT id, type, body, made_at, tries, next_at FROM notices
+		WHERE next_at <= ? ORDER BY next_at, id LIMIT ?`, micros(now), limit) {
+		if err != nil {
+			return nil, err
+		}
+		var n admin.Notice
+		var body string
+		if err := r.scan("read a notice", row, exactly(n.ID[:]), &n.Type, &body, instant{&n.MadeAt}, &n.Tries, instant{&n.NextAt}); err != nil {
+			return nil, err
+		}
+		n.Body = []byte(body)
+		list = append(list, n)
+	}
+	return list, nil
+}
+
+// RetryNotice implements admin.Store.
+func (s *Store) RetryNotice(ctx context.Context, n admin.Notice) error {
+	return s.write(ctx, "retry a notice", func(t *tx) error {
+		_, err := t.exec(ctx, "retry a notice", `UPDATE notices SET tries = ?, next_at = ? WHERE id = ?`, n.Tries, micros(n.NextAt), n.ID[:])
+		return err
+	})
+}
+
+// ForgetNotice implements admin.Store.
+func (s *Store) ForgetNotice(ctx context.Context, id apikey.ID) error {
+	return s.write(ctx, "forget a notice", func(t *tx) error {
+		_, err := t.exec(ctx, "forget a notice", `DELETE FROM notices WHERE id = ?`, id[:])
+		return err
+	})
+}
+
+// KeyNetworks implements admin.Store.
+func (r *reader) KeyNetworks(ctx context.Context, key apikey.ID) ([]admin.KeyNetwork, error) {
+	var list []admin.KeyNetwork
+	for row, err := range r.rows(ctx, "read networks", `SELECT network, first_at, last_at FROM key_networks
+		WHERE key_id = ? ORDER BY last_at DESC, network`, key[:]) {
+		if err != nil {
+			return nil, err
+		}
+		n := admin.KeyNetwork{KeyID: key}
+		if err := r.scan("read a network", row, &n.Network, instant{&n.FirstAt}, instant{&n.LastAt}); err != nil {
+			return nil, err
+		}
+		list = append(list, n)
+	}
+	return list, nil
+}
+
+// LearnNetworks implements admin.Store.
+func (s *Store) LearnNetworks(ctx context.Context, networks []admin.KeyNetwork) error {
+	return s.write(ctx, "learn networks", func(t *tx) error {
+		grown := map[apikey.ID]bool{}
+		for _, n := range networks {
+			if _, err := t.exec(ctx, "learn a network", `INSERT INTO key_networks (key_id, network, first_at, last_at)
+				SELECT ?1, ?2, ?3, ?4 WHERE EXISTS (SELECT 1 FROM keys WHERE id = ?1)
+				ON CONFLICT DO UPDATE SET first_at = min(first_at, excluded.first_at), last_at = max(last_at, excluded.last_at)`,
+				n.KeyID[:], n.Network, micros(n.FirstAt), micros(n.LastAt)); err != nil {
+				return err
+			}
+			grown[n.KeyID] = true
+		}
+		for key := range grown {
+			if _, err := t.exec(ctx, "forget networks", `DELETE FROM key_networks WHERE key_id = ?1 AND network IN (
+				SELECT network FROM key_networks WHERE key_id = ?1 ORDER BY last_at DESC, network LIMIT -1 OFFSET ?2)`,
+				key[:], admin.MaxKeyNetworks); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// ForgetNetworks implements admin.Store.
+func (s *Store) ForgetNetworks(ctx context.Context, before time.Time) error {
+	return s.write(ctx, "forget networks", func(t *tx) error {
+		_, err := t.exec(ctx, "forget networks", `DELETE FROM key_networks WHERE last_at < ?`, micros(before))
 		return err
 	})
 }

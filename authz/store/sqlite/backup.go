@@ -23,9 +23,9 @@ const (
 	revisionLeap = 1_000_000
 )
 
-// leftOut are the tables whose rows do not go into backups: sealed secrets that are to be gone soon, and who is
-// signed in.
-var leftOut = []string{"idempotency", "sessions"}
+// leftOut are the tables whose rows do not go into backups: sealed secrets that are to be gone soon, who is
+// signed in, and what the webhook was about to be told.
+var leftOut = []string{"idempotency", "sessions", "notices"}
 
 // Backup writes all that is committed in the store at path to a new file, of mode 0600. It takes no lock: a
 // process that has the store open, this one or another on this machine, goes on and is not held up, and what

@@ -171,6 +171,9 @@ func (t *tx) DeleteInstance(ctx context.Context, id string) error {
 	if _, err := t.exec(ctx, "count keys", `DELETE FROM key_counts WHERE instance_id = ?`, id); err != nil {
 		return err
 	}
+	if _, err := t.exec(ctx, "delete alerts", `DELETE FROM alerts WHERE instance_id = ?`, id); err != nil {
+		return err
+	}
 	if err := t.execOne(ctx, "instance", `DELETE FROM instances WHERE id = ?`, id); err != nil { // takes its keys along
 		return err
 	}

@@ -48,6 +48,7 @@ func NewMemory(audit admin.AuditKeys) *Memory {
 		replays: newTable[admin.ReplayID, memoryReplay](), hashes: newTable[apikey.ID, apikey.AgentHash](),
 		quotaStates: newTable[limits.Cell, limits.QuotaState](),
 		usage:       newTable[usagePlace, admin.UsageCounts](), alerts: newTable[apikey.ID, admin.Alert](),
+		notices: newTable[apikey.ID, admin.Notice](), networks: newTable[networkPlace, admin.KeyNetwork](),
 		sessions: newTable[admin.SessionID, admin.Session](),
 	}
 	s.look = func(ctx context.Context) (*memoryView, func(), error) {
@@ -352,6 +353,8 @@ type memoryView struct {
 	quotaStates  table[limits.Cell, limits.QuotaState]
 	usage        table[usagePlace, admin.UsageCounts]
 	alerts       table[apikey.ID, admin.Alert]
+	notices      table[apikey.ID, admin.Notice]
+	networks     table[networkPlace, admin.KeyNetwork]
 	sessions     table[admin.SessionID, admin.Session]
 
 	revision, forgotten apikey.Revision
@@ -369,6 +372,7 @@ func (v *memoryView) begin() memoryView {
 	next.hashes = v.hashes.begin()
 	next.quotaStates = v.quotaStates.begin()
 	next.usage, next.alerts, next.sessions = v.usage.begin(), v.alerts.begin(), v.sessions.begin()
+	next.notices, next.networks = v.notices.begin(), v.networks.begin()
 	return next
 }
 
@@ -380,6 +384,7 @@ func (v *memoryView) commit() memoryView {
 	next.hashes = v.hashes.commit()
 	next.quotaStates = v.quotaStates.commit()
 	next.usage, next.alerts, next.sessions = v.usage.commit(), v.alerts.commit(), v.sessions.commit()
+	next.notices, next.networks = v.notices.commit(), v.networks.commit()
 	return next
 }
 
@@ -784,6 +789,11 @@ func (t *memoryTx) DeleteInstance(ctx context.Context, id string) error {
 	}
 	t.instances.drop(id)
 	t.changed(id, apikey.ID{}, nil)
+	for _, a := range t.alerts.all() {
+		if a.InstanceID == id {
+			t.alerts.drop(a.ID)
+		}
+	}
 	for _, k := range t.keys.all() {
 		if k.InstanceID == id {
 			t.dropKey(k)
@@ -796,6 +806,7 @@ func (t *memoryTx) dropKey(k *memoryKey) {
 	t.changed(k.InstanceID, k.ID, k.found)
 	t.keys.drop(k.ID)
 	t.hashes.drop(k.ID)
+	t.dropNetworks(k.ID)
 	for _, m := range k.found {
 		t.digests.drop(m.digest)
 	}

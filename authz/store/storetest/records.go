@@ -41,6 +41,13 @@ func testInstances(t *testing.T, s admin.Store) {
 			OnLeak:      apikey.OnLeak{Instance: apikey.LeakFlags, Agent: apikey.LeakRevokes, User: apikey.LeakFlags},
 			KeepRevoked: apikey.Duration(72 * time.Hour),
 			Shadow:      apikey.Shadow{Rate: true, MaxConcurrent: true, Total: true, Scopes: true, AllowedIPs: true},
+			Alerts: apikey.Alerts{
+				NewNetwork:  apikey.NewNetworkAlerts{Off: true},
+				Refusals:    apikey.RefusalAlerts{Off: true, Window: apikey.Duration(time.Minute), PerKey: 1, PerInstance: 2, Factor: 3},
+				UnknownKeys: apikey.UnknownKeyAlerts{Off: true, PerMinute: 4},
+				Expiring:    apikey.ExpiringKeyAlerts{Off: true, Days: []int{9, 8}},
+				Unused:      apikey.UnusedKeyAlerts{Off: true, IdleDays: 5, NeverUsedDays: 6},
+			},
 		},
 		CreatedAt: noon,
 	}

@@ -31,7 +31,29 @@ CREATE TABLE alerts (
 ) STRICT;
 CREATE UNIQUE INDEX alerts_open ON alerts (instance_id, kind, key_id, subject) WHERE resolved_at = -62135596800000000;
 CREATE INDEX alerts_newest ON alerts (instance_id, opened_at, id);
+CREATE INDEX alerts_newest_of_all ON alerts (opened_at, id);
+CREATE INDEX alerts_of_key ON alerts (key_id, opened_at, id) WHERE key_id <> x'00000000000000000000000000000000';
 CREATE INDEX alerts_resolved ON alerts (resolved_at);
+
+-- What the webhook has to be told of them.
+CREATE TABLE notices (
+    id      BLOB    NOT NULL PRIMARY KEY,
+    type    TEXT    NOT NULL,
+    body    TEXT    NOT NULL, -- JSON
+    made_at INTEGER NOT NULL,
+    tries   INTEGER NOT NULL,
+    next_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX notices_next ON notices (next_at);
+
+CREATE TABLE key_networks (
+    key_id   BLOB    NOT NULL REFERENCES keys (id) ON DELETE CASCADE,
+    network  TEXT    NOT NULL,
+    first_at INTEGER NOT NULL,
+    last_at  INTEGER NOT NULL,
+    PRIMARY KEY (key_id, network)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX key_networks_last ON key_networks (last_at);
 
 CREATE TABLE sessions (
     id         BLOB    NOT NULL PRIMARY KEY,
