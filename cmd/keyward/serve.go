@@ -130,6 +130,14 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.pepper = peppers.Current
+	previous := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "keyward_pepper_previous",
+		Help: "1 while a previous pepper is read: a rotation that is not finished.",
+	})
+	s.registry.MustRegister(previous)
+	if peppers.Previous != nil {
+		previous.Set(1)
+	}
 	if s.store, err = sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path, Audit: admin.NewAuditKeys(peppers)}); err != nil {
 		return nil, err
 	}
