@@ -23,7 +23,7 @@ FLOOD   ?= 1000000
 # Keys of "make bench-scale".
 SCALE_KEYS ?= 10000000
 
-.PHONY: all help build dev test fuzz bench bench-envoy bench-go bench-scale lint fmt envoy envoys clean
+.PHONY: all help build dev test fuzz bench bench-envoy bench-go bench-scale lint fmt envoy envoys chromium clean
 
 all: build lint test
 
@@ -37,7 +37,7 @@ dev: build ## Envoy, a demo service and keyward in one terminal, with a first ke
 	@$(MAKE) --no-print-directory have-envoy
 	@bin/keyward dev
 
-test: envoys schemathesis promtool ## get what the tests need, then run all of them with the race detector
+test: envoys schemathesis chromium promtool ## get what the tests need, then run all of them with the race detector
 	go test -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
 	@# Without it: what the detector's own cost would hide, allocations and load.
 	go test -timeout 10m -run TestLeasesUnderLoad $(TESTFLAGS) ./envoy/e2e
@@ -93,6 +93,13 @@ have-envoy:
 schemathesis:
 	@$(MAKE) --no-print-directory $(TOOLS)/schemathesis/.complete || { \
 		echo "schemathesis is not to be had, so TestSchemathesis is skipped: it needs $(PYTHON) with venv and pip, and its packages"; \
+		[ -z "$$CI" ]; }
+
+# What looks at the portal. Without it those tests are skipped, in CI they fail.
+chromium: ## get a Chromium for the tests of the portal, with apt-get where that is allowed
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || command -v google-chrome-stable || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || { \
+		echo "Chromium is not to be had, so the tests of the portal in a browser are skipped: install chromium, chromium-browser or google-chrome"; \
 		[ -z "$$CI" ]; }
 
 $(TOOLS)/schemathesis/.complete: cmd/keyward/testdata/schemathesis/requirements.txt

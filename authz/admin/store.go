@@ -19,6 +19,7 @@ import (
 type Store interface {
 	Reader
 	UsageStore
+	KeysUsageStore
 	AlertStore
 	SessionStore
 

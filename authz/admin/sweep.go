@@ -77,9 +77,10 @@ func (s *Service) leading(ctx context.Context, holder string, do func(context.Co
 
 func (s *Service) sweep(ctx context.Context, holder string) error {
 	_, forgetting := s.leading(ctx, holder, func(ctx context.Context) (bool, error) { return false, s.store.ForgetReplays(ctx, now()) })
+	_, signingOut := s.leading(ctx, holder, func(ctx context.Context) (bool, error) { return false, s.store.ForgetSessions(ctx, now()) })
 	_, marking := s.leading(ctx, holder, s.markEnded)
 	instances, err := s.store.Instances(ctx)
-	if err = errors.Join(forgetting, marking, err); err != nil {
+	if err = errors.Join(forgetting, signingOut, marking, err); err != nil {
 		return err
 	}
 	for _, in := range instances {

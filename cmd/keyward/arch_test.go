@@ -112,8 +112,9 @@ var topLevel = []string{"cmd", "authz", "cache", "limits", "envoy"}
 
 // environmentReaders may read the environment.
 var environmentReaders = map[string]string{
-	"cmd/keyward":     "the program's configuration and its client's come from there, and from there only",
-	"envoy/envoytest": "ENVOY_BIN and CI concern tests and keyward dev, never serve",
+	"cmd/keyward":             "the program's configuration and its client's come from there, and from there only",
+	"envoy/envoytest":         "ENVOY_BIN and CI concern tests and keyward dev, never serve",
+	"authz/portal/portaltest": "CI says that a missing Chromium is no reason to skip",
 }
 
 // notLinked must not be in the program.

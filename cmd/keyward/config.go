@@ -12,6 +12,7 @@ import (
 	"keyward/authz"
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/authz/portal"
 	"keyward/cache"
 	"keyward/envoy/check"
 	"keyward/envoy/generate"
@@ -40,6 +41,7 @@ type Config struct {
 	OIDC            []OIDCIssuer    `yaml:"oidc"` // who else than holders of a token may use the Management API
 	Audit           Audit           `yaml:"audit"`
 	Usage           Usage           `yaml:"usage"`
+	Portal          Portal          `yaml:"portal"`
 	Log             Log             `yaml:"log"`
 	Tracing         Tracing         `yaml:"tracing"`
 	Runtime         Runtime         `yaml:"runtime"`
@@ -50,6 +52,7 @@ type Listen struct {
 	Check   Listener `yaml:"check"`   // gRPC, for Envoy
 	Manage  Listener `yaml:"manage"`  // Management API
 	Holders Listener `yaml:"holders"` // what holders of keys may ask; off unless it has an address
+	Portal  Listener `yaml:"portal"`  // the portal, for browsers; off unless it has an address
 	Metrics Listener `yaml:"metrics"` // Prometheus, health
 }
 
@@ -295,6 +298,22 @@ func (u Usage) keep() map[admin.UsageInterval]time.Duration {
 	}
 }
 
+// Portal says how long people stay signed in.
+type Portal struct {
+	Idle apikey.Duration `yaml:"idle"` // without doing anything
+	Most apikey.Duration `yaml:"most"` // in any case
+}
+
+func (p Portal) validate() error {
+	var faults []error
+	for field, d := range map[string]apikey.Duration{"portal.idle": p.Idle, "portal.most": p.Most} {
+		if d.Std() < time.Minute || d.Std() > 30*24*time.Hour {
+			faults = append(faults, apikey.Invalid(field, "must be from 1m to 30d"))
+		}
+	}
+	return errors.Join(faults...)
+}
+
 // Log says what is logged, to standard error.
 type Log struct {
 	Level              string `yaml:"level"`              // debug | info | warn | error
@@ -312,6 +331,7 @@ func defaultConfig() Config {
 			Check:   Listener{Address: "127.0.0.1:9191", MaxConnections: 4096},
 			Manage:  Listener{Address: "127.0.0.1:9192", MaxConnections: 512},
 			Holders: Listener{MaxConnections: 512},
+			Portal:  Listener{MaxConnections: 512},
 			Metrics: Listener{Address: "127.0.0.1:9193", MaxConnections: 512},
 		},
 		Credentials:   Credentials{Headers: authz.DefaultCredentialHeaders, Bearer: &yes, Prefix: apikey.DefaultFirst, Realm: "keyward"},
@@ -334,6 +354,7 @@ func defaultConfig() Config {
 		Errors:  "rpc",
 		Tracing: Tracing{Protocol: "grpc", Ratio: 0.01},
 		Log:     Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
+		Portal:  Portal{Idle: apikey.Duration(portal.DefaultIdle), Most: apikey.Duration(portal.DefaultMost)},
 		// What lives is the cache, what dies is requests', and marking the cache for their sake is the greater
 		// part of collecting: four times as seldom as Go does by itself, a request costs a quarter less.
 		Runtime: Runtime{GCPercent: 400, MemoryLimit: "90%"},
@@ -349,7 +370,9 @@ func (c *Config) validate() error {
 		c.Listen.Check.validate("listen.check"),
 		c.Listen.Manage.validate("listen.manage"),
 		c.Listen.Holders.validate("listen.holders"),
+		c.Listen.Portal.validate("listen.portal"),
 		c.Listen.Metrics.validate("listen.metrics"),
+		c.Portal.validate(),
 		c.Concurrency.validate(),
 		c.Runtime.validate(),
 		c.Preset.validate(),

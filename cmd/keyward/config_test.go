@@ -207,6 +207,7 @@ listen:
   check: {tls: {clientNames: [envoy.example, "spiffe://example/envoy"]}}
   manage: {tls: {clientNames: [admin.example]}}
   holders: {tls: {clientNames: [holder.example]}}
+  portal: {tls: {clientNames: [person.example]}}
   metrics: {tls: {clientNames: [prometheus.example]}}
 credentials: {headers: [x-token]}
 routes:
@@ -341,6 +342,9 @@ func TestValidation(t *testing.T) {
 		{"listen.manage.tls", func(c *Config) { c.Listen.Manage.TLS.CertFile = canary }},
 		{"listen.manage.tls", func(c *Config) { c.Listen.Manage.TLS.KeyFile = canary }},
 		{"listen.holders.address", func(c *Config) { c.Listen.Holders.Address = canary }},
+		{"listen.portal.address", func(c *Config) { c.Listen.Portal.Address = canary }},
+		{"portal.idle", func(c *Config) { c.Portal.Idle = 0 }},
+		{"portal.most", func(c *Config) { c.Portal.Most = -1 }},
 		{"listen.metrics.address", func(c *Config) { c.Listen.Metrics.Address = canary }},
 		{"listen.metrics.tls", func(c *Config) { c.Listen.Metrics.TLS.ClientCAFile = canary }},
 		{"listen.metrics.tls.clientNames", func(c *Config) { c.Listen.Metrics.TLS.ClientNames = []string{canary} }},

@@ -28,7 +28,9 @@ const (
 	devInstance = "demo"
 	// usualHolders is where keyward dev listens for holders of keys, and where keyward self asks unless told otherwise.
 	usualHolders = "127.0.0.1:9194"
-	devKeyName   = "demo"
+	// usualPortal is where keyward dev serves the portal.
+	usualPortal = "127.0.0.1:9195"
+	devKeyName  = "demo"
 
 	devPepperFile = "pepper"
 	devSecretFile = "demo.secret"
@@ -74,6 +76,7 @@ type devState struct {
 	Envoy      string `json:"envoy"`   // base URL
 	Manage     string `json:"manage"`  // base URL
 	Holders    string `json:"holders"` // base URL
+	Portal     string `json:"portal"`  // base URL; sign in with the token in TokenFile
 	Metrics    string `json:"metrics"` // base URL
 	GRPC       string `json:"grpc"`    // address
 	Instance   string `json:"instance"`
@@ -104,8 +107,8 @@ func (a *app) dev(ctx context.Context, dir string, tour bool) (err error) {
 	cfg.Store.SQLite.Path = filepath.Join(dir, "keyward.db")
 	cfg.Pepper.File = filepath.Join(dir, devPepperFile)
 	cfg.Routes = devRoutes
-	cfg.Listen.Holders.Address = usualHolders
-	for _, l := range []*Listener{&cfg.Listen.Check, &cfg.Listen.Manage, &cfg.Listen.Holders, &cfg.Listen.Metrics} {
+	cfg.Listen.Holders.Address, cfg.Listen.Portal.Address = usualHolders, usualPortal
+	for _, l := range []*Listener{&cfg.Listen.Check, &cfg.Listen.Manage, &cfg.Listen.Holders, &cfg.Listen.Portal, &cfg.Listen.Metrics} {
 		l.Address = usualOrFree(l.Address)
 	}
 	if err := cfg.validate(); err != nil {
@@ -160,7 +163,7 @@ func (a *app) devSession(ctx context.Context, s *service, binary, dir, upstream 
 		return ctx.Err()
 	}
 	state := devState{
-		Manage: "http://" + s.manage.Addr().String(), Holders: "http://" + s.holders.Addr().String(), Metrics: "http://" + s.metrics.Addr().String(),
+		Manage: "http://" + s.manage.Addr().String(), Holders: "http://" + s.holders.Addr().String(), Portal: "http://" + s.portal.Addr().String(), Metrics: "http://" + s.metrics.Addr().String(),
 		GRPC: s.check.Addr().String(), Instance: devInstance,
 		TokenFile: s.adminTokenPath(), SecretFile: filepath.Join(dir, devSecretFile), PID: os.Getpid(),
 	}
@@ -219,6 +222,7 @@ func welcome(s devState, dir string) string {
 	var b strings.Builder
 	say := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	say("keyward is running: Envoy at %s, Management API at %s, metrics at %s/metrics", s.Envoy, s.Manage, s.Metrics)
+	say("Portal at %s: sign in with the token in %s", s.Portal, shellPath(s.TokenFile))
 	say("State and logs are in %s. Ctrl-C ends it.", dir)
 	say("")
 	say("# 200: the demo service shows what reached it: who is calling, and no key")

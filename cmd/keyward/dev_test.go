@@ -28,7 +28,7 @@ func TestDev(t *testing.T) {
 	dir := filepath.Join(work, "it's here") // which a shell has to be told
 	// Somebody has the usual ports: this test, or whoever it was that came first.
 	usual := defaultConfig()
-	for _, address := range []string{usual.Listen.Check.Address, usual.Listen.Manage.Address, usualHolders, usual.Listen.Metrics.Address} {
+	for _, address := range []string{usual.Listen.Check.Address, usual.Listen.Manage.Address, usualHolders, usualPortal, usual.Listen.Metrics.Address} {
 		if l, err := net.Listen("tcp", address); err == nil {
 			t.Cleanup(func() { _ = l.Close() })
 		}
@@ -64,7 +64,7 @@ func TestDev(t *testing.T) {
 		if err := errors.Join(json.Unmarshal(text, &state), json.Unmarshal(text, &members)); err != nil {
 			t.Fatal(err)
 		}
-		for _, name := range []string{"envoy", "manage", "holders", "metrics", "grpc", "instance", "tokenFile", "secretFile", "pid", "envoyPid"} {
+		for _, name := range []string{"envoy", "manage", "holders", "portal", "metrics", "grpc", "instance", "tokenFile", "secretFile", "pid", "envoyPid"} {
 			if members[name] == nil || members[name] == "" || members[name] == 0.0 {
 				t.Errorf("%s: got %v", name, members[name])
 			}
@@ -76,12 +76,12 @@ func TestDev(t *testing.T) {
 		if state.PID != dev.cmd.Process.Pid || state.Instance != devInstance {
 			t.Errorf("got %+v", state)
 		}
-		for got, taken := range map[string]string{state.GRPC: usual.Listen.Check.Address, state.Manage: "http://" + usual.Listen.Manage.Address, state.Holders: "http://" + usualHolders, state.Metrics: "http://" + usual.Listen.Metrics.Address} {
+		for got, taken := range map[string]string{state.GRPC: usual.Listen.Check.Address, state.Manage: "http://" + usual.Listen.Manage.Address, state.Holders: "http://" + usualHolders, state.Portal: "http://" + usualPortal, state.Metrics: "http://" + usual.Listen.Metrics.Address} {
 			if got == taken {
 				t.Errorf("%s was taken", got)
 			}
 		}
-		if err := errors.Join(statusIs(state.Metrics+"/readyz", 200), statusIs(state.Envoy+"/orders", 401), statusIs(state.Envoy+"/public/x", 200)); err != nil {
+		if err := errors.Join(statusIs(state.Metrics+"/readyz", 200), statusIs(state.Envoy+"/orders", 401), statusIs(state.Portal+"/sign-in", 200), statusIs(state.Envoy+"/public/x", 200)); err != nil {
 			t.Error(err)
 		}
 	})

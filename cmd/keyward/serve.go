@@ -33,6 +33,7 @@ import (
 	"keyward/authz/apikey"
 	"keyward/authz/holders"
 	"keyward/authz/manage"
+	"keyward/authz/portal"
 	"keyward/authz/store/sqlite"
 	"keyward/authz/usage"
 	"keyward/cache"
@@ -99,9 +100,9 @@ type service struct {
 	pepper     *apikey.Pepper
 	traces     *traces // nil: none are made
 
-	check, manage, holders, metrics net.Listener // nil where not configured
-	reloaders                       map[string]*reloader
-	bootstrapMade                   bool // this start made the first token
+	check, manage, holders, portal, metrics net.Listener // nil where not configured
+	reloaders                               map[string]*reloader
+	bootstrapMade                           bool // this start made the first token
 }
 
 // serviceOptions are what a command knows better than the configuration.
@@ -191,6 +192,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		{"check", cfg.Listen.Check, &s.check},
 		{"manage", cfg.Listen.Manage, &s.manage},
 		{"holders", cfg.Listen.Holders, &s.holders},
+		{"portal", cfg.Listen.Portal, &s.portal},
 		{"metrics", cfg.Listen.Metrics, &s.metrics},
 	} {
 		if l.config.Address == "" {
@@ -375,6 +377,9 @@ func (s *service) run(ctx context.Context) error {
 		Format: s.cfg.format(), Pepper: s.pepper, Log: s.log, Version: readVersion().Version, Tracer: s.traces.tracer(),
 	}))
 	holdersServer := s.httpServer(holders.New(s.authorizer, s.admin, s.log))
+	portalServer := s.httpServer(portal.New(s.admin, portal.Config{
+		Log: s.log, Version: readVersion().Version, Idle: s.cfg.Portal.Idle.Std(), Most: s.cfg.Portal.Most.Std(),
+	}))
 	metricsServer := s.httpServer(s.metricsHandler())
 	group.Go(func() error { return grpcServer.Serve(s.check) })
 	serveHTTP := func(name string, server *http.Server, l net.Listener) {
@@ -396,6 +401,7 @@ func (s *service) run(ctx context.Context) error {
 	}
 	serveHTTP("manage", manageServer, s.manage)
 	serveHTTP("holders", holdersServer, s.holders)
+	serveHTTP("portal", portalServer, s.portal)
 	serveHTTP("metrics", metricsServer, s.metrics)
 
 	group.Go(func() error {
@@ -423,6 +429,7 @@ func (s *service) run(ctx context.Context) error {
 	stopping.Go(func() { stopGRPC(deadline, grpcServer) })
 	stopping.Go(func() { stopHTTP(deadline, manageServer) })
 	stopping.Go(func() { stopHTTP(deadline, holdersServer) })
+	stopping.Go(func() { stopHTTP(deadline, portalServer) })
 	stopping.Go(func() { stopHTTP(deadline, metricsServer) })
 	stopping.Wait()
 	s.accessLogs.Stop()
@@ -467,7 +474,7 @@ func (s *service) watchHealth(ctx, failed context.Context) {
 		s.setHealth(ready)
 		if ready && !announced {
 			announced = true
-			s.log.Info("serving", "check", s.cfg.Listen.Check.Address, "manage", s.cfg.Listen.Manage.Address, "holders", s.cfg.Listen.Holders.Address, "metrics", s.cfg.Listen.Metrics.Address)
+			s.log.Info("serving", "check", s.cfg.Listen.Check.Address, "manage", s.cfg.Listen.Manage.Address, "holders", s.cfg.Listen.Holders.Address, "portal", s.cfg.Listen.Portal.Address, "metrics", s.cfg.Listen.Metrics.Address)
 			close(s.serving)
 		}
 		select {
@@ -502,7 +509,7 @@ func (s *service) setHealth(serving bool) {
 // close frees what openService opened.
 func (s *service) close() error {
 	var faults []error
-	for _, l := range []net.Listener{s.check, s.manage, s.holders, s.metrics} {
+	for _, l := range []net.Listener{s.check, s.manage, s.holders, s.portal, s.metrics} {
 		if l != nil {
 			if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 				faults = append(faults, err)

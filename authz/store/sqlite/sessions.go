@@ -35,6 +35,15 @@ func (r *reader) Session(ctx context.Context, id admin.SessionID) (*admin.Sessio
 	return s, nil
 }
 
+// TouchSession implements admin.Store.
+func (s *Store) TouchSession(ctx context.Context, id admin.SessionID, seen, idle time.Time) error {
+	return s.write(ctx, "note the use of a session", func(t *tx) error {
+		_, err := t.exec(ctx, "note the use of a session", `UPDATE sessions SET seen_at = max(seen_at, ?), idle_at = max(idle_at, ?) WHERE id = ?`,
+			micros(seen), micros(idle), id[:])
+		return err
+	})
+}
+
 // EndSession implements admin.Store.
 func (s *Store) EndSession(ctx context.Context, id admin.SessionID) error {
 	return s.write(ctx, "end a session", func(t *tx) error {

@@ -127,6 +127,24 @@ func (s *Memory) Session(ctx context.Context, id admin.SessionID) (*admin.Sessio
 	return &session, nil
 }
 
+// TouchSession implements admin.Store.
+func (s *Memory) TouchSession(ctx context.Context, id admin.SessionID, seen, idle time.Time) error {
+	return s.write(ctx, func(t *memoryTx) error {
+		session, ok := t.sessions.get(id)
+		if !ok {
+			return nil
+		}
+		if seen = micros(seen); seen.After(session.SeenAt) {
+			session.SeenAt = seen
+		}
+		if idle = micros(idle); idle.After(session.IdleAt) {
+			session.IdleAt = idle
+		}
+		t.sessions.put(id, session)
+		return nil
+	})
+}
+
 // EndSession implements admin.Store.
 func (s *Memory) EndSession(ctx context.Context, id admin.SessionID) error {
 	return s.write(ctx, func(t *memoryTx) error {

@@ -75,6 +75,8 @@ func Run(t *testing.T, open func(t *testing.T) admin.Store) {
 		{"RecentKeys", testRecentKeys},
 		{"RecentKeysKeepNoWriterWaiting", testRecentKeysAndWriter},
 		{"LastUseOnlyGrows", testTouch},
+		{"Sessions", testSessions},
+		{"KeysUsage", testKeysUsage},
 		{"Peppers", testPeppers},
 		{"Redigest", testRedigest},
 		{"RetirePepper", testRetirePepper},
