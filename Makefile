@@ -37,7 +37,7 @@ dev: build ## Envoy, a demo service and keyward in one terminal, with a first ke
 	@$(MAKE) --no-print-directory have-envoy
 	@bin/keyward dev
 
-test: envoys schemathesis chromium ## get what the tests need, then run all of them with the race detector
+test: envoys schemathesis chromium promtool ## get what the tests need, then run all of them with the race detector
 	go test -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
 	@# Without it: what the detector's own cost would hide, allocations and load.
 	go test -timeout 10m -run TestLeasesUnderLoad $(TESTFLAGS) ./envoy/e2e
@@ -107,6 +107,21 @@ $(TOOLS)/schemathesis/.complete: cmd/keyward/testdata/schemathesis/requirements.
 	$(PYTHON) -m venv $(TOOLS)/schemathesis
 	$(TOOLS)/schemathesis/bin/pip install --quiet --disable-pip-version-check --only-binary :all: -r $<
 	touch $@
+
+# Reads the rules and the dashboard in docs/: TestPromtool. It is taken out of Debian's package, which is not
+# installed, so that no Prometheus starts. Without it the test is skipped, in CI it fails.
+.PHONY: promtool
+promtool:
+	@command -v promtool >/dev/null || $(MAKE) --no-print-directory $(TOOLS)/promtool || { \
+		echo "promtool is not to be had, so TestPromtool is skipped: it is in Debian's package prometheus"; \
+		[ -z "$$CI" ]; }
+
+$(TOOLS)/promtool:
+	rm -rf $(TOOLS)/prometheus && mkdir -p $(TOOLS)/prometheus
+	cd $(TOOLS)/prometheus && { apt-get download -qq prometheus 2>/dev/null || { apt-get update -qq && apt-get download -qq prometheus; }; }
+	dpkg-deb -x $(TOOLS)/prometheus/prometheus_*.deb $(TOOLS)/prometheus
+	mv $(TOOLS)/prometheus/usr/bin/promtool $@
+	rm -rf $(TOOLS)/prometheus
 
 clean: ## remove what was built and fetched
 	rm -rf bin .tools .envoy

@@ -16,6 +16,7 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
 	"github.com/google/uuid"
+	"go.opentelemetry.io/otel/trace"
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
@@ -34,6 +35,8 @@ type Config struct {
 	Caller *admin.Caller
 	// Version is that of the program, for the OpenAPI document.
 	Version string
+	// Tracer makes a span of each request that is sampled; nil: there are no traces.
+	Tracer trace.Tracer
 }
 
 // New returns the Management API. Timeouts belong to the http.Server around it. Safe for concurrent use.
@@ -96,6 +99,11 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	header.Set("X-Request-Id", id)
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Content-Type-Options", "nosniff")
+	if h.cfg.Tracer != nil {
+		traced, end := h.trace(r, id)
+		defer func() { end(answer) }()
+		r = traced
+	}
 	defer func() {
 		if v := recover(); v != nil {
 			h.panicked(answer, r, id, v)
@@ -134,6 +142,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case pattern == "":
 		h.refuse(answer, r, id, unrouted(route, r))
 	default:
+		trace.SpanFromContext(r.Context()).SetName(pattern)
 		c := &call{Caller: caller, w: w}
 		c.r = r.WithContext(context.WithValue(admin.WithCredential(r.Context(), caller), callKey{}, c))
 		h.mux.ServeHTTP(answer, c.r)
@@ -238,14 +247,15 @@ func (h *handler) document(api *huma.OpenAPI) {
 	})
 }
 
-// An answer knows whether it has begun.
+// An answer knows whether it has begun, and with what.
 type answer struct {
 	http.ResponseWriter
-	begun bool
+	begun  bool
+	status int // 0 where nobody said one: 200
 }
 
 func (a *answer) WriteHeader(status int) {
-	a.begun = true
+	a.begun, a.status = true, status
 	a.ResponseWriter.WriteHeader(status)
 }
 

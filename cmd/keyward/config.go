@@ -44,6 +44,7 @@ type Config struct {
 	Alerts          Alerts          `yaml:"alerts"`
 	Portal          Portal          `yaml:"portal"`
 	Log             Log             `yaml:"log"`
+	Tracing         Tracing         `yaml:"tracing"`
 	Runtime         Runtime         `yaml:"runtime"`
 }
 
@@ -352,9 +353,10 @@ func defaultConfig() Config {
 		Alerts:      defaultAlerts(),
 		Envoy:       EnvoyFacts{MaxRequestBytes: generate.DefaultMaxRequestBytes},
 
-		Portal: Portal{Idle: apikey.Duration(portal.DefaultIdle), Most: apikey.Duration(portal.DefaultMost)},
-		Errors: "rpc",
-		Log:    Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
+		Errors:  "rpc",
+		Tracing: Tracing{Protocol: "grpc", Ratio: 0.01},
+		Log:     Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
+		Portal:  Portal{Idle: apikey.Duration(portal.DefaultIdle), Most: apikey.Duration(portal.DefaultMost)},
 		// What lives is the cache, what dies is requests', and marking the cache for their sake is the greater
 		// part of collecting: four times as seldom as Go does by itself, a request costs a quarter less.
 		Runtime: Runtime{GCPercent: 400, MemoryLimit: "90%"},
@@ -376,6 +378,7 @@ func (c *Config) validate() error {
 		c.Concurrency.validate(),
 		c.Runtime.validate(),
 		c.Preset.validate(),
+		c.Tracing.validate(),
 		c.Usage.validate(),
 		c.Alerts.validate(),
 		oneOf("defaultRoute", c.DefaultRoute, "required", "deny"),

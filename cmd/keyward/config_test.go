@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -401,6 +402,13 @@ func TestValidation(t *testing.T) {
 		{"log.level", func(c *Config) { c.Log.Level = canary }},
 		{"log.format", func(c *Config) { c.Log.Format = canary }},
 		{"log.decisionsPerSecond", func(c *Config) { n := -1; c.Log.DecisionsPerSecond = &n }},
+		{"tracing.endpoint", func(c *Config) { c.Tracing.Endpoint = "https://collector.example:4317/v1/traces" }}, // gRPC has no paths
+		{"tracing.protocol", func(c *Config) { c.Tracing.Protocol = canary }},
+		{"tracing.ratio", func(c *Config) { c.Tracing.Ratio = 1.1 }},
+		{"tracing.ratio", func(c *Config) { c.Tracing.Ratio = math.NaN() }},
+		{"tracing.endpoint", func(c *Config) { c.Tracing.Endpoint = canary + ":4317" }},
+		{"tracing.endpoint", func(c *Config) { c.Tracing.Endpoint = "https://user:" + canary + "@collector.example" }},
+		{"tracing.endpoint", func(c *Config) { c.Tracing.Endpoint = "https://collector.example/?key=" + canary }},
 	}
 	good := func() *Config {
 		cfg := defaultConfig()
@@ -535,6 +543,10 @@ func fits(t *testing.T, schema map[string]any, v any, path string) {
 		}
 	case "integer":
 		if n, ok := v.(float64); !ok || n != float64(int(n)) {
+			bad()
+		}
+	case "number":
+		if _, ok := v.(float64); !ok {
 			bad()
 		}
 	case "boolean":

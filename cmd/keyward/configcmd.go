@@ -76,6 +76,8 @@ func schemaOf(t reflect.Type) map[string]any {
 		return map[string]any{"type": "boolean"}
 	case t.Kind() == reflect.Int:
 		return map[string]any{"type": "integer"}
+	case t.Kind() == reflect.Float64:
+		return map[string]any{"type": "number"}
 	}
 	return map[string]any{"type": "string"} // durations are written as text
 }

@@ -227,6 +227,8 @@ func setScalar(field reflect.Value, n *yaml.Node) error {
 		return errors.New("must be true or false")
 	case field.Kind() == reflect.Int && (tag != "!!int" || n.Decode(field.Addr().Interface()) != nil):
 		return errors.New("must be a whole number")
+	case field.Kind() == reflect.Float64 && (tag != "!!int" && tag != "!!float" || n.Decode(field.Addr().Interface()) != nil):
+		return errors.New("must be a number")
 	case field.Kind() == reflect.String:
 		field.SetString(n.Value)
 		return nil

@@ -100,6 +100,7 @@ type service struct {
 	drainDelay time.Duration
 	serving    chan struct{} // closed when everything is
 	pepper     *apikey.Pepper
+	traces     *traces // nil: none are made
 
 	check, manage, holders, portal, metrics net.Listener // nil where not configured
 	reloaders                               map[string]*reloader
@@ -132,6 +133,14 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.pepper = peppers.Current
+	previous := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "keyward_pepper_previous",
+		Help: "1 while a previous pepper is read: a rotation that is not finished.",
+	})
+	s.registry.MustRegister(previous)
+	if peppers.Previous != nil {
+		previous.Set(1)
+	}
 	if s.store, err = sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite.Path, Audit: admin.NewAuditKeys(peppers)}); err != nil {
 		return nil, err
 	}
@@ -145,7 +154,10 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	s.replica = fmt.Sprintf("%s-%d-%d", host, os.Getpid(), time.Now().Unix())
 	cacheConfig := cfg.cacheConfig()
 	cacheConfig.Replica = s.replica
-	if s.cache, err = cache.New(s.store, cacheConfig, s.registry, s.log); err != nil {
+	if s.traces, err = openTraces(ctx, cfg.Tracing, s.replica, s.log); err != nil {
+		return nil, err
+	}
+	if s.cache, err = cache.New(s.keyStore(), cacheConfig, s.registry, s.log); err != nil {
 		return nil, err
 	}
 	s.limiter = local.New(cfg.Concurrency.leases(), s.registry)
@@ -181,7 +193,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.settler = admin.NewSettler(s.admin, s.cache)
-	facts := keyFacts{Cache: s.cache, Settler: s.settler, store: s.store, usage: s.usage}
+	facts := keyFacts{Cache: s.cache, Settler: s.settler, store: s.keyStore(), usage: s.usage}
 	if s.authorizer, err = authz.New(decisions, facts, s.limiter, peppers, s.usage, s.redigester); err != nil {
 		return nil, err
 	}
@@ -330,7 +342,7 @@ func (s *service) adminTokenPath() string {
 type keyFacts struct {
 	*cache.Cache
 	*admin.Settler
-	store *sqlite.Store
+	store keyStore
 	usage *usage.Counter
 }
 
@@ -379,7 +391,7 @@ func (s *service) run(ctx context.Context) error {
 	}
 
 	manageServer := s.httpServer(manage.New(s.admin, manage.Config{
-		Format: s.cfg.format(), Pepper: s.pepper, Log: s.log, Version: readVersion().Version,
+		Format: s.cfg.format(), Pepper: s.pepper, Log: s.log, Version: readVersion().Version, Tracer: s.traces.tracer(),
 	}))
 	holdersServer := s.httpServer(holders.New(s.authorizer, s.admin, s.log))
 	portalServer := s.httpServer(portal.New(s.admin, portal.Config{
@@ -524,6 +536,7 @@ func (s *service) close() error {
 	if s.cache != nil {
 		s.cache.Close()
 	}
+	s.traces.close()
 	if s.store != nil {
 		faults = append(faults, s.store.Close())
 	}
@@ -571,7 +584,7 @@ func (s *service) grpcServer() (*grpc.Server, error) {
 	server := grpc.NewServer(options...)
 	s.accessLogs.Register(server)
 	config := s.cfg.checkConfig()
-	config.Leases, config.LogKey = s.leases, s.logKey
+	config.Leases, config.LogKey, config.Tracer = s.leases, s.logKey, s.traces.tracer()
 	if err := registerChecks(server, s.authorizer, config, s.registry, s.log); err != nil {
 		return nil, err
 	}

@@ -40,6 +40,7 @@ import (
 // A stack is a Check's whole way: everything but the transport and the store, whose answers are cached.
 type stack struct {
 	server  *check.Server
+	another func(check.Config) (*check.Server, error) // makes one on the same facts
 	plain   *checktest.Server
 	limiter *local.Limiter
 	cache   *cache.Cache
@@ -173,11 +174,15 @@ func newStack(t testing.TB, n int) *stack {
 		t.Fatal(err)
 	}
 	s.leases = authz.NewLeaseIDs(peppers)
+	s.another = func(config check.Config) (*check.Server, error) {
+		config.Leases = s.leases
+		return check.New(a, config, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
+	}
 	config := check.Config{Leases: s.leases, Deprecation: true}
 	if s.plain, err = checktest.New(a, config); err != nil {
 		t.Fatal(err)
 	}
-	s.server, err = check.New(a, config, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
+	s.server, err = s.another(config)
 	if err != nil {
 		t.Fatal(err)
 	}

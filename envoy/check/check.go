@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
@@ -65,6 +66,8 @@ type Config struct {
 	// LogKey is what the log's names for principals are made under, so that nobody finds out whose they are by
 	// guessing. Zero: one that nobody else has, until this process ends.
 	LogKey [32]byte
+	// Tracer makes a span of each Check that is sampled. nil: there are no traces, at no cost.
+	Tracer trace.Tracer
 }
 
 // Validate reports what New would not take.
@@ -82,6 +85,7 @@ type Server struct {
 	calls      sync.Pool // of *call
 	log        *decisionLog
 	metrics    *metrics
+	tracer     trace.Tracer // nil: no traces
 }
 
 // New returns a Server that asks the authorizer.
@@ -101,6 +105,7 @@ func New(a *authz.Authorizer, cfg Config, reg prometheus.Registerer, log *slog.L
 		calls:      sync.Pool{New: func() any { return new(call) }},
 		log:        newDecisionLog(log, &cfg),
 		metrics:    newMetrics(reg),
+		tracer:     cfg.Tracer,
 	}, nil
 }
 
@@ -110,6 +115,8 @@ type call struct {
 	request  authz.Request
 	decision authz.Decision
 	reader   reader
+	// undecided says that the answer, which is one of error_response, is none.
+	undecided bool
 }
 
 // reset forgets all that the call borrowed or carried.
@@ -117,6 +124,7 @@ func (c *call) reset() {
 	c.request.Reset()
 	c.reader.reset()
 	c.decision = authz.Decision{}
+	c.undecided = false
 	c.message.Free()
 }
 
@@ -137,6 +145,9 @@ func (s *Server) check(ctx context.Context, decode func(any) error, interceptor 
 		return nil, err
 	}
 	if interceptor == nil {
+		if s.tracer != nil {
+			return s.traced(ctx, c)
+		}
 		return s.reply(ctx, c)
 	}
 	return interceptor(ctx, &c.message, &grpc.UnaryServerInfo{Server: s, FullMethod: fullMethod},
@@ -195,6 +206,7 @@ func (s *Server) answer(ctx context.Context, from Connection, c *call, message, 
 	if err != nil {
 		s.metrics.failed(time.Since(start))
 		s.log.failed(r, d, err)
+		c.undecided = true
 		return sealed(s.answers.failure(dst, d, about, err))
 	}
 	if d.Reason == authz.ReasonLimitConcurrency && from.Unheard() {
