@@ -14,7 +14,6 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"keyward/authz/apikey"
-	"keyward/authz/usage"
 )
 
 const (
@@ -123,7 +122,6 @@ func TestDashboardsShowWhatThereIs(t *testing.T) {
 	if _, err := s.grpcServer(); err != nil {
 		t.Fatal(err)
 	}
-	usage.NewAlerts(nil, usage.AlertsConfig{}, s.registry, s.log) // serve does not have them yet
 	families := map[string]*dto.MetricFamily{}
 	gathered, err := s.registry.Gather()
 	if err != nil {
