@@ -204,11 +204,14 @@ func TestEveryDecisionIsCountedOnceInItsMinute(t *testing.T) {
 			c.Ended("demo", apikey.ID{}, 599, 1, 2, 3*time.Second)
 			time.Sleep(time.Second)
 		}
-		time.Sleep(time.Until(minute.Add(time.Minute)))
-		c.Decided(use(old, authz.ReasonKey, "")) // whoever comes first in a minute does not wait for the writing
+		time.Sleep(time.Until(minute.Add(59 * time.Second)))
+		c.Decided(use(other, authz.ReasonMissingScope, ""))
+		first := use(old, authz.ReasonKey, "") // comes in the next minute, before anything of this one is written
+		next := minute.Add(time.Minute)
+		first.At = next
+		c.Decided(first)
 		stop()
 
-		next := minute.Add(time.Minute)
 		of := func(allowed int64, reasons map[string]int64, generations map[int]int64, networks map[string]int64, ended admin.EndedRequests) *admin.UsageCounts {
 			refused := int64(0)
 			for _, n := range reasons {
@@ -221,8 +224,8 @@ func TestEveryDecisionIsCountedOnceInItsMinute(t *testing.T) {
 		want := map[string]*admin.UsageCounts{
 			place("demo", old.ID, minute): of(6, map[string]int64{"limit_burst": 3}, map[int]int64{1: 3, 2: 3},
 				map[string]int64{"192.0.2.0/24": 3, "2001:db8:1::/48": 3}, ended),
-			place("demo", other.ID, minute): of(0, map[string]int64{"missing_scope": 3}, nil, nil, admin.EndedRequests{}),
-			place("demo", apikey.ID{}, minute): of(9, map[string]int64{"limit_burst": 3, "missing_scope": 3, "unknown_key": 3}, map[int]int64{1: 3, 2: 3},
+			place("demo", other.ID, minute): of(0, map[string]int64{"missing_scope": 4}, nil, nil, admin.EndedRequests{}),
+			place("demo", apikey.ID{}, minute): of(9, map[string]int64{"limit_burst": 3, "missing_scope": 4, "unknown_key": 3}, map[int]int64{1: 3, 2: 3},
 				map[string]int64{"192.0.2.0/24": 3, "2001:db8:1::/48": 3, "198.51.100.0/24": 3}, all),
 			place("", apikey.ID{}, minute):   of(3, nil, nil, nil, admin.EndedRequests{}),
 			place("demo", old.ID, next):      of(1, nil, map[int]int64{1: 1}, nil, admin.EndedRequests{}),

@@ -267,7 +267,7 @@ func (n network) String() string {
 	switch n >> 48 {
 	case 4:
 		var b [4]byte
-		binary.BigEndian.PutUint32(b[:], uint32(n)<<8) //nolint:gosec // the family is cut off on purpose
+		binary.BigEndian.PutUint32(b[:], uint32(n)<<8)
 		return netip.PrefixFrom(netip.AddrFrom4(b), 24).String()
 	case 6:
 		var b [16]byte

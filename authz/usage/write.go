@@ -22,7 +22,7 @@ type metrics struct {
 	failures prometheus.Counter
 }
 
-func newMetrics(reg prometheus.Registerer) *metrics {
+func newMetrics(reg prometheus.Registerer, waiting func() int) *metrics {
 	m := &metrics{
 		written: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "keyward_usage_written_total", Help: "Counts of a key or an instance in a minute that were added to the store.",
@@ -37,8 +37,8 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	if reg != nil {
 		reg.MustRegister(m.written, m.dropped, m.failures, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "keyward_usage_series", Help: "Keys and instances that something was counted of since counts were last written.",
-		}, func() float64 { return float64(m.series.Load()) }))
+			Name: "keyward_usage_series", Help: "Keys and instances of which something was counted that is not written yet, each minute apart.",
+		}, func() float64 { return float64(waiting()) }))
 	}
 	return m
 }

@@ -54,7 +54,7 @@ func newTx(sqlTx *sql.Tx, audit admin.AuditKeys, fault func(what string, err err
 
 // exec runs a statement and returns how many rows it changed. What a constraint refuses did nothing.
 func (t *tx) exec(ctx context.Context, what, query string, args ...any) (int64, error) {
-	statement, err := t.prepare(ctx, what, query)
+	statement, err := t.prepare(ctx, what, query) //nolint:sqlclosecheck // closed with the transaction
 	if err != nil {
 		return 0, err
 	}
