@@ -110,12 +110,16 @@ func checkPlan(t *testing.T, s *Store, what string, q admin.KeyQuery, w way, upT
 	}
 	// From the place where the last page ended, and to the one where this ends.
 	order := orders[q.Order]
-	ends := []string{"(" + order.column + ",id)>(?,?)", "(" + order.column + ",id)<(?,?)"}
-	if upTo == (admin.KeyPlace{}) {
-		ends = ends[:1]
-		if !order.rising {
-			ends[0] = "(" + order.column + ",id)<(?,?)"
-		}
+	after, until := "("+order.column+",id)>(?,?)", "("+order.column+",id)<(?,?)"
+	if !order.rising {
+		after, until = until, after
+	}
+	var ends []string
+	if q.After != (admin.KeyPlace{}) {
+		ends = append(ends, after)
+	}
+	if upTo != (admin.KeyPlace{}) {
+		ends = append(ends, until)
 	}
 	if !slices.ContainsFunc(steps, func(step string) bool {
 		for _, end := range ends {
@@ -151,6 +155,9 @@ func TestListsGoByIndexes(t *testing.T) {
 				continue
 			}
 			checkPlan(t, s, what, q, w, place)
+			first := q
+			first.After = admin.KeyPlace{}
+			checkPlan(t, s, what+", the first page", first, w, place)
 			query, args := lastLooked("tenant", q, w)
 			if steps := plan(t, s, query, args); len(steps) != 1 || !strings.HasPrefix(steps[0], "SEARCH keys USING ") || !strings.Contains(steps[0], "INDEX "+w.index+" (instance_id=?") {
 				t.Errorf("%s looks for its end without its index: %q", what, steps)
