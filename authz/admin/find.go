@@ -223,8 +223,8 @@ func moment(field, s string, now time.Time) (time.Time, error) {
 // Keys lists keys of an instance, as q says. A caller with the role user sees its own. Where no index has the
 // filter and the order, it takes the longer the more keys there are: [Service.KeyPage] does not.
 func (s *Service) Keys(ctx context.Context, caller Caller, instanceID string, q KeyQuery) ([]*apikey.Key, error) {
-	instance, any, err := s.narrowed(ctx, caller, instanceID, &q)
-	if err != nil || !any {
+	instance, some, err := s.narrowed(ctx, caller, instanceID, &q)
+	if err != nil || !some {
 		return nil, err
 	}
 	return s.store.Keys(ctx, instance, q)
@@ -233,15 +233,15 @@ func (s *Service) Keys(ctx context.Context, caller Caller, instanceID string, q 
 // KeyPage does the same for a page that is made in bounded time: it may be short, even empty, and still have
 // a next one.
 func (s *Service) KeyPage(ctx context.Context, caller Caller, instanceID string, q KeyQuery) (KeyPage, error) {
-	instance, any, err := s.narrowed(ctx, caller, instanceID, &q)
-	if err != nil || !any {
+	instance, some, err := s.narrowed(ctx, caller, instanceID, &q)
+	if err != nil || !some {
 		return KeyPage{}, err
 	}
 	return s.store.KeyPage(ctx, instance, q)
 }
 
-// narrowed makes q one of what the caller may see; any is false if that is nothing.
-func (s *Service) narrowed(ctx context.Context, caller Caller, instanceID string, q *KeyQuery) (instance string, any bool, err error) {
+// narrowed makes q one of what the caller may see; some is false if that is nothing.
+func (s *Service) narrowed(ctx context.Context, caller Caller, instanceID string, q *KeyQuery) (instance string, some bool, err error) {
 	if instance, err = caller.mayIn(instanceID, readKeys); err != nil {
 		return "", false, err
 	}

@@ -64,7 +64,7 @@ type RevokedToken struct {
 // A list is a page of things.
 type list[T any] struct {
 	Value    []T    `json:"value" nullable:"false"`
-	NextLink string `json:"nextLink,omitempty" format:"uri" doc:"The next page. Absent on the last."`
+	NextLink string `json:"nextLink,omitempty" format:"uri" doc:"The next page. Absent on the last. A page may be shorter than asked for, even empty, and still have a next one."`
 }
 
 func listOf[T, R any](all []T, record func(T) R) list[R] {

@@ -15,6 +15,11 @@ type listing struct {
 	where []string
 	args  []any
 	text  string // the whole
+
+	// A column that is bounded by places: SQLite takes one condition for each end of a range, and any other than
+	// the place makes it read again what was read before, or on beyond.
+	column                   string
+	closedBelow, closedAbove bool
 }
 
 // arg adds an argument and returns its place.
@@ -24,6 +29,43 @@ func (l *listing) arg(v any) string {
 }
 
 func (l *listing) and(condition string) { l.where = append(l.where, condition) }
+
+// bound adds an end of a range.
+func (l *listing) bound(column, is string, v any) {
+	if column == l.column && (is[0] == '<' && l.closedAbove || is[0] == '>' && l.closedBelow) {
+		column = "+" + column // not for the index
+	}
+	l.and(column + " " + is + " " + l.arg(v))
+}
+
+// between adds that a key stands after q.After, and not after upTo. To be called before what else is of the
+// order's column.
+func (l *listing) between(q admin.KeyQuery, upTo admin.KeyPlace) {
+	order := orders[q.Order]
+	l.column = order.column
+	l.closedBelow, l.closedAbove = q.After != (admin.KeyPlace{}), upTo != (admin.KeyPlace{})
+	after, until := " > ", " <= "
+	if !order.rising {
+		l.closedBelow, l.closedAbove = l.closedAbove, l.closedBelow
+		after, until = " < ", " >= "
+	}
+	for _, end := range []struct {
+		is    string
+		place admin.KeyPlace
+	}{{after, q.After}, {until, upTo}} {
+		if end.place == (admin.KeyPlace{}) {
+			continue
+		}
+		var at any = micros(end.place.At)
+		switch {
+		case order.column == "name":
+			at = end.place.Name
+		case order.column == "expiry" && end.place.At.IsZero():
+			at = int64(forever)
+		}
+		l.and("(" + order.column + ", id)" + end.is + "(" + l.arg(at) + ", " + l.arg(end.place.ID[:]) + ")")
+	}
+}
 
 // orders are the columns that keys are ordered by.
 var orders = map[admin.KeyOrder]struct {
@@ -183,23 +225,6 @@ func rareParts(instanceID string, q admin.KeyQuery, w way) (parts []part, counts
 	return parts, counts
 }
 
-// after adds that a key stands after a place in the order of the list, or with upTo not after it.
-func (l *listing) after(q admin.KeyQuery, place admin.KeyPlace, upTo bool) {
-	if place == (admin.KeyPlace{}) {
-		return
-	}
-	order := orders[q.Order]
-	var at any = micros(place.At)
-	switch {
-	case order.column == "name":
-		at = place.Name
-	case order.column == "expiry" && place.At.IsZero():
-		at = int64(forever)
-	}
-	is := map[[2]bool]string{{true, false}: " > ", {false, false}: " < ", {true, true}: " <= ", {false, true}: " >= "}[[2]bool{order.rising, upTo}]
-	l.and("(" + order.column + ", id)" + is + "(" + l.arg(at) + ", " + l.arg(place.ID[:]) + ")")
-}
-
 // lastLooked returns the statement for the place of the last of the keys that may be looked at for a page by
 // the way w.
 func lastLooked(instanceID string, q admin.KeyQuery, w way) (string, []any) {
@@ -210,6 +235,7 @@ func lastLooked(instanceID string, q admin.KeyQuery, w way) (string, []any) {
 		direction = ""
 	}
 	l.and("instance_id = " + l.arg(instanceID))
+	l.between(q, admin.KeyPlace{})
 	for _, more := range w.more {
 		l.and(more)
 	}
@@ -217,7 +243,6 @@ func lastLooked(instanceID string, q admin.KeyQuery, w way) (string, []any) {
 	if w.means.Status != "" {
 		l.and("status = " + l.arg(w.means.Status))
 	}
-	l.after(q, q.After, false)
 	return `SELECT ` + order.column + `, id FROM keys INDEXED BY ` + w.index + ` WHERE ` + strings.Join(l.where, " AND ") +
 		` ORDER BY ` + order.column + direction + `, id` + direction + ` LIMIT 1 OFFSET ` + strconv.Itoa(manyKeys-1), l.args
 }
@@ -233,12 +258,11 @@ func listKeys(instanceID string, q admin.KeyQuery, w way, upTo admin.KeyPlace) (
 	}
 	limit := l.arg(max(q.Limit, 0))
 	l.and("instance_id = " + l.arg(instanceID))
+	l.between(q, upTo)
 	l.filter(&q.KeyFilter)
 	if q.Order == admin.OrderIdle {
 		l.and("inactivity_days > 0")
 	}
-	l.after(q, q.After, false)
-	l.after(q, upTo, true)
 	// branch selects a page of keys that meet the conditions so far and some more.
 	branch := func(index string, more ...string) string {
 		return `SELECT * FROM keys INDEXED BY ` + index + ` WHERE ` + strings.Join(append(more, l.where...), " AND ") +
@@ -250,8 +274,9 @@ func listKeys(instanceID string, q admin.KeyQuery, w way, upTo admin.KeyPlace) (
 	case "":
 		from = branch(index, more...)
 	case "active":
-		n := l.arg(micros(q.Now))
-		from = branch(index, append(more, "status = 'active'", "expiry >= "+n, "idle_after >= "+n)...)
+		l.bound("expiry", ">=", micros(q.Now))
+		l.bound("idle_after", ">=", micros(q.Now))
+		from = branch(index, append(more, "status = 'active'")...)
 	case "expired":
 		// What is marked, and what is over and nobody has marked yet: those are few.
 		n := l.arg(micros(q.Now))
@@ -281,17 +306,17 @@ func (l *listing) filter(f *admin.KeyFilter) {
 		}
 	}
 	if f.NamePrefix != "" {
-		l.and("name >= " + l.arg(f.NamePrefix))
-		l.and("name < " + l.arg(f.NamePrefix+"\U0010ffff")) // which no name has
+		l.bound("name", ">=", f.NamePrefix)
+		l.bound("name", "<", f.NamePrefix+"\U0010ffff") // which no name has
 	}
 	if !f.UnusedSince.IsZero() {
-		l.and("quiet_since < " + l.arg(micros(f.UnusedSince)))
+		l.bound("quiet_since", "<", micros(f.UnusedSince))
 	}
 	if !f.ExpiresBefore.IsZero() {
-		l.and("expiry < " + l.arg(micros(f.ExpiresBefore)))
+		l.bound("expiry", "<", micros(f.ExpiresBefore))
 	}
 	if !f.IdleBefore.IsZero() {
-		l.and("idle_after < " + l.arg(micros(f.IdleBefore)))
+		l.bound("idle_after", "<", micros(f.IdleBefore))
 	}
 	if f.NeverUsed {
 		l.and("last_used_at = " + neverSQL)
