@@ -89,6 +89,19 @@ func (m *memory) fail(err error) {
 	m.err = err
 }
 
+// failAfter lets batches fail once there were so many more; -1: never.
+func (m *memory) failAfter(batches int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.after = batches
+}
+
+func (m *memory) written() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.counts)
+}
+
 func (m *memory) lastUsed(id apikey.ID) time.Time {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -158,6 +171,7 @@ func TestUsesAreWrittenWithinAMinuteAndAtTheEnd(t *testing.T) {
 			t.Errorf("pending: got %v, want %v", got, first)
 		}
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		if got, want := store.last[k.ID], (apikey.Use{KeyID: k.ID, Generation: 1, At: first, Network: "192.0.2.0/24", Path: "/v1/"}); got != want {
 			t.Errorf("after a minute: got %+v, want %+v", got, want)
 		}
@@ -205,7 +219,7 @@ func TestEveryDecisionIsCountedOnceInItsMinute(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		time.Sleep(time.Until(minute.Add(59 * time.Second)))
-		c.Decided(use(other, authz.ReasonMissingScope, ""))
+		c.Decided(use(current, authz.ReasonLimitBurst, ""))
 		first := use(old, authz.ReasonKey, "") // comes in the next minute, before anything of this one is written
 		next := minute.Add(time.Minute)
 		first.At = next
@@ -222,10 +236,10 @@ func TestEveryDecisionIsCountedOnceInItsMinute(t *testing.T) {
 		ended := admin.EndedRequests{Count: 6, Status: [6]int64{3, 0, 3, 0, 0, 0}, RequestBytes: 30, ResponseBytes: 60, Duration: 3 * time.Second, Longest: time.Second}
 		all := admin.EndedRequests{Count: 9, Status: [6]int64{3, 0, 3, 0, 0, 3}, RequestBytes: 33, ResponseBytes: 66, Duration: 12 * time.Second, Longest: 3 * time.Second}
 		want := map[string]*admin.UsageCounts{
-			place("demo", old.ID, minute): of(6, map[string]int64{"limit_burst": 3}, map[int]int64{1: 3, 2: 3},
+			place("demo", old.ID, minute): of(6, map[string]int64{"limit_burst": 4}, map[int]int64{1: 3, 2: 3},
 				map[string]int64{"192.0.2.0/24": 3, "2001:db8:1::/48": 3}, ended),
-			place("demo", other.ID, minute): of(0, map[string]int64{"missing_scope": 4}, nil, nil, admin.EndedRequests{}),
-			place("demo", apikey.ID{}, minute): of(9, map[string]int64{"limit_burst": 3, "missing_scope": 4, "unknown_key": 3}, map[int]int64{1: 3, 2: 3},
+			place("demo", other.ID, minute): of(0, map[string]int64{"missing_scope": 3}, nil, nil, admin.EndedRequests{}),
+			place("demo", apikey.ID{}, minute): of(9, map[string]int64{"limit_burst": 4, "missing_scope": 3, "unknown_key": 3}, map[int]int64{1: 3, 2: 3},
 				map[string]int64{"192.0.2.0/24": 3, "2001:db8:1::/48": 3, "198.51.100.0/24": 3}, all),
 			place("", apikey.ID{}, minute):   of(3, nil, nil, nil, admin.EndedRequests{}),
 			place("demo", old.ID, next):      of(1, nil, map[int]int64{1: 1}, nil, admin.EndedRequests{}),
@@ -251,7 +265,7 @@ func TestFailedBatchesAreTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := newMemory()
 		c, reg, stop := start(t, store, usage.Config{})
-		store.after = 1 // of three
+		store.failAfter(1) // of three
 		minute := time.Now()
 		for round := range 2 {
 			for n := range 250 {
@@ -260,11 +274,11 @@ func TestFailedBatchesAreTriedAgain(t *testing.T) {
 				c.Decided(use(k, authz.ReasonKey, ""))
 			}
 			time.Sleep(12 * time.Second)
-			if round == 0 && len(store.counts) != 100 {
-				t.Fatalf("%d counts were written before the store failed", len(store.counts))
+			if n := store.written(); round == 0 && n != 100 {
+				t.Fatalf("%d counts were written before the store failed", n)
 			}
 		}
-		store.after = -1
+		store.failAfter(-1)
 		stop()
 		for n := range 250 {
 			if got := store.counts[place("demo", apikey.ID{1, 15: byte(n)}, minute)]; got == nil || got.Allowed != 2 {
