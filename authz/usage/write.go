@@ -122,8 +122,9 @@ func (c *Counter) take() (uses []apikey.Use, counts []admin.Usage) {
 // keep adds a period to what waits to be written.
 func (c *Counter) keep(p *period) {
 	for id, r := range p.keys {
-		for _, g := range r.generations {
-			c.keepUse(apikey.Use{KeyID: id, Generation: g.of, At: g.last})
+		network := r.from.String()
+		for _, g := range r.generations { // the key's last use is also one of these
+			c.keepUse(apikey.Use{KeyID: id, Generation: g.of, At: g.last, Network: network, Path: r.pattern})
 		}
 		c.keepCounts(p.minute, id, r)
 	}
@@ -131,7 +132,7 @@ func (c *Counter) keep(p *period) {
 		c.keepCounts(p.minute, apikey.ID{}, r)
 	}
 	for u, late := range p.late {
-		c.keepUse(apikey.Use{KeyID: u.key, Generation: u.generation, At: late.at})
+		c.keepUse(apikey.Use{KeyID: u.key, Generation: u.generation, At: late.at, Network: late.from.String(), Path: late.pattern})
 	}
 }
 

@@ -158,6 +158,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	}
 	s.admin = admin.New(s.store, admin.Config{
 		Format: cfg.format(), Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, Decisions: decisions{s}, Replica: s.replica, AuditKeep: cfg.Audit.Keep.Std(),
+		UsageKeep: cfg.Usage.keep(),
 	}, s.cache, s.log)
 	s.usage = usage.NewCounter(s.store, usage.Config{Off: !*cfg.Usage.Enabled, Instance: s.cache.Instance}, s.registry, s.log)
 	s.redigester = admin.NewRedigester(s.store, peppers.Current.Version(), s.cache.Learn, s.log)
