@@ -61,6 +61,12 @@ type KeyPlace struct {
 	ID   apikey.ID
 }
 
+// A KeyPage is one page of a list.
+type KeyPage struct {
+	Keys []*apikey.Key // at most KeyQuery.Limit
+	Next KeyPlace      // KeyQuery.After of the next page; zero: this is the last
+}
+
 // PlaceOf returns where k stands in the order.
 func (o KeyOrder) PlaceOf(k *apikey.Key) KeyPlace {
 	p := KeyPlace{ID: k.ID}
@@ -214,22 +220,38 @@ func moment(field, s string, now time.Time) (time.Time, error) {
 	return t, err
 }
 
-// Keys lists keys of an instance, as q says. A caller with the role user sees its own.
+// Keys lists keys of an instance, as q says. A caller with the role user sees its own. Where no index has the
+// filter and the order, it takes the longer the more keys there are: [Service.KeyPage] does not.
 func (s *Service) Keys(ctx context.Context, caller Caller, instanceID string, q KeyQuery) ([]*apikey.Key, error) {
-	instance, err := caller.mayIn(instanceID, readKeys)
-	if err != nil {
+	instance, any, err := s.narrowed(ctx, caller, instanceID, &q)
+	if err != nil || !any {
 		return nil, err
 	}
-	if _, err := s.store.Instance(ctx, instance); err != nil {
-		return nil, err // to tell no keys from no instance
+	return s.store.Keys(ctx, instance, q)
+}
+
+// KeyPage does the same for a page that is made in bounded time: it may be short, even empty, and still have
+// a next one.
+func (s *Service) KeyPage(ctx context.Context, caller Caller, instanceID string, q KeyQuery) (KeyPage, error) {
+	instance, any, err := s.narrowed(ctx, caller, instanceID, &q)
+	if err != nil || !any {
+		return KeyPage{}, err
 	}
-	if !caller.narrow(&q.KeyFilter) {
-		return nil, nil
+	return s.store.KeyPage(ctx, instance, q)
+}
+
+// narrowed makes q one of what the caller may see; any is false if that is nothing.
+func (s *Service) narrowed(ctx context.Context, caller Caller, instanceID string, q *KeyQuery) (instance string, any bool, err error) {
+	if instance, err = caller.mayIn(instanceID, readKeys); err != nil {
+		return "", false, err
+	}
+	if _, err := s.store.Instance(ctx, instance); err != nil {
+		return "", false, err // to tell no keys from no instance
 	}
 	if q.Now.IsZero() {
 		q.Now = now()
 	}
-	return s.store.Keys(ctx, instance, q)
+	return instance, caller.narrow(&q.KeyFilter), nil
 }
 
 // narrow makes a filter one of what the caller may see; false if that is nothing.

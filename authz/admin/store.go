@@ -89,6 +89,9 @@ type Reader interface {
 	Key(ctx context.Context, instanceID string, id apikey.ID) (*apikey.Key, error)
 	// Keys lists keys of an instance, as q says. An instance that is not there has no keys.
 	Keys(ctx context.Context, instanceID string, q KeyQuery) ([]*apikey.Key, error)
+	// KeyPage does the same, but looks at a bounded number of keys, however many there are: a page may be
+	// short, even empty, and still have a next one.
+	KeyPage(ctx context.Context, instanceID string, q KeyQuery) (KeyPage, error)
 	// CountKeys counts the keys of an instance, or those of one owner in it, from counts that are kept: it
 	// does not read the keys.
 	CountKeys(ctx context.Context, instanceID string, owner KeyOwner, now time.Time) (KeyCounts, error)

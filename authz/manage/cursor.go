@@ -1,6 +1,8 @@
 package manage
 
 import (
+	"crypto/aes"
+	"crypto/cipher"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -17,16 +19,32 @@ import (
 // together with the list that it is for, so that one of another instance, filter or order is no cursor
 // here. Everything that differs is the same error.
 //
-// Shape: base64url of the time that orders in µs (8 bytes) ‖ key id (16) ‖ the name that orders ‖
-// HMAC-SHA-256 (16). Names are short: [maxCursorName].
-type cursors struct{ key [32]byte }
+// That of keys is encrypted: a short page ends at a key that need not be in the list, and that its reader may
+// not be allowed to see.
+//
+// Shape: base64url of the time that orders in µs (8 bytes) ‖ key id (16) ‖ the name that orders, by AES-256-GCM
+// with a random nonce before (12) and the tag after it (16). Names are short: [maxCursorName].
+type cursors struct {
+	key    [32]byte    // of those of events, which have HMAC-SHA-256 (16)
+	places cipher.AEAD // of those of keys
+}
 
 func newCursors(pepper *apikey.Pepper) cursors {
-	if pepper != nil {
-		return cursors{pepper.Derive("management cursor")}
-	}
 	var c cursors
-	_, _ = rand.Read(c.key[:])
+	var places [32]byte
+	if pepper != nil {
+		c.key, places = pepper.Derive("management cursor"), pepper.Derive("management cursor of keys")
+	} else {
+		_, _ = rand.Read(c.key[:])
+		_, _ = rand.Read(places[:])
+	}
+	block, err := aes.NewCipher(places[:])
+	if err == nil {
+		c.places, err = cipher.NewGCMWithRandomNonce(block)
+	}
+	if err != nil {
+		panic(err) // of a key of 32 bytes
+	}
 	return c
 }
 
@@ -47,22 +65,25 @@ func keysOf(instanceID string, in admin.KeyListInput) string {
 }
 
 func (c cursors) encode(list string, p admin.KeyPlace) string {
-	b := binary.BigEndian.AppendUint64(make([]byte, 0, placeLen+len(p.Name)+cursorMACLen), uint64(p.At.UnixMicro()))
+	b := binary.BigEndian.AppendUint64(make([]byte, 0, placeLen+len(p.Name)), uint64(p.At.UnixMicro()))
 	b = append(b, p.ID[:]...)
 	b = append(b, p.Name...)
-	return base64.RawURLEncoding.EncodeToString(append(b, c.mac(list, b)...))
+	return base64.RawURLEncoding.EncodeToString(c.places.Seal(nil, nil, b, []byte(list)))
 }
 
 func (c cursors) decode(list, s string) (admin.KeyPlace, error) {
-	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
-	end := len(b) - cursorMACLen
-	if err != nil || end < placeLen || end > placeLen+maxCursorName || !hmac.Equal(b[end:], c.mac(list, b[:end])) {
+	sealed, err := base64.RawURLEncoding.Strict().DecodeString(s)
+	var b []byte
+	if err == nil && len(sealed) <= placeLen+maxCursorName+c.places.Overhead() {
+		b, err = c.places.Open(nil, nil, sealed, []byte(list))
+	}
+	if err != nil || len(b) < placeLen {
 		return admin.KeyPlace{}, apikey.Invalid("cursor", "is not one that this list gave: begin again without it")
 	}
 	return admin.KeyPlace{
 		At:   time.UnixMicro(int64(binary.BigEndian.Uint64(b))).UTC(),
 		ID:   apikey.ID(b[8:placeLen]),
-		Name: string(b[placeLen:end]),
+		Name: string(b[placeLen:]),
 	}, nil
 }
 

@@ -77,17 +77,16 @@ func (h *handler) listKeys(ctx context.Context, c *call, in *keyList) (*out[list
 			return nil, err
 		}
 	}
-	query.Limit = size + 1 // one more tells whether this is the last page
-	keys, err := h.svc.Keys(ctx, c.Caller, id, query)
+	query.Limit = size
+	found, err := h.svc.KeyPage(ctx, c.Caller, id, query)
 	if err != nil {
 		return nil, err
 	}
 	next := ""
-	if len(keys) > size {
-		keys = keys[:size]
-		next = nextLink(c.r, h.cursors.encode(keysOf(id, asked), query.Order.PlaceOf(keys[size-1])))
+	if found.Next != (admin.KeyPlace{}) {
+		next = nextLink(c.r, h.cursors.encode(keysOf(id, asked), found.Next))
 	}
-	page := listOf(keys, func(k *apikey.Key) admin.KeyRecord { return admin.RecordOf(k, at) })
+	page := listOf(found.Keys, func(k *apikey.Key) admin.KeyRecord { return admin.RecordOf(k, at) })
 	page.NextLink = next
 	return ok(page), nil
 }

@@ -171,7 +171,7 @@ func (a *app) devSession(ctx context.Context, s *service, binary, dir, upstream 
 		return err
 	}
 
-	g := generate.Config{Listen: usualOrFree(generate.DefaultListen), Upstreams: []string{upstream}, Keyward: state.GRPC}
+	g := generate.Config{Listen: usualOrFree(generate.DefaultListen), Upstreams: []string{upstream}, Keyward: state.GRPC, Usage: true}
 	s.cfg.envoy(&g)
 	bootstrap, err := generate.Envoy(g)
 	if err != nil {

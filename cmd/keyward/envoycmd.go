@@ -82,6 +82,7 @@ func (a *app) generateEnvoy() *cobra.Command {
 	f.DurationVar(&g.RequestTimeout, "request-timeout", generate.DefaultRequestTimeout, "how long a client may take to send its request; negative: without end")
 	f.DurationVar(&g.ResponseTimeout, "response-timeout", generate.DefaultResponseTimeout, "how long the application's whole answer may take; negative: without end")
 	f.DurationVar(&g.IdleTimeout, "idle-timeout", generate.DefaultIdleTimeout, "how long a connection may be silent; negative: without end")
+	f.BoolVar(&g.Usage, "usage", false, "tell keyward of each request's status, bytes and duration")
 	f.BoolVar(&g.AccessLog, "access-log", false, "write a line of JSON for each request to Envoy's standard output, without its query")
 	return c
 }

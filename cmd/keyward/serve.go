@@ -151,7 +151,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.leases, s.logKey = authz.NewLeaseIDs(peppers), peppers.Current.Derive("decision log")
-	s.accessLogs = accesslog.New(s.limiter, s.leases, s.registry, s.log)
+	s.accessLogs = accesslog.New(s.limiter, nil, s.leases, s.registry, s.log)
 	issuers, err := cfg.oidc()
 	if err != nil {
 		return nil, err

@@ -1,5 +1,9 @@
 // Package accesslog hears from Envoy that requests ended or still run, and tells whoever counts them.
 //
+// There are two logs. That of leases says which requests run no longer; that of usage, named
+// keyward-usage, how each request of a known key went. Neither is ever taken for the other: an entry of
+// usage ends no lease, and one of a lease counts as no usage.
+//
 // It speaks both protocols that Envoy has for access logs: its own (gRPC ALS v3, a stream for each of
 // Envoy's workers) and OTLP logs (a call for each batch). Entries are read in place, only the few fields
 // that matter. An entry may name a lease, which must be one that keyward made for this very request; or
@@ -34,18 +38,17 @@ const (
 	batchSize = 1024
 	// passOnTimeout bounds how long a stream waits for the leases' keeper. Meanwhile Envoy is held back.
 	passOnTimeout = time.Second
-	// usageLog is the name of the log that tells of usage. Its entries never touch leases.
-	usageLog = "keyward-usage"
-
-	alsName  = "envoy.service.accesslog.v3.AccessLogService"
-	otlpName = "opentelemetry.proto.collector.logs.v1.LogsService"
+	alsName       = "envoy.service.accesslog.v3.AccessLogService"
+	otlpName      = "opentelemetry.proto.collector.logs.v1.LogsService"
 )
 
 // A Server hears access logs. Safe for concurrent use.
 type Server struct {
 	leaser  limits.Leaser
+	usage   usageCounter
 	ids     *authz.LeaseIDs
 	nodes   nodes
+	names   names
 	batches sync.Pool // of *batch
 	metrics *metrics
 	log     *slog.Logger
@@ -55,13 +58,15 @@ type Server struct {
 	hearing  sync.WaitGroup
 }
 
-// New returns a Server that passes on to leaser what it hears. The leaser must not keep the slices it is
-// given.
-func New(leaser limits.Leaser, ids *authz.LeaseIDs, reg prometheus.Registerer, log *slog.Logger) *Server {
+// New returns a Server that passes on to leaser and usage what it hears. The leaser must not keep the slices
+// it is given. Without usage that log is ignored.
+func New(leaser limits.Leaser, usage usageCounter, ids *authz.LeaseIDs, reg prometheus.Registerer, log *slog.Logger) *Server {
 	s := &Server{
 		leaser:  leaser,
+		usage:   usage,
 		ids:     ids,
 		nodes:   nodes{known: map[uint64]*sender{}},
+		names:   names{known: map[string]string{}},
 		batches: sync.Pool{New: func() any { return new(batch) }},
 		log:     log,
 
@@ -208,7 +213,10 @@ func (s *Server) judge(e *entry, from *source, b *batch, now time.Time) kind {
 	if e.broken {
 		return kindMalformed
 	}
-	if from.usage || e.event == eventOther {
+	if from.usage {
+		return s.count(e)
+	}
+	if e.event == eventOther {
 		return kindIgnored
 	}
 	identity := authz.IdentityOf(e.peer, e.start)

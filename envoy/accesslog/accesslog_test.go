@@ -87,6 +87,7 @@ func (k *keeper) End(ctx context.Context, endings []limits.Ending) error {
 type world struct {
 	*Server
 	keeper  *keeper
+	account *account
 	peppers apikey.Peppers
 	reg     *prometheus.Registry
 	logged  *bytes.Buffer
@@ -95,11 +96,12 @@ type world struct {
 func newWorld() *world {
 	w := &world{
 		keeper:  &keeper{},
+		account: &account{},
 		peppers: apikey.Peppers{Current: apikey.NewPepper(3, false), Previous: apikey.NewPepper(2, false)},
 		reg:     prometheus.NewRegistry(),
 		logged:  new(bytes.Buffer),
 	}
-	w.Server = New(w.keeper, authz.NewLeaseIDs(w.peppers), w.reg, slog.New(slog.NewJSONHandler(w.logged, nil)))
+	w.Server = New(w.keeper, w.account, authz.NewLeaseIDs(w.peppers), w.reg, slog.New(slog.NewJSONHandler(w.logged, nil)))
 	return w
 }
 
@@ -449,29 +451,6 @@ func TestLargeMessagesComeInBatches(t *testing.T) {
 	}
 	if !slices.Equal(got, want) || w.keeper.largest != batchSize {
 		t.Errorf("got %d endings, at most %d at once; want %d, at most %d", len(got), w.keeper.largest, n, batchSize)
-	}
-}
-
-func TestUsageLogsNeverTouchLeases(t *testing.T) {
-	w := newWorld()
-	id := string(w.ids.Append(nil, leaseOf("203.0.113.9", 4711, 7)))
-	withLease := said{lease: id, address: "203.0.113.9", port: 4711, start: start, what: atEnd}
-	without := withLease
-	without.lease = ""
-	dial, _ := w.serve(t)
-	conn := dial()
-	// The name comes with the first message only.
-	sendALS(t, conn, identified(alsMessage(withLease), "n", "c", "keyward-usage"), alsMessage(without))
-	resource := field(1, field(1, str(1, "log_name"), field(2, str(1, "keyward-usage"))))
-	sendOTLP(t, conn, field(1, field(2, field(2, withLease.otlp())), resource))
-	if diff := cmp.Diff(map[string]float64{"ignored": 3}, w.kinds(t)); diff != "" || w.keeper.order != "" {
-		t.Errorf("kinds (-want +got), calls %q:\n%s", w.keeper.order, diff)
-	}
-	// Another stream of the same connection, and another resource of the same call, are others.
-	sendALS(t, conn, alsMessage(withLease))
-	sendOTLP(t, conn, join(field(1, resource), otlpMessage(withLease)))
-	if diff := cmp.Diff(map[string]float64{"ignored": 3, "end": 2}, w.kinds(t)); diff != "" {
-		t.Errorf("kinds (-want +got):\n%s", diff)
 	}
 }
 

@@ -1,6 +1,7 @@
 package accesslog
 
 import (
+	"math"
 	"net/netip"
 	"time"
 
@@ -11,6 +12,8 @@ import (
 const (
 	metadataNamespace = "envoy.filters.http.ext_authz"
 	metadataLease     = "keyward.lease"
+	metadataKey       = "keyward.key_id"
+	metadataInstance  = "keyward.instance"
 )
 
 // The values of envoy.data.accesslog.v3.AccessLogType that matter.
@@ -86,6 +89,8 @@ func readIdentifier(b []byte, to *origin) bool {
 // common is what matters of an envoy.data.accesslog.v3.AccessLogCommon, as it is collected.
 type common struct {
 	lease           string
+	key, instance   string
+	sent, received  uint64 // bytes on the client's connection
 	address         string
 	port            uint32
 	start, duration moment
@@ -102,16 +107,27 @@ type moment struct {
 // readHTTPEntry reads an envoy.data.accesslog.v3.HTTPAccessLogEntry.
 func readHTTPEntry(b []byte) entry {
 	var c common
+	var status uint32
 	f := walk(b)
 	for f.next() {
-		if f.isBytes(1) && !c.read(f.bytes) { // common_properties
+		ok := true
+		switch {
+		case f.isBytes(1): // common_properties
+			ok = c.read(f.bytes)
+		case f.isBytes(4): // response
+			ok = readStatus(f.bytes, &status)
+		}
+		if !ok {
 			return entry{broken: true}
 		}
 	}
 	if f.broken {
 		return entry{broken: true}
 	}
-	e := entry{lease: c.lease, start: time.Unix(c.start.seconds, int64(c.start.nanos))}
+	e := entry{
+		lease: c.lease, start: time.Unix(c.start.seconds, int64(c.start.nanos)),
+		key: c.key, instance: c.instance, status: int64(status), received: whole(c.received), sent: whole(c.sent), took: c.duration.asDuration(),
+	}
 	switch c.logType {
 	case alsDownstreamEnd:
 		e.event = eventEnd
@@ -129,6 +145,35 @@ func readHTTPEntry(b []byte) entry {
 	return e
 }
 
+// whole is unknown for what no int64 holds.
+func whole(n uint64) int64 {
+	if n > math.MaxInt64 {
+		return unknown
+	}
+	return int64(n)
+}
+
+// readStatus reads the response_code, a google.protobuf.UInt32Value, of an
+// envoy.data.accesslog.v3.HTTPResponseProperties.
+func readStatus(b []byte, to *uint32) bool {
+	f := walk(b)
+	for f.next() {
+		if !f.isBytes(1) {
+			continue
+		}
+		value := walk(f.bytes)
+		for value.next() {
+			if value.isVarint(1) {
+				*to = uint32(value.number())
+			}
+		}
+		if value.broken {
+			return false
+		}
+	}
+	return !f.broken
+}
+
 func (c *common) read(b []byte) bool {
 	f := walk(b)
 	for f.next() {
@@ -143,6 +188,10 @@ func (c *common) read(b []byte) bool {
 		case f.isBytes(23):
 			c.timed = true
 			ok = c.duration.read(f.bytes)
+		case f.isVarint(29): // downstream_wire_bytes_sent
+			c.sent = f.number()
+		case f.isVarint(30): // downstream_wire_bytes_received
+			c.received = f.number()
 		case f.isVarint(33):
 			c.logType = int32(f.number())
 		}
@@ -164,6 +213,14 @@ func (m *moment) read(b []byte) bool {
 		}
 	}
 	return !f.broken
+}
+
+// asDuration is unknown for what is none, or too long to be true.
+func (m *moment) asDuration() time.Duration {
+	if m.seconds < 0 || m.nanos < 0 || m.nanos >= 1e9 || m.seconds > int64(maxTook/time.Second) {
+		return unknown
+	}
+	return time.Duration(m.seconds)*time.Second + time.Duration(m.nanos)
 }
 
 // readAddress reads an envoy.config.core.v3.Address.
@@ -205,12 +262,12 @@ func (c *common) readMetadata(b []byte) bool {
 		if !f.isBytes(1) { // filter_metadata
 			continue
 		}
-		found, ok := hasKey(f.bytes, metadataNamespace)
+		key, ok := keyOf(f.bytes)
 		if !ok {
 			return false
 		}
-		if found {
-			c.lease = ""
+		if key == metadataNamespace {
+			c.lease, c.key, c.instance = "", "", ""
 			for values := walk(f.bytes); values.next(); {
 				if values.isBytes(2) && !c.readStruct(values.bytes) {
 					return false
@@ -228,44 +285,53 @@ func (c *common) readStruct(b []byte) bool {
 		if !f.isBytes(1) { // fields
 			continue
 		}
-		found, ok := hasKey(f.bytes, metadataLease)
+		key, ok := keyOf(f.bytes)
 		if !ok {
 			return false
 		}
-		if found {
-			c.lease = ""
-			for values := walk(f.bytes); values.next(); {
-				if values.isBytes(2) && !c.readValue(values.bytes) {
-					return false
-				}
+		var to *string
+		switch key {
+		case metadataLease:
+			to = &c.lease
+		case metadataKey:
+			to = &c.key
+		case metadataInstance:
+			to = &c.instance
+		default:
+			continue
+		}
+		*to = ""
+		for values := walk(f.bytes); values.next(); {
+			if values.isBytes(2) && !readText(values.bytes, to) {
+				return false
 			}
 		}
 	}
 	return !f.broken
 }
 
-// readValue reads a google.protobuf.Value, of which only text is a lease.
-func (c *common) readValue(b []byte) bool {
+// readText reads a google.protobuf.Value, of which only text matters.
+func readText(b []byte, to *string) bool {
 	f := walk(b)
 	for f.next() {
 		switch {
 		case f.isBytes(3):
-			c.lease = wire.Text(f.bytes)
+			*to = wire.Text(f.bytes)
 		case f.isVarint(1), f.tag == wire.Fixed64(2), f.isVarint(4), f.isBytes(5), f.isBytes(6):
-			c.lease = ""
+			*to = ""
 		}
 	}
 	return !f.broken
 }
 
-// hasKey reports whether an entry of a map has this key, which may come after the value. ok is false if
-// the entry is not in wire format.
-func hasKey(entry []byte, key string) (has, ok bool) {
+// keyOf returns the key of an entry of a map, which may come after the value. ok is false if the entry is
+// not in wire format.
+func keyOf(entry []byte) (key string, ok bool) {
 	f := walk(entry)
 	for f.next() {
 		if f.isBytes(1) {
-			has = string(f.bytes) == key
+			key = wire.Text(f.bytes)
 		}
 	}
-	return has, !f.broken
+	return key, !f.broken
 }

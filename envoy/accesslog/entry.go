@@ -38,7 +38,16 @@ type entry struct {
 	peer   netip.AddrPort
 	start  time.Time // zero or 1970: unknown
 	end    time.Time // zero: unknown
+
+	// What usage is made of. A number that cannot be one is unknown.
+	key, instance  string
+	status         int64 // 0: none was sent
+	received, sent int64 // bytes
+	took           time.Duration
 }
+
+// unknown stands for a number that could not be read.
+const unknown = -1
 
 // fields walks over the fields of one message.
 type fields struct {

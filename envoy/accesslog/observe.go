@@ -18,7 +18,8 @@ const (
 	kindEnd         kind = iota // it ended a lease
 	kindIdentityEnd             // it ended whatever its request holds
 	kindRenewal
-	kindIgnored   // not about leases
+	kindUsage     // it told what a request was
+	kindIgnored   // not for us
 	kindForged    // its lease is not its request's
 	kindForeign   // its lease is of an unknown pepper
 	kindMalformed // it could not be read
@@ -26,7 +27,7 @@ const (
 )
 
 var kindNames = [kinds]string{
-	kindEnd: "end", kindIdentityEnd: "identity_end", kindRenewal: "renewal", kindIgnored: "ignored",
+	kindEnd: "end", kindIdentityEnd: "identity_end", kindRenewal: "renewal", kindUsage: "usage", kindIgnored: "ignored",
 	kindForged: "forged", kindForeign: "foreign", kindMalformed: "malformed",
 }
 

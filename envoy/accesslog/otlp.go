@@ -14,7 +14,14 @@ const (
 	attributePeer     = "peer"     // %DOWNSTREAM_DIRECT_REMOTE_ADDRESS%
 	attributeStart    = "start"    // %START_TIME(%s%9f)%, nanoseconds of Unix time
 	attributeType     = "type"     // %ACCESS_LOG_TYPE%
-	attributeDuration = "duration" // %DURATION%, milliseconds; only for the metric of delays
+	attributeDuration = "duration" // %DURATION%, milliseconds; of a lease only for the metric of delays
+
+	// Those of usage.
+	attributeKey      = "key"      // %DYNAMIC_METADATA(envoy.filters.http.ext_authz:keyward.key_id)%
+	attributeInstance = "instance" // %DYNAMIC_METADATA(envoy.filters.http.ext_authz:keyward.instance)%
+	attributeStatus   = "status"   // %RESPONSE_CODE%
+	attributeReceived = "received" // %DOWNSTREAM_WIRE_BYTES_RECEIVED%
+	attributeSent     = "sent"     // %DOWNSTREAM_WIRE_BYTES_SENT%
 
 	// absent is what Envoy writes for a value that there is not.
 	absent = "-"
@@ -94,7 +101,7 @@ func readResource(b []byte, to *origin) bool {
 // readRecord reads an opentelemetry.proto.logs.v1.LogRecord.
 func readRecord(b []byte) entry {
 	var e entry
-	var peer, start, took, logType string
+	var peer, start, took, logType, status, received, sent string
 	f := walk(b)
 	for f.next() {
 		if !f.isBytes(6) { // attributes
@@ -118,6 +125,16 @@ func readRecord(b []byte) entry {
 			took = value
 		case attributeType:
 			logType = value
+		case attributeKey:
+			e.key = value
+		case attributeInstance:
+			e.instance = value
+		case attributeStatus:
+			status = value
+		case attributeReceived:
+			received = value
+		case attributeSent:
+			sent = value
 		}
 	}
 	if f.broken {
@@ -134,13 +151,29 @@ func readRecord(b []byte) entry {
 			e.peer = addr
 		}
 	}
+	millis, timed := wholeNumber(took)
 	if nanos, ok := wholeNumber(start); ok {
 		e.start = time.Unix(0, nanos)
-		if millis, ok := wholeNumber(took); ok {
+		if timed {
 			e.end = e.start.Add(time.Duration(millis) * time.Millisecond)
 		}
 	}
+	switch {
+	case timed && millis >= 0 && millis <= maxTook.Milliseconds():
+		e.took = time.Duration(millis) * time.Millisecond
+	case took != "":
+		e.took = unknown
+	}
+	e.status, e.received, e.sent = count(status), count(received), count(sent)
 	return e
+}
+
+// count is 0 for what is not there, and unknown for what is no number.
+func count(s string) int64 {
+	if n, ok := wholeNumber(s); ok || s == "" {
+		return n
+	}
+	return unknown
 }
 
 func wholeNumber(s string) (int64, bool) {

@@ -57,9 +57,23 @@ func alsOracle(message []byte) (r reading, err error) {
 	for _, logged := range m.GetHttpLogs().GetLogEntry() {
 		c := logged.GetCommonProperties()
 		start := c.GetStartTime()
+		facts := c.GetMetadata().GetFilterMetadata()["envoy.filters.http.ext_authz"].GetFields()
+		bytes := func(n uint64) int64 {
+			if n > math.MaxInt64 {
+				return -1
+			}
+			return int64(n)
+		}
 		e := entry{
-			lease: c.GetMetadata().GetFilterMetadata()["envoy.filters.http.ext_authz"].GetFields()["keyward.lease"].GetStringValue(),
+			lease: facts["keyward.lease"].GetStringValue(),
 			start: time.Unix(start.GetSeconds(), int64(start.GetNanos())),
+			key:   facts["keyward.key_id"].GetStringValue(), instance: facts["keyward.instance"].GetStringValue(),
+			status:   int64(logged.GetResponse().GetResponseCode().GetValue()),
+			received: bytes(c.GetDownstreamWireBytesReceived()), sent: bytes(c.GetDownstreamWireBytesSent()),
+			took: c.GetDuration().AsDuration(), // 0 for none, and saturated
+		}
+		if d := c.GetDuration(); d.GetSeconds() < 0 || d.GetSeconds() > 30*24*3600 || d.GetNanos() < 0 || d.GetNanos() > 999_999_999 {
+			e.took = -1
 		}
 		switch c.GetAccessLogType() {
 		case datav3.AccessLogType_DownstreamEnd:
@@ -96,7 +110,22 @@ func otlpOracle(message []byte) (r reading, err error) {
 						said[k] = ""
 					}
 				}
-				e := entry{lease: said["lease"]}
+				number := func(key string) int64 {
+					n, err := strconv.ParseInt(said[key], 10, 64)
+					if err != nil && said[key] != "" {
+						return -1
+					}
+					return n
+				}
+				e := entry{
+					lease: said["lease"], key: said["key"], instance: said["instance"],
+					status: number("status"), received: number("received"), sent: number("sent"),
+				}
+				if millis := number("duration"); millis < 0 || millis > 30*24*3600*1000 {
+					e.took = -1
+				} else {
+					e.took = time.Duration(millis) * time.Millisecond
+				}
 				switch said["type"] {
 				case "DownstreamEnd":
 					e.event = eventEnd
@@ -200,6 +229,10 @@ func mapOf(number protowire.Number, key string, values ...[]byte) []byte {
 
 func leaseStruct(lease string) []byte { return mapOf(1, metadataLease, str(3, lease)) }
 
+func usageMetadata(key, instance string) []byte {
+	return metadata(mapOf(1, metadataNamespace, mapOf(1, metadataKey, str(3, key)), mapOf(1, metadataInstance, str(3, instance))))
+}
+
 func leaseMetadata(lease string) []byte {
 	return metadata(mapOf(1, metadataNamespace, leaseStruct(lease)))
 }
@@ -214,6 +247,11 @@ var (
 
 	wholeOTLP = join(attribute("lease", "L"), attribute("peer", "203.0.113.9:4711"),
 		attribute("start", "1700000000123456789"), attribute("type", "DownstreamEnd"), attribute("duration", "70"))
+
+	usedALS = field(2, field(1, field(1, usageMetadata("K", "I"), endType, field(23, varint(1, 3), varint(2, 5)), varint(30, 7), varint(29, 8)),
+		field(3, str(5, "/")), field(4, field(1, varint(1, 404)), varint(2, 9))))
+	usedOTLP = otlp(join(attribute("key", "K"), attribute("instance", "I"), attribute("status", "404"), attribute("received", "7"), attribute("sent", "8"),
+		attribute("type", "DownstreamEnd"), attribute("duration", "70")))
 )
 
 // oddALS are messages that generated code reads.
@@ -272,6 +310,18 @@ var oddALS = map[string][]byte{
 	"value: list after":             als(metadata(mapOf(1, metadataNamespace, mapOf(1, metadataLease, join(str(3, "L"), field(6)))))),
 	"value: text after all":         als(metadata(mapOf(1, metadataNamespace, mapOf(1, metadataLease, join(field(6), varint(4, 1), str(3, "L")))))),
 	"value: wrong types after":      als(metadata(mapOf(1, metadataNamespace, mapOf(1, metadataLease, join(str(3, "L"), varint(2, 1), str(4, "x"), fixed32(5, 1), varint(3, 1)))))),
+	"usage":                         usedALS,
+	"usage: the last":               join(usedALS, als(join(usageMetadata("K", "I"), usageMetadata("L", "J"), varint(29, 1), varint(29, 2), varint(30, 3), varint(30, 4)))),
+	"usage: facts are of one map":   als(join(usageMetadata("K", "I"), leaseMetadata("L"))),
+	"usage: lease, then a key":      als(join(leaseMetadata("L"), metadata(mapOf(1, metadataNamespace, mapOf(1, metadataKey, str(3, "K")))))),
+	"usage: facts merge":            als(metadata(mapOf(1, metadataNamespace, leaseStruct("L"), mapOf(1, metadataKey, str(3, "K")), mapOf(1, metadataInstance, varint(1, 0))))),
+	"usage: a number for a key":     als(metadata(mapOf(1, metadataNamespace, mapOf(1, metadataKey, join(str(3, "K"), fixed64(2, 1)))))),
+	"usage: extremes":               als(join(varint(29, math.MaxUint64), varint(30, 1<<63), field(23, varint(1, math.MaxInt64)))),
+	"usage: too long":               als(field(23, varint(1, 30*24*3600), varint(2, 999_999_999)), field(23, varint(1, 30*24*3600+1)), field(23, varint(2, 1_000_000_000)), field(23, varint(2, math.MaxUint64))),
+	"usage: wrong wire types":       als(join(str(29, "x"), fixed64(30, 1))),
+	"status: merges":                field(2, field(1, field(4, field(1, varint(1, 200))), field(4, field(1)), field(4, field(1, varint(1, 500), unknownFields), unknownFields))),
+	"status: cut to 32 bits":        field(2, field(1, field(4, field(1, varint(1, 1<<32+200))))),
+	"status: wrong wire types":      field(2, field(1, varint(4, 1), field(4, varint(1, 200)), field(4, field(1, str(1, "200"))))),
 	"tag written long":              join([]byte{0x92, 0x80, 0x00, 0x02}, field(1)), // field 2
 }
 
@@ -307,6 +357,11 @@ var oddOTLP = map[string][]byte{
 	"IPv6 with a zone":          otlp(attribute("peer", "[fe80::1%eth0]:4711")),
 	"a socket's path":           otlp(attribute("peer", "/run/x.sock"), attribute("peer", "@abstract:1"), attribute("peer", "x:1")),
 	"numbers that are none":     otlp(join(attribute("start", "17e9"), attribute("duration", "1")), join(attribute("start", "1"), attribute("duration", "0.5")), attribute("start", "99999999999999999999"), join(attribute("start", "-5"), attribute("duration", "-9223372036854775808"))),
+	"usage":                     usedOTLP,
+	"usage: nothing known":      otlp(join(attribute("key", "-"), attribute("instance", "-"), attribute("status", "-"), attribute("received", "-"), attribute("sent", "-"))),
+	"usage: no numbers":         otlp(join(attribute("status", "OK"), attribute("received", "1e3"), attribute("sent", "99999999999999999999"), attribute("duration", "x"))),
+	"usage: below nothing":      otlp(join(attribute("status", "-1"), attribute("received", "-2"), attribute("sent", "-3"), attribute("duration", "-1"))),
+	"usage: too long":           otlp(attribute("duration", "2592000000"), attribute("duration", "2592000001")),
 	"severity, body, times":     otlp(join(fixed64(1, 1_700_000_000_000_000_000), fixed64(11, 1), varint(2, 9), field(5, str(1, "body")), fixed32(8, 1), wholeOTLP)),
 }
 
@@ -336,13 +391,27 @@ func TestOTLPIsReadAsReflectionDoes(t *testing.T) {
 func TestWholeEntries(t *testing.T) {
 	want := entry{
 		event: eventEnd, lease: "L", peer: netip.MustParseAddrPort("203.0.113.9:4711"),
-		start: time.Unix(1_700_000_000, 123456789), end: time.Unix(1_700_000_003, 123456794),
+		start: time.Unix(1_700_000_000, 123456789), end: time.Unix(1_700_000_003, 123456794), took: 3*time.Second + 5,
 	}
 	if got := read(readALS, oddALS["as Envoy sends it"]); !slices.Equal(got.Entries, []entry{want}) || !slices.Equal(got.Origins, []origin{{"node", "cluster", "log"}}) {
 		t.Errorf("ALS: got %+v, want %+v", got, want)
 	}
-	want.end = time.Unix(1_700_000_000, 193456789)
+	want.end, want.took = time.Unix(1_700_000_000, 193456789), 70*time.Millisecond
 	if got := read(readOTLP, oddOTLP["as Envoy sends it"]); !slices.Equal(got.Entries, []entry{want}) || !slices.Equal(got.Origins, []origin{{"node", "cluster", "log"}}) {
+		t.Errorf("OTLP: got %+v, want %+v", got, want)
+	}
+}
+
+// TestWholeUsage does the same for the entries of the other log.
+func TestWholeUsage(t *testing.T) {
+	want := entry{
+		event: eventEnd, start: time.Unix(0, 0), end: time.Unix(3, 5), key: "K", instance: "I", status: 404, received: 7, sent: 8, took: 3*time.Second + 5,
+	}
+	if got := read(readALS, usedALS); !slices.Equal(got.Entries, []entry{want}) {
+		t.Errorf("ALS: got %+v, want %+v", got, want)
+	}
+	want.start, want.end, want.took = time.Time{}, time.Time{}, 70*time.Millisecond
+	if got := read(readOTLP, usedOTLP); !slices.Equal(got.Entries, []entry{want}) {
 		t.Errorf("OTLP: got %+v, want %+v", got, want)
 	}
 }
@@ -382,6 +451,8 @@ func TestBrokenMessages(t *testing.T) {
 		{"als: struct", readALS, als(join(endType, metadata(mapOf(1, metadataNamespace, badVarint)))), []entry{bad}},
 		{"als: map of the struct", readALS, als(join(endType, metadata(mapOf(1, metadataNamespace, field(1, badVarint))))), []entry{bad}},
 		{"als: value", readALS, als(join(endType, metadata(mapOf(1, metadataNamespace, mapOf(1, metadataLease, badVarint))))), []entry{bad}},
+		{"als: response", readALS, field(2, field(1, field(1, endType), field(4, badVarint))), []entry{bad}},
+		{"als: response code", readALS, field(2, field(1, field(4, field(1, badVarint)), field(1, endType))), []entry{bad}},
 		{"otlp: cut", readOTLP, cut(join(otlp(record), otlp(record))), []entry{endOTLP, bad}},
 		{"otlp: garbage", readOTLP, []byte("\xff"), []entry{bad}},
 		{"otlp: one resource's logs of two", readOTLP, join(field(1, badVarint), otlp(record)), []entry{bad, endOTLP}},
@@ -426,6 +497,7 @@ func fuzz(f *testing.F, parse parser, oracle func([]byte) (reading, error)) {
 	f.Fuzz(func(t *testing.T, message []byte) {
 		compare(t, parse, oracle, message)
 		w.hear(t, parse, message)
+		w.hearUsage(t, parse, message)
 		if n := w.counter(t, "keyward_access_log_panics_total", ""); n > 0 {
 			t.Errorf("%x: a panic", message)
 		}

@@ -95,6 +95,8 @@ type Config struct {
 	// one still runs, as keyward's own configuration has it; 0: DefaultRenewEvery.
 	Feedback   Feedback
 	RenewEvery time.Duration
+	// Usage has Envoy tell keyward how each request of a known key went: its status, bytes and duration.
+	Usage bool
 
 	StatPrefix string // of Envoy's statistics about Check; "": DefaultStatPrefix
 

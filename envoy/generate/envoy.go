@@ -194,7 +194,10 @@ func connectionManager(c Config) (*hcmv3.HttpConnectionManager, error) {
 		}
 		m.AccessLog = []*accesslogv3.AccessLog{log}
 	}
-	return m, addFeedback(m, c)
+	if err := addFeedback(m, c); err != nil {
+		return nil, err
+	}
+	return m, addUsage(m, c)
 }
 
 // downstreamBuffer leaves room for the bodies that are looked at.

@@ -62,6 +62,9 @@ var configs = map[string]generate.Config{
 			{Method: "PUT", Path: "/" + strings.Repeat("long/", 30) + "{id}"},
 		},
 	},
+	"usage":       {Upstreams: []string{"127.0.0.1:8080"}, Usage: true},
+	"usage_otlp":  {Upstreams: []string{"127.0.0.1:8080"}, Usage: true, Feedback: generate.FeedbackOTLP},
+	"usage_only":  {Upstreams: []string{"127.0.0.1:8080"}, Usage: true, Feedback: generate.FeedbackNone},
 	"no_feedback": {Upstreams: []string{"127.0.0.1:8080"}, Feedback: generate.FeedbackNone},
 }
 

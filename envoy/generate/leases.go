@@ -48,6 +48,12 @@ const (
 	// batchInterval is also that of loggers that send each entry at once: it is a timer that runs without
 	// traffic, and nothing is gained by a shorter one.
 	batchInterval = 20 * time.Millisecond
+
+	usageLogName = "keyward-usage"
+	// Usage is in no hurry: a batch each second, or when there are some 500 entries. An Envoy that is
+	// killed loses that much of it.
+	usageInterval = time.Second
+	usageBytes    = 256 << 10
 )
 
 // addFeedback has Envoy tell keyward which requests ended and which still run.
@@ -55,19 +61,47 @@ func addFeedback(m *hcmv3.HttpConnectionManager, c Config) error {
 	if c.Feedback == FeedbackNone {
 		return nil
 	}
-	batched := c.Feedback == FeedbackALSBatched || c.Feedback == FeedbackOTLPBatched
 	size := uint32(eachEntry)
-	if batched {
+	if c.Feedback == FeedbackALSBatched || c.Feedback == FeedbackOTLPBatched {
 		size = batchBytes
 	}
-	common := &grpclogv3.CommonGrpcAccessLogConfig{
-		LogName:             leaseLogName,
-		TransportApiVersion: corev3.ApiVersion_V3,
-		GrpcService: &corev3.GrpcService{
-			TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: keywardCluster}},
-		},
-		BufferFlushInterval: durationpb.New(batchInterval),
-		BufferSizeBytes:     wrapperspb.UInt32(size),
+	m.AccessLogOptions = &hcmv3.HttpConnectionManager_HcmAccessLogOptions{AccessLogFlushInterval: durationpb.New(c.RenewEvery)}
+	return addLog(m, c, leaseFilter(), &grpclogv3.CommonGrpcAccessLogConfig{
+		LogName: leaseLogName, BufferFlushInterval: durationpb.New(batchInterval), BufferSizeBytes: wrapperspb.UInt32(size),
+	},
+		attribute("lease", metadataOf("keyward.lease")),
+		attribute("peer", "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%"),
+		attribute("start", "%START_TIME(%s%9f)%"),
+		attribute("type", "%ACCESS_LOG_TYPE%"),
+		attribute("duration", "%DURATION%"),
+	)
+}
+
+// addUsage has Envoy tell keyward how each request of a known key went, when it has ended.
+func addUsage(m *hcmv3.HttpConnectionManager, c Config) error {
+	if !c.Usage {
+		return nil
+	}
+	filter := and(logTypes(datav3.AccessLogType_DownstreamEnd), metadataIs("keyward.key_id", isPresent(), false))
+	return addLog(m, c, filter, &grpclogv3.CommonGrpcAccessLogConfig{
+		LogName: usageLogName, BufferFlushInterval: durationpb.New(usageInterval), BufferSizeBytes: wrapperspb.UInt32(usageBytes),
+	},
+		attribute("key", metadataOf("keyward.key_id")),
+		attribute("instance", metadataOf("keyward.instance")),
+		attribute("status", "%RESPONSE_CODE%"),
+		attribute("received", "%DOWNSTREAM_WIRE_BYTES_RECEIVED%"),
+		attribute("sent", "%DOWNSTREAM_WIRE_BYTES_SENT%"),
+		attribute("duration", "%DURATION%"),
+		attribute("type", "%ACCESS_LOG_TYPE%"),
+	)
+}
+
+// addLog adds an access log to keyward, by the protocol of the feedback: Envoy's own if there is none.
+// OpenTelemetry carries the attributes only; Envoy's own protocol whatever there is.
+func addLog(m *hcmv3.HttpConnectionManager, c Config, filter *accesslogv3.AccessLogFilter, common *grpclogv3.CommonGrpcAccessLogConfig, attributes ...*otlpv1.KeyValue) error {
+	common.TransportApiVersion = corev3.ApiVersion_V3
+	common.GrpcService = &corev3.GrpcService{
+		TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: keywardCluster}},
 	}
 	name := wellknown.HTTPGRPCAccessLog
 	var config message = &grpclogv3.HttpGrpcAccessLogConfig{CommonConfig: common}
@@ -76,25 +110,20 @@ func addFeedback(m *hcmv3.HttpConnectionManager, c Config) error {
 		config = &otlplogv3.OpenTelemetryAccessLogConfig{
 			CommonConfig: common, //nolint:staticcheck // what replaces it came with 1.37
 			// Envoy's own labels stay on: they name the node and the log.
-			Attributes: &otlpv1.KeyValueList{Values: []*otlpv1.KeyValue{
-				attribute("lease", "%DYNAMIC_METADATA("+metadataNamespace+":keyward.lease)%"),
-				attribute("peer", "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%"),
-				attribute("start", "%START_TIME(%s%9f)%"),
-				attribute("type", "%ACCESS_LOG_TYPE%"),
-				attribute("duration", "%DURATION%"),
-			}},
+			Attributes: &otlpv1.KeyValueList{Values: attributes},
 		}
 	}
 	packed, err := pack(config)
 	if err != nil {
 		return err
 	}
-	m.AccessLogOptions = &hcmv3.HttpConnectionManager_HcmAccessLogOptions{AccessLogFlushInterval: durationpb.New(c.RenewEvery)}
 	m.AccessLog = append(m.AccessLog, &accesslogv3.AccessLog{
-		Name: name, Filter: leaseFilter(), ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: packed},
+		Name: name, Filter: filter, ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: packed},
 	})
 	return nil
 }
+
+func metadataOf(key string) string { return "%DYNAMIC_METADATA(" + metadataNamespace + ":" + key + ")%" }
 
 func attribute(key, value string) *otlpv1.KeyValue {
 	return &otlpv1.KeyValue{Key: key, Value: &otlpv1.AnyValue{Value: &otlpv1.AnyValue_StringValue{StringValue: value}}}
@@ -112,7 +141,7 @@ func leaseFilter() *accesslogv3.AccessLogFilter {
 		logTypes(datav3.AccessLogType_DownstreamEnd, datav3.AccessLogType_DownstreamPeriodic),
 		&accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_OrFilter{OrFilter: &accesslogv3.OrFilter{
 			Filters: []*accesslogv3.AccessLogFilter{
-				metadataIs("keyward.lease", &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_PresentMatch{PresentMatch: true}}, false),
+				metadataIs("keyward.lease", isPresent(), false),
 				ends(&accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_StatusCodeFilter{
 					StatusCodeFilter: &accesslogv3.StatusCodeFilter{Comparison: &accesslogv3.ComparisonFilter{
 						Op:    accesslogv3.ComparisonFilter_EQ,
@@ -144,6 +173,10 @@ func logTypes(types ...datav3.AccessLogType) *accesslogv3.AccessLogFilter {
 	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_LogTypeFilter{
 		LogTypeFilter: &accesslogv3.LogTypeFilter{Types: slices.Clone(types)},
 	}}
+}
+
+func isPresent() *matcherv3.ValueMatcher {
+	return &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_PresentMatch{PresentMatch: true}}
 }
 
 func metadataIs(key string, value *matcherv3.ValueMatcher, ifMissing bool) *accesslogv3.AccessLogFilter {

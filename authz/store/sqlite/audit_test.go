@@ -368,8 +368,12 @@ func TestEventsOfTheFirstSchemaAreChained(t *testing.T) {
 		"DROP TABLE quota_states", "ALTER TABLE instances DROP COLUMN quotas", "ALTER TABLE keys DROP COLUMN quotas",
 		"DROP TABLE agent_hashes", "DROP TABLE audit_segments", "ALTER TABLE meta DROP COLUMN leapt", "DROP TABLE idempotency", "ALTER TABLE tokens DROP COLUMN user_principal_name", "ALTER TABLE tokens DROP COLUMN last_used_at",
 	}, func() (drops []string) {
-		for _, index := range []string{"at", "instance", "actor", "action", "target", "refused"} {
-			drops = append(drops, "DROP INDEX audit_"+index)
+		for _, index := range []string{
+			"audit_at", "audit_instance", "audit_actor", "audit_action", "audit_target", "audit_refused",
+			"keys_by_type_and_name", "keys_by_type_and_use", "keys_by_type_and_expiry", "keys_by_type_and_idleness",
+			"keys_by_status_and_name", "keys_by_status_and_expiry", "keys_by_status_and_idleness",
+		} {
+			drops = append(drops, "DROP INDEX "+index)
 		}
 		return append(drops, "ALTER TABLE audit DROP COLUMN refused", "ALTER TABLE audit DROP COLUMN link", "DELETE FROM goose_db_version WHERE version_id >= 4")
 	}())

@@ -1,10 +1,12 @@
 package sqlite
 
 import (
+	"slices"
 	"strconv"
 	"strings"
 
 	"keyward/authz/admin"
+	"keyward/authz/apikey"
 )
 
 // A listing is a query of keys in the making. Every list names the index that it goes by: SQLite, left to
@@ -39,61 +41,195 @@ var orders = map[admin.KeyOrder]struct {
 	admin.OrderIdle:           {"idle_after", true},
 }
 
-// fewKeys is how many keys a filter may mean for the list to be made by sorting them all. If it means more, a
-// page of them is soon full in the order of the list.
-const fewKeys = 5_000
+// What a page of a list costs at most where no index has its filter and its order both.
+const (
+	// fewKeys is how many keys a part of a filter may mean for the list to be made by sorting them all. If it
+	// means more, a page of them is soon full in the order of the list.
+	fewKeys = 5_000
+	// manyKeys is how many keys are looked at in the order of the list before a page ends, full or not.
+	manyKeys = 5_000
+)
 
-// rareKeys returns, for each part of a filter that has an index of its own, the statement that counts the
-// keys it means up to one more than fewKeys.
-func rareKeys(instanceID string, q admin.KeyQuery) (indexes []string, queries map[string]listing) {
-	f, queries := &q.KeyFilter, map[string]listing{}
-	if f.UserPrincipalName != "" || f.AgentName != "" {
-		return nil, nil // which are found by their owner
-	}
-	usual, _ := drive(orders[q.Order].column, f)
-	for _, part := range []struct {
-		asked  bool
-		index  string
-		filter admin.KeyFilter
-		more   string // without which SQLite does not take the index
-	}{
-		{f.CreatedBy != "", "keys_by_creator", admin.KeyFilter{CreatedBy: f.CreatedBy}, ""},
-		{f.Environment != "", "keys_by_environment", admin.KeyFilter{Environment: f.Environment}, "environment <> ''"},
-		{f.NeverUsed, "keys_never_used", admin.KeyFilter{NeverUsed: true}, ""},
-		{f.NoExpiration, "keys_without_end", admin.KeyFilter{NoExpiration: true}, ""},
-		{f.NamePrefix != "", "keys_by_name", admin.KeyFilter{NamePrefix: f.NamePrefix}, ""},
-		{!f.ExpiresBefore.IsZero(), "keys_by_expiry", admin.KeyFilter{ExpiresBefore: f.ExpiresBefore}, ""},
-		{!f.IdleBefore.IsZero(), "keys_by_idleness", admin.KeyFilter{IdleBefore: f.IdleBefore}, "inactivity_days > 0"},
-		{!f.UnusedSince.IsZero(), "keys_by_use", admin.KeyFilter{UnusedSince: f.UnusedSince}, ""},
-		{f.Status != "", "keys_by_status", admin.KeyFilter{}, ""},
-	} {
-		if !part.asked || part.index == usual {
-			continue
-		}
-		l := listing{}
-		l.and("instance_id = " + l.arg(instanceID))
-		l.filter(&part.filter)
-		if part.more != "" {
-			l.and(part.more)
-		}
-		if part.index == "keys_by_status" {
-			l.and("status = " + l.arg(f.Status))
-		}
-		l.text = `SELECT count(*) FROM (SELECT 1 FROM keys INDEXED BY ` + part.index + ` WHERE ` + strings.Join(l.where, " AND ") +
-			` LIMIT ` + strconv.Itoa(fewKeys+1) + `)`
-		indexes, queries[part.index] = append(indexes, part.index), l
-	}
-	return indexes, queries
+// A way is how a list is read: by an index, and in its order.
+type way struct {
+	index string
+	more  []string        // conditions without which SQLite does not take the index
+	means admin.KeyFilter // the part of the filter that the index answers
+	// exact: it answers the whole filter, so that a page of keys is a page read, and what is over and nobody has
+	// marked besides.
+	exact bool
 }
 
-// listKeys returns the statement for a query of keys. by is the index of a part of its filter that means few
-// keys, "" if none does.
-func listKeys(instanceID string, q admin.KeyQuery, by string) (string, []any) {
+// A part is of a filter, and has an index in the order of creation.
+type part struct {
+	index string
+	more  string // condition without which SQLite does not take the index
+	means admin.KeyFilter
+	every bool // it has an index in each order
+}
+
+// equals returns the parts of a filter that name one value, what means the fewest keys first.
+func equals(f *admin.KeyFilter) (parts []part) {
+	for _, p := range []struct {
+		asked bool
+		part
+	}{
+		{f.UserPrincipalName != "", part{"keys_by_user", "user_principal_name <> ''", admin.KeyFilter{UserPrincipalName: f.UserPrincipalName}, false}},
+		{f.AgentName != "", part{"keys_by_agent", "agent_name <> ''", admin.KeyFilter{AgentName: f.AgentName}, false}},
+		{f.CreatedBy != "", part{"keys_by_creator", "", admin.KeyFilter{CreatedBy: f.CreatedBy}, false}},
+		{f.Environment != "", part{"keys_by_environment", "environment <> ''", admin.KeyFilter{Environment: f.Environment}, false}},
+		{f.NeverUsed, part{"keys_never_used", "", admin.KeyFilter{NeverUsed: true}, false}},
+		{f.NoExpiration, part{"keys_without_end", "", admin.KeyFilter{NoExpiration: true}, false}},
+		{f.Status != "", part{"keys_by_status", "", admin.KeyFilter{Status: f.Status}, true}},
+		// The keys of a user are user keys.
+		{f.Type != "" && (f.UserPrincipalName == "" || f.Type != apikey.TypeUser) && (f.AgentName == "" || f.Type != apikey.TypeAgent),
+			part{"keys_by_type", "", admin.KeyFilter{Type: f.Type}, true}},
+	} {
+		if p.asked {
+			parts = append(parts, p.part)
+		}
+	}
+	return parts
+}
+
+// ranges returns the parts of a filter that are ranges, by the column of which.
+func ranges(f *admin.KeyFilter) map[string]part {
+	parts := map[string]part{}
+	if f.NamePrefix != "" {
+		parts["name"] = part{"keys_by_name", "", admin.KeyFilter{NamePrefix: f.NamePrefix}, false}
+	}
+	if !f.ExpiresBefore.IsZero() {
+		parts["expiry"] = part{"keys_by_expiry", "", admin.KeyFilter{ExpiresBefore: f.ExpiresBefore}, false}
+	}
+	if !f.IdleBefore.IsZero() {
+		parts["idle_after"] = part{"keys_by_idleness", "inactivity_days > 0", admin.KeyFilter{IdleBefore: f.IdleBefore}, false}
+	}
+	if !f.UnusedSince.IsZero() {
+		parts["quiet_since"] = part{"keys_by_use", "", admin.KeyFilter{UnusedSince: f.UnusedSince}, false}
+	}
+	return parts
+}
+
+// ordered are the indexes in the order of a column: of all keys, and what the names of others end in.
+var ordered = map[string]struct{ all, ending string }{
+	"created_at":  {"keys_newest", ""},
+	"name":        {"keys_by_name", "_and_name"},
+	"quiet_since": {"keys_by_use", "_and_use"},
+	"expiry":      {"keys_by_expiry", "_and_expiry"},
+	"idle_after":  {"keys_by_idleness", "_and_idleness"},
+}
+
+// drive chooses the index that a list in the order of a column goes by.
+func drive(column string, f *admin.KeyFilter) way {
+	w := way{index: ordered[column].all, exact: true}
+	for i, p := range equals(f) {
+		if i > 0 || column != "created_at" && !p.every {
+			w.exact = false
+		}
+		if w.means == (admin.KeyFilter{}) && (column == "created_at" || p.every) {
+			w.index, w.means = p.index+ordered[column].ending, p.means
+			if p.more != "" {
+				w.more = []string{p.more}
+			}
+		}
+	}
+	for of := range ranges(f) {
+		if of != column {
+			w.exact = false
+			continue
+		}
+		switch column { // the index has it besides
+		case "name":
+			w.means.NamePrefix = f.NamePrefix
+		case "expiry":
+			w.means.ExpiresBefore = f.ExpiresBefore
+		case "idle_after":
+			w.means.IdleBefore = f.IdleBefore
+		case "quiet_since":
+			w.means.UnusedSince = f.UnusedSince
+		}
+	}
+	if column == "idle_after" {
+		w.more = append(w.more, "inactivity_days > 0")
+	}
+	return w
+}
+
+// rareParts returns the parts of a filter by which the list could go instead of the way w, and for each the
+// statement that counts the keys that it means, up to one more than fewKeys.
+func rareParts(instanceID string, q admin.KeyQuery, w way) (parts []part, counts []listing) {
+	parts = equals(&q.KeyFilter)
+	for column, p := range ranges(&q.KeyFilter) {
+		if column != orders[q.Order].column {
+			parts = append(parts, p)
+		}
+	}
+	parts = slices.DeleteFunc(parts, func(p part) bool { return strings.HasPrefix(w.index, p.index) })
+	slices.SortFunc(parts, func(a, b part) int { return strings.Compare(a.index, b.index) }) // not that of a map
+	for _, p := range parts {
+		l := listing{}
+		l.and("instance_id = " + l.arg(instanceID))
+		l.filter(&p.means)
+		if p.means.Status != "" {
+			l.and("status = " + l.arg(p.means.Status))
+		}
+		if p.more != "" {
+			l.and(p.more)
+		}
+		l.text = `SELECT count(*) FROM (SELECT 1 FROM keys INDEXED BY ` + p.index + ` WHERE ` + strings.Join(l.where, " AND ") +
+			` LIMIT ` + strconv.Itoa(fewKeys+1) + `)`
+		counts = append(counts, l)
+	}
+	return parts, counts
+}
+
+// after adds that a key stands after a place in the order of the list, or with upTo not after it.
+func (l *listing) after(q admin.KeyQuery, place admin.KeyPlace, upTo bool) {
+	if place == (admin.KeyPlace{}) {
+		return
+	}
+	order := orders[q.Order]
+	var at any = micros(place.At)
+	switch {
+	case order.column == "name":
+		at = place.Name
+	case order.column == "expiry" && place.At.IsZero():
+		at = int64(forever)
+	}
+	is := map[[2]bool]string{{true, false}: " > ", {false, false}: " < ", {true, true}: " <= ", {false, true}: " >= "}[[2]bool{order.rising, upTo}]
+	l.and("(" + order.column + ", id)" + is + "(" + l.arg(at) + ", " + l.arg(place.ID[:]) + ")")
+}
+
+// lastLooked returns the statement for the place of the last of the keys that may be looked at for a page by
+// the way w.
+func lastLooked(instanceID string, q admin.KeyQuery, w way) (string, []any) {
 	l := &listing{}
 	order := orders[q.Order]
-	direction, beyond := " DESC", " < "
+	direction := " DESC"
 	if order.rising {
-		direction, beyond = "", " > "
+		direction = ""
+	}
+	l.and("instance_id = " + l.arg(instanceID))
+	for _, more := range w.more {
+		l.and(more)
+	}
+	l.filter(&w.means)
+	if w.means.Status != "" {
+		l.and("status = " + l.arg(w.means.Status))
+	}
+	l.after(q, q.After, false)
+	return `SELECT ` + order.column + `, id FROM keys INDEXED BY ` + w.index + ` WHERE ` + strings.Join(l.where, " AND ") +
+		` ORDER BY ` + order.column + direction + `, id` + direction + ` LIMIT 1 OFFSET ` + strconv.Itoa(manyKeys-1), l.args
+}
+
+// listKeys returns the statement for a query of keys by the way w, at most as far as a place; zero: as far as
+// it goes.
+func listKeys(instanceID string, q admin.KeyQuery, w way, upTo admin.KeyPlace) (string, []any) {
+	l := &listing{}
+	order := orders[q.Order]
+	direction := " DESC"
+	if order.rising {
+		direction = ""
 	}
 	limit := l.arg(max(q.Limit, 0))
 	l.and("instance_id = " + l.arg(instanceID))
@@ -101,31 +237,14 @@ func listKeys(instanceID string, q admin.KeyQuery, by string) (string, []any) {
 	if q.Order == admin.OrderIdle {
 		l.and("inactivity_days > 0")
 	}
-	if q.After != (admin.KeyPlace{}) {
-		var at any = micros(q.After.At)
-		switch {
-		case order.column == "name":
-			at = q.After.Name
-		case order.column == "expiry" && q.After.At.IsZero():
-			at = int64(forever)
-		}
-		l.and("(" + order.column + ", id)" + beyond + "(" + l.arg(at) + ", " + l.arg(q.After.ID[:]) + ")")
-	}
+	l.after(q, q.After, false)
+	l.after(q, upTo, true)
 	// branch selects a page of keys that meet the conditions so far and some more.
 	branch := func(index string, more ...string) string {
 		return `SELECT * FROM keys INDEXED BY ` + index + ` WHERE ` + strings.Join(append(more, l.where...), " AND ") +
 			` ORDER BY ` + order.column + direction + `, id` + direction + ` LIMIT ` + limit
 	}
-	index, more := drive(order.column, &q.KeyFilter)
-	if by != "" {
-		index, more = by, nil
-		switch by {
-		case "keys_by_environment":
-			more = []string{"environment <> ''"}
-		case "keys_by_idleness":
-			more = []string{"inactivity_days > 0"}
-		}
-	}
+	index, more := w.index, w.more
 	var from string
 	switch q.Status {
 	case "":
@@ -181,43 +300,4 @@ func (l *listing) filter(f *admin.KeyFilter) {
 		l.and("expires_at = " + neverSQL)
 		l.and("inactivity_days = 0")
 	}
-}
-
-// drive chooses the index that a list goes by, and the conditions without which SQLite does not take it.
-// One owner has few keys, so they may be sorted; everything else goes in the order of the list.
-func drive(column string, f *admin.KeyFilter) (index string, conditions []string) {
-	switch {
-	case f.UserPrincipalName != "":
-		return "keys_by_user", []string{"user_principal_name <> ''"}
-	case f.AgentName != "":
-		return "keys_by_agent", []string{"agent_name <> ''"}
-	case column == "idle_after":
-		return "keys_by_idleness", nil
-	}
-	switch column {
-	case "name":
-		return "keys_by_name", nil
-	case "expiry":
-		return "keys_by_expiry", nil
-	case "quiet_since":
-		if f.Status != "" {
-			return "keys_by_status_and_use", nil
-		}
-		return "keys_by_use", nil
-	}
-	switch {
-	case f.CreatedBy != "":
-		return "keys_by_creator", nil
-	case f.Environment != "":
-		return "keys_by_environment", []string{"environment <> ''"}
-	case f.NeverUsed:
-		return "keys_never_used", nil
-	case f.NoExpiration:
-		return "keys_without_end", nil
-	case f.Status != "":
-		return "keys_by_status", nil
-	case f.Type != "":
-		return "keys_by_type", nil
-	}
-	return "keys_newest", nil
 }

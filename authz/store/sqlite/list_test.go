@@ -1,6 +1,7 @@
 package sqlite
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -61,37 +62,92 @@ var (
 		"expires":         {ExpiresBefore: listNow.Add(7 * 24 * time.Hour)},
 		"expires, active": {ExpiresBefore: listNow.Add(7 * 24 * time.Hour), Status: "active"},
 		"idle":            {IdleBefore: listNow.Add(7 * 24 * time.Hour), Status: "active"},
+		"idle alone":      {IdleBefore: listNow.Add(7 * 24 * time.Hour)},
 		"never used":      {NeverUsed: true},
 		"without end":     {NoExpiration: true},
 	}
 )
 
-// TestListsGoByIndexes: no list reads the whole table, and none sorts more than a page, but for the keys
-// of one owner and for those that have expired and nobody has marked.
+// singleFilters are all that a list can be filtered by, one at a time.
+var singleFilters = []string{
+	"all", "type", "active", "disabled", "revoked", "expired", "user", "agent", "environment", "creator", "name", "unused", "expires",
+	"idle alone", "never used", "without end",
+}
+
+// inIndex reports whether a filter and an order have an index of their own: without a filter, by type and by
+// status in every order; a range in its own order; everything else in the order of creation.
+func inIndex(filter string, order admin.KeyOrder) bool {
+	column := orders[order].column
+	switch filter {
+	case "all", "type", "active", "disabled", "revoked", "expired":
+		return true
+	case "name":
+		return column == "name"
+	case "unused":
+		return column == "quiet_since"
+	case "expires":
+		return column == "expiry"
+	case "idle alone":
+		return column == "idle_after"
+	}
+	return column == "created_at"
+}
+
+// checkPlan holds a list to going by its index, without reading a table and without sorting more than the
+// page.
+func checkPlan(t *testing.T, s *Store, what string, q admin.KeyQuery, w way, upTo admin.KeyPlace) {
+	t.Helper()
+	query, args := listKeys("tenant", q, w, upTo)
+	steps := plan(t, s, query, args)
+	sorts := 0
+	for _, step := range steps {
+		if strings.HasPrefix(step, "SCAN keys") {
+			t.Errorf("%s reads the whole table: %s", what, step)
+		}
+		if strings.Contains(step, "TEMP B-TREE") {
+			sorts++
+		}
+	}
+	if !slices.ContainsFunc(steps, func(step string) bool {
+		return strings.HasPrefix(step, "SEARCH keys") && strings.Contains(step, "INDEX "+w.index+" (instance_id=?")
+	}) {
+		t.Errorf("%s does not go by %s: %q", what, w.index, steps)
+	}
+	// The page is sorted once more, with the generations; and what has expired and nobody has marked, which is little.
+	if sorts > 1 && q.Status != "expired" {
+		t.Errorf("%s sorts: %q", what, steps)
+	}
+}
+
+// TestListsGoByIndexes: no list reads the whole table, and none sorts more than a page; every filter alone has
+// an index of its own in the orders that it promises, and all of that index is used.
 func TestListsGoByIndexes(t *testing.T) {
 	s := open(t, file(t))
+	place := admin.KeyPlace{At: listNow, Name: "n", ID: keyID(1)}
 	for name, filter := range listFilters {
 		for _, order := range listOrders {
-			query, args := listKeys("tenant", admin.KeyQuery{
-				KeyFilter: filter, Order: order, Limit: 10, Now: listNow, After: admin.KeyPlace{At: listNow, Name: "n", ID: keyID(1)},
-			}, "")
-			sorts := 0
-			for _, step := range plan(t, s, query, args) {
-				if strings.HasPrefix(step, "SCAN keys") {
-					t.Errorf("%s by %q reads the whole table: %s", name, order, step)
-				}
-				if strings.Contains(step, "TEMP B-TREE") {
-					sorts++
-				}
+			what := fmt.Sprintf("%s by %q", name, order)
+			q := admin.KeyQuery{KeyFilter: filter, Order: order, Limit: 10, Now: listNow, After: place}
+			w := drive(orders[order].column, &filter)
+			checkPlan(t, s, what, q, w, admin.KeyPlace{})
+			if want := inIndex(name, order); slices.Contains(singleFilters, name) && w.exact != want {
+				t.Errorf("%s: an index has both: got %v, want %v", what, w.exact, want)
 			}
-			for _, owner := range []struct{ named, index string }{{filter.UserPrincipalName, "keys_by_user"}, {filter.AgentName, "keys_by_agent"}} {
-				if steps := plan(t, s, query, args); owner.named != "" && !slices.ContainsFunc(steps, func(step string) bool { return strings.Contains(step, "INDEX "+owner.index+" ") }) {
-					t.Errorf("%s by %q reads the keys of others: %q", name, order, steps)
-				}
+			if w.exact {
+				continue
 			}
-			// The page is sorted once more, with the generations.
-			if sorts > 1 && filter.UserPrincipalName == "" && filter.AgentName == "" && filter.Status != "expired" {
-				t.Errorf("%s by %q sorts: %q", name, order, plan(t, s, query, args))
+			checkPlan(t, s, what, q, w, place)
+			query, args := lastLooked("tenant", q, w)
+			if steps := plan(t, s, query, args); len(steps) != 1 || !strings.HasPrefix(steps[0], "SEARCH keys USING ") || !strings.Contains(steps[0], "INDEX "+w.index+" (instance_id=?") {
+				t.Errorf("%s looks for its end without its index: %q", what, steps)
+			}
+			parts, counts := rareParts("tenant", q, w)
+			for i, p := range parts {
+				if steps := plan(t, s, counts[i].text, counts[i].args); !slices.ContainsFunc(steps, func(step string) bool {
+					return strings.HasPrefix(step, "SEARCH keys USING ") && strings.Contains(step, "INDEX "+p.index+" (instance_id=?")
+				}) {
+					t.Errorf("%s counts without an index: %q", what, steps)
+				}
 			}
 		}
 	}
@@ -113,21 +169,78 @@ func TestListsGoByIndexes(t *testing.T) {
 	}
 }
 
-// TestRareKeysAreFoundByWhatIsRare: a part of the filter that means few keys decides the way to them, whatever the
-// order; one that means many does not, or a page would cost sorting them all.
-func TestRareKeysAreFoundByWhatIsRare(t *testing.T) {
+// looked counts the keys that a page made SQLite look at: all of its index from where it began to the last key
+// that was found, or to where it stopped.
+func looked(t testing.TB, s *Store, instanceID string, q admin.KeyQuery, w way, to admin.KeyPlace) (n int) {
+	t.Helper()
+	l := &listing{}
+	l.and("instance_id = " + l.arg(instanceID))
+	for _, more := range w.more {
+		l.and(more)
+	}
+	l.filter(&w.means)
+	if w.means.Status != "" {
+		l.and("status = " + l.arg(w.means.Status))
+	}
+	l.after(q, q.After, false)
+	l.after(q, to, true)
+	query := "SELECT count(*) FROM keys INDEXED BY " + w.index + " WHERE " + strings.Join(l.where, " AND ")
+	if err := s.writer.QueryRow(query, l.args...).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// pageOf makes one page, and says how it was made and at how many keys it looked.
+func pageOf(t testing.TB, s *Store, instanceID string, q admin.KeyQuery) (page admin.KeyPage, how string, n int) {
+	t.Helper()
+	w, rare, err := s.way(t.Context(), instanceID, q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if page, err = s.KeyPage(t.Context(), instanceID, q); err != nil {
+		t.Fatal(err)
+	}
+	if rare {
+		whole := q
+		whole.After = admin.KeyPlace{}
+		return page, "sorted", looked(t, s, instanceID, whole, w, admin.KeyPlace{})
+	}
+	to := page.Next
+	if to == (admin.KeyPlace{}) { // the rest was looked at
+		return page, map[bool]string{true: "index", false: "bounded"}[w.exact], looked(t, s, instanceID, q, w, to)
+	}
+	if w.exact || len(page.Keys) == q.Limit {
+		return page, map[bool]string{true: "index", false: "bounded"}[w.exact], looked(t, s, instanceID, q, w, to) + 1
+	}
+	return page, "bounded", looked(t, s, instanceID, q, w, to)
+}
+
+// TestPagesLookAtFewKeys: where an index has filter and order, a page looks at its own keys and one more; where
+// none has, at no more than a bound, and says where to go on.
+func TestPagesLookAtFewKeys(t *testing.T) {
 	ctx := t.Context()
 	s := open(t, file(t))
+	const n, page = 2*manyKeys + 500, 50
 	_, err := s.Update(ctx, func(tx admin.Tx) error {
 		errs := []error{tx.PutInstance(ctx, &apikey.Instance{ID: "tenant"}), tx.Audit(ctx, admin.Event{})}
-		for i := range fewKeys + 20 {
+		for i := range n {
+			at := listNow.Add(time.Duration(i-n) * time.Minute)
 			k := &apikey.Key{
-				ID: keyID(i + 1), InstanceID: "tenant", Type: apikey.TypeInstance, Name: fmt.Sprint("common ", i), CreatedBy: "common", Environment: "common",
-				CreatedAt: listNow, LastUsedAt: listNow.Add(time.Duration(i)),
+				ID: keyID(i + 1), InstanceID: "tenant", Type: apikey.TypeInstance, Name: fmt.Sprintf("key %06d", i), CreatedBy: "early", Environment: "early",
+				CreatedAt: at, LastUsedAt: at, ExpirationDate: listNow.Add(time.Duration(n+1-i) * time.Hour), InactivityDays: 30,
+			}
+			if i%3 == 0 {
+				k.Type, k.AgentName = apikey.TypeAgent, fmt.Sprint("agent ", i%30)
+			}
+			if i%5 == 0 {
+				k.Disabled = true
+			}
+			if i >= n-manyKeys-100 { // more than few, and as far as can be from where orders begin
+				k.CreatedBy, k.Environment, k.LastUsedAt = "late", "late", time.Time{}
 			}
 			if i%1000 == 1 {
-				k.Name, k.CreatedBy, k.Environment, k.LastUsedAt, k.Disabled = fmt.Sprint("rare ", i), "rare", "rare", time.Time{}, true
-				k.ExpirationDate, k.InactivityDays = listNow.Add(time.Hour), 5
+				k.CreatedBy, k.Environment = "rare", "rare"
 			}
 			errs = append(errs, tx.InsertKey(ctx, k))
 		}
@@ -136,40 +249,55 @@ func TestRareKeysAreFoundByWhatIsRare(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for want, filters := range map[string][]admin.KeyFilter{
-		"keys_by_creator":     {{CreatedBy: "rare"}, {CreatedBy: "rare", Environment: "common"}},
-		"keys_by_environment": {{Environment: "rare"}, {Environment: "rare", Status: "active"}, {Environment: "none"}},
-		"keys_never_used":     {{NeverUsed: true}},
-		"keys_by_name":        {{NamePrefix: "rare"}},
-		"keys_by_expiry":      {{ExpiresBefore: listNow.Add(2 * time.Hour)}},
-		"keys_by_idleness":    {{IdleBefore: listNow.Add(10 * 24 * time.Hour)}},
-		"keys_by_status":      {{Status: "disabled"}, {Status: "disabled", CreatedBy: "common"}},
-		"":                    {{}, {CreatedBy: "common"}, {Environment: "common"}, {NamePrefix: "common"}, {NoExpiration: true}, {Status: "active"}, {UserPrincipalName: "ann"}},
+	bound := map[string]int{"index": page + 1, "sorted": fewKeys, "bounded": manyKeys}
+	ways := map[string]int{}
+	for _, filter := range []admin.KeyFilter{
+		{}, {Type: apikey.TypeAgent}, {Status: "active"}, {Status: "disabled"}, {AgentName: "agent 9"}, {CreatedBy: "late"}, {CreatedBy: "rare"}, {Environment: "late"},
+		{NeverUsed: true}, {NamePrefix: "key"}, {NamePrefix: "key 0001"}, {UnusedSince: listNow}, {ExpiresBefore: listNow.Add(9000 * time.Hour)},
+		{IdleBefore: listNow.Add(365 * 24 * time.Hour)}, {Type: apikey.TypeAgent, CreatedBy: "late"}, {Environment: "late", Status: "disabled", NamePrefix: "key"},
+		{NoExpiration: true}, {CreatedBy: "nobody"}, {Environment: "late", CreatedBy: "rare"},
 	} {
-		for _, filter := range filters {
-			for _, order := range listOrders {
-				q := admin.KeyQuery{KeyFilter: filter, Order: order, Limit: 100, Now: listNow}
-				got, err := s.rarest(ctx, "tenant", q)
-				usual, _ := drive(orders[order].column, &filter)
-				if err != nil || got != want && usual != want {
-					t.Errorf("%+v by %q: got %q, %v, want %q", filter, order, got, err, want)
+		for _, order := range listOrders {
+			q := admin.KeyQuery{KeyFilter: filter, Order: order, Limit: page, Now: listNow}
+			want, err := s.Keys(ctx, "tenant", admin.KeyQuery{KeyFilter: filter, Order: order, Limit: n, Now: listNow})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []*apikey.Key
+			for pages := 0; pages < 3 || len(got) == 0; pages++ { // the first ones tell, and the first with keys
+				p, how, n := pageOf(t, s, "tenant", q)
+				ways[how]++
+				if n > bound[how] {
+					t.Errorf("%+v by %q, page %d, %s: looks at %d keys, want at most %d", filter, order, pages, how, n, bound[how])
 				}
-				query, args := listKeys("tenant", q, got)
-				if steps := plan(t, s, query, args); got != "" && !slices.ContainsFunc(steps, func(step string) bool { return strings.Contains(step, "INDEX "+got+" (") }) {
-					t.Errorf("%+v by %q: %q", filter, order, steps)
+				if len(p.Keys) == 0 && p.Next != (admin.KeyPlace{}) {
+					ways["empty"]++
 				}
-				keys, err := s.Keys(ctx, "tenant", q)
-				if n := len(keys); err != nil || want != "" && want != "keys_by_status" && filter.Status == "" && filter.Environment == "rare" && n != 6 && order != admin.OrderIdle {
-					t.Errorf("%+v by %q: %d keys, %v", filter, order, n, err)
+				got = append(got, p.Keys...)
+				if q.After = p.Next; p.Next == (admin.KeyPlace{}) {
+					if len(got) != len(want) {
+						t.Errorf("%+v by %q: %d keys in all pages, want %d", filter, order, len(got), len(want))
+					}
+					break
 				}
 			}
+			for i, k := range got {
+				if k.ID != want[i].ID {
+					t.Fatalf("%+v by %q: key %d is another than in the whole list", filter, order, i)
+				}
+			}
+		}
+	}
+	for _, how := range []string{"index", "sorted", "bounded", "empty"} {
+		if ways[how] == 0 {
+			t.Errorf("no page was made like this: %s: %v", how, ways)
 		}
 	}
 }
 
 var million = flag.Int("keys", 20_000, "keys of the benchmark of lists")
 
-// BenchmarkLists measures the first page of every list; -keys 1000000 is what it is meant for.
+// BenchmarkLists measures the first page of every list, and at how many keys it looks; -keys 1000000 is what it is meant for.
 func BenchmarkLists(b *testing.B) {
 	ctx := context.Background()
 	s := open(b, file(b))
@@ -223,29 +351,19 @@ func BenchmarkLists(b *testing.B) {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		b.Run(strings.ReplaceAll(name, " ", "_"), func(b *testing.B) {
-			filter := listFilters[name]
-			q := admin.KeyQuery{KeyFilter: filter, Limit: 101, Now: listNow}
-			switch {
-			case !filter.IdleBefore.IsZero():
-				q.Order = admin.OrderIdle
-			case !filter.ExpiresBefore.IsZero():
-				q.Order = admin.OrderExpiration
-			case !filter.UnusedSince.IsZero():
-				q.Order = admin.OrderLastUsed
-			case filter.NamePrefix != "":
-				q.Order = admin.OrderName
-			}
-			found := 0
-			for b.Loop() {
-				keys, err := s.Keys(ctx, "9d3ca1b4-0000-4000-8000-0123456789ab", q)
-				if err != nil {
-					b.Fatal(err)
+		for _, order := range listOrders {
+			q := admin.KeyQuery{KeyFilter: listFilters[name], Order: order, Limit: 100, Now: listNow}
+			b.Run(strings.ReplaceAll(name+"/by "+cmp.Or(string(order), "newest"), " ", "_"), func(b *testing.B) {
+				page, how, n := pageOf(b, s, "9d3ca1b4-0000-4000-8000-0123456789ab", q)
+				for b.Loop() {
+					if _, err := s.KeyPage(ctx, "9d3ca1b4-0000-4000-8000-0123456789ab", q); err != nil {
+						b.Fatal(err)
+					}
 				}
-				found = len(keys)
-			}
-			b.ReportMetric(float64(found), "keys")
-		})
+				b.ReportMetric(float64(len(page.Keys)), "keys")
+				b.ReportMetric(float64(n), how)
+			})
+		}
 	}
 	b.Run("count", func(b *testing.B) {
 		for b.Loop() {

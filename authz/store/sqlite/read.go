@@ -194,29 +194,81 @@ func (r *reader) Key(ctx context.Context, instanceID string, id apikey.ID) (*api
 
 // Keys implements admin.Reader.
 func (r *reader) Keys(ctx context.Context, instanceID string, q admin.KeyQuery) ([]*apikey.Key, error) {
-	by, err := r.rarest(ctx, instanceID, q)
+	w, _, err := r.way(ctx, instanceID, q)
 	if err != nil {
 		return nil, err
 	}
-	query, args := listKeys(instanceID, q, by)
+	query, args := listKeys(instanceID, q, w, admin.KeyPlace{})
 	return r.keys(r.rows(ctx, "list keys", query, args...))
 }
 
-// rarest returns the index of a part of the filter that means few keys; "" if none does, or if the list goes by
-// it anyway.
-func (r *reader) rarest(ctx context.Context, instanceID string, q admin.KeyQuery) (index string, err error) {
-	indexes, queries := rareKeys(instanceID, q)
-	least := fewKeys + 1
-	for _, one := range indexes {
-		var n int
-		if _, err := r.one(ctx, "list keys", queries[one].text, queries[one].args, &n); err != nil {
-			return "", err
-		}
-		if n < least {
-			index, least = one, n
+// KeyPage implements admin.Reader.
+func (r *reader) KeyPage(ctx context.Context, instanceID string, q admin.KeyQuery) (admin.KeyPage, error) {
+	w, rare, err := r.way(ctx, instanceID, q)
+	if err != nil {
+		return admin.KeyPage{}, err
+	}
+	var upTo admin.KeyPlace
+	if !w.exact && !rare {
+		if upTo, err = r.lastLooked(ctx, instanceID, q, w); err != nil {
+			return admin.KeyPage{}, err
 		}
 	}
-	return index, nil
+	size := max(q.Limit, 0)
+	q.Limit = size + 1 // one more tells whether this is the last page
+	query, args := listKeys(instanceID, q, w, upTo)
+	keys, err := r.keys(r.rows(ctx, "list keys", query, args...))
+	switch {
+	case err != nil:
+		return admin.KeyPage{}, err
+	case len(keys) <= size:
+		return admin.KeyPage{Keys: keys, Next: upTo}, nil
+	case size == 0:
+		return admin.KeyPage{Next: q.After}, nil
+	}
+	return admin.KeyPage{Keys: keys[:size], Next: q.Order.PlaceOf(keys[size-1])}, nil
+}
+
+// way chooses how a list is read; rare: by sorting the keys that a part of the filter means, which are few.
+func (r *reader) way(ctx context.Context, instanceID string, q admin.KeyQuery) (w way, rare bool, err error) {
+	w = drive(orders[q.Order].column, &q.KeyFilter)
+	if w.exact {
+		return w, false, nil
+	}
+	parts, counts := rareParts(instanceID, q, w)
+	least := fewKeys + 1
+	for i, p := range parts {
+		var n int
+		if _, err := r.one(ctx, "list keys", counts[i].text, counts[i].args, &n); err != nil {
+			return way{}, false, err
+		}
+		if n < least {
+			least, rare = n, true
+			w = way{index: p.index, means: p.means}
+			if p.more != "" {
+				w.more = []string{p.more}
+			}
+		}
+	}
+	return w, rare, nil
+}
+
+// lastLooked returns the place of the last of the keys that may be looked at for a page by the way w; zero if
+// there are fewer.
+func (r *reader) lastLooked(ctx context.Context, instanceID string, q admin.KeyQuery, w way) (p admin.KeyPlace, err error) {
+	query, args := lastLooked(instanceID, q, w)
+	at := any(instant{&p.At})
+	switch orders[q.Order].column {
+	case "name":
+		at = &p.Name
+	case "expiry":
+		at = orNever{&p.At}
+	}
+	found, err := r.one(ctx, "list keys", query, args, at, exactly(p.ID[:]))
+	if err != nil || !found {
+		return admin.KeyPlace{}, err
+	}
+	return p, nil
 }
 
 // CountKeys implements admin.Reader.

@@ -34,6 +34,17 @@ func (i instant) Scan(from any) error {
 	return nil
 }
 
+// orNever reads an instant of which the largest number means that there is none.
+type orNever struct{ to *time.Time }
+
+func (i orNever) Scan(from any) error {
+	if v, ok := from.(int64); ok && v == forever {
+		*i.to = time.Time{}
+		return nil
+	}
+	return instant(i).Scan(from)
+}
+
 // exactly reads a BLOB that has the length of the slice: an id or a digest.
 type exactly []byte
 

@@ -188,6 +188,47 @@ func testListPages(t *testing.T, s admin.Store) {
 	}
 }
 
+// testKeyPages: pages that may be short are together the list, whatever it is of; each goes on where the last
+// ended, and the last one says so.
+func testKeyPages(t *testing.T, s admin.Store) {
+	all := crowd(t, s, 150)
+	for _, filter := range someFilters {
+		for _, order := range allOrders {
+			for _, limit := range []int{7, 1000} {
+				q := admin.KeyQuery{KeyFilter: filter, Order: order, Limit: limit, Now: noon}
+				what := fmt.Sprintf("pages of %+v by %q", filter, order)
+				var got []apikey.ID
+				for pages := 0; ; pages++ {
+					page, err := s.KeyPage(t.Context(), "tenant", q)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if len(page.Keys) > limit || pages > len(all) {
+						t.Fatalf("%s: %d keys on page %d", what, len(page.Keys), pages)
+					}
+					got = append(got, idsOf(page.Keys)...)
+					if page.Next == (admin.KeyPlace{}) {
+						break
+					}
+					if q.After != (admin.KeyPlace{}) && compare(order, q.After, page.Next) >= 0 {
+						t.Fatalf("%s: the next page is not after this", what)
+					}
+					q.After = page.Next
+				}
+				wantSame(t, what, sorted(all, q), got)
+			}
+		}
+	}
+	if page, err := s.KeyPage(t.Context(), "nowhere", admin.KeyQuery{Limit: 3}); err != nil || len(page.Keys) != 0 || page.Next != (admin.KeyPlace{}) {
+		t.Errorf("keys of no instance: %+v, %v", page, err)
+	}
+	// A page that ends with the last key is the last.
+	whole := admin.KeyQuery{Limit: len(all), Now: noon}
+	if page, err := s.KeyPage(t.Context(), "tenant", whole); err != nil || len(page.Keys) == len(all) && page.Next != (admin.KeyPlace{}) {
+		t.Errorf("the whole list has a next page: %+v, %v", page.Next, err)
+	}
+}
+
 // count counts keys as the contract says, from the keys themselves.
 func count(all []*apikey.Key, owner admin.KeyOwner, marked map[apikey.ID]bool, now time.Time) (n admin.KeyCounts) {
 	for _, k := range all {

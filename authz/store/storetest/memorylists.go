@@ -32,12 +32,41 @@ func first[T any](list []T, limit int) []T { return list[:min(len(list), max(lim
 
 // Keys implements admin.Reader.
 func (r *memoryReader) Keys(ctx context.Context, instanceID string, q admin.KeyQuery) ([]*apikey.Key, error) {
+	list, err := r.ordered(ctx, instanceID, q)
+	list = slices.DeleteFunc(list, func(k *apikey.Key) bool { return !q.Passes(k, q.Now) })
+	return first(list, q.Limit), err
+}
+
+// memoryLooksAt is how many keys a page looks at. It is small, so that what goes through pages meets short ones.
+const memoryLooksAt = 100
+
+// KeyPage implements admin.Reader.
+func (r *memoryReader) KeyPage(ctx context.Context, instanceID string, q admin.KeyQuery) (page admin.KeyPage, err error) {
+	list, err := r.ordered(ctx, instanceID, q)
+	for i, k := range list {
+		passes := q.Passes(k, q.Now)
+		if i == memoryLooksAt || passes && len(page.Keys) == max(q.Limit, 0) {
+			page.Next = q.After
+			if i > 0 {
+				page.Next = q.Order.PlaceOf(list[i-1])
+			}
+			break
+		}
+		if passes {
+			page.Keys = append(page.Keys, k)
+		}
+	}
+	return page, err
+}
+
+// ordered returns all keys that a query may be about, in its order.
+func (r *memoryReader) ordered(ctx context.Context, instanceID string, q admin.KeyQuery) ([]*apikey.Key, error) {
 	list, err := r.some(ctx, func(k *memoryKey) bool {
-		return k.InstanceID == instanceID && q.Passes(&k.Key, q.Now) && (q.Order != admin.OrderIdle || k.InactivityDays > 0) &&
+		return k.InstanceID == instanceID && (q.Order != admin.OrderIdle || k.InactivityDays > 0) &&
 			(q.After == admin.KeyPlace{} || compare(q.Order, q.After, q.Order.PlaceOf(&k.Key)) < 0)
 	})
 	slices.SortFunc(list, func(a, b *apikey.Key) int { return compare(q.Order, q.Order.PlaceOf(a), q.Order.PlaceOf(b)) })
-	return first(list, q.Limit), err
+	return list, err
 }
 
 // CountKeys implements admin.Reader.

@@ -45,6 +45,7 @@ func Run(t *testing.T, open func(t *testing.T) admin.Store) {
 		{"DeleteKey", testDeleteKey},
 		{"ListsAreWhatTheFilterSays", testLists},
 		{"ListsInPages", testListPages},
+		{"ListsInShortPages", testKeyPages},
 		{"Counts", testCounts},
 		{"CountsUnderChange", testCountsUnderChange},
 		{"Creations", testCreations},

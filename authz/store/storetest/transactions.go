@@ -463,8 +463,12 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 		"Instances": func(ctx context.Context) error { _, err := s.Instances(ctx); return err },
 		"Key":       func(ctx context.Context) error { _, err := s.Key(ctx, "tenant", id(1)); return err },
 		"Keys":      func(ctx context.Context) error { _, err := s.Keys(ctx, "tenant", admin.KeyQuery{Limit: 1}); return err },
-		"FindKey":   func(ctx context.Context) error { _, _, err := s.FindKey(ctx, digest("key 1")); return err },
-		"miss":      func(ctx context.Context) error { _, _, err := s.FindKey(ctx, digest("nothing")); return err },
+		"KeyPage": func(ctx context.Context) error {
+			_, err := s.KeyPage(ctx, "tenant", admin.KeyQuery{Limit: 1})
+			return err
+		},
+		"FindKey": func(ctx context.Context) error { _, _, err := s.FindKey(ctx, digest("key 1")); return err },
+		"miss":    func(ctx context.Context) error { _, _, err := s.FindKey(ctx, digest("nothing")); return err },
 		"CountKeys": func(ctx context.Context) error {
 			_, err := s.CountKeys(ctx, "tenant", admin.KeyOwner{}, noon)
 			return err

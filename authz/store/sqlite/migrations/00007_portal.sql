@@ -1,5 +1,14 @@
 -- +goose Up
 
+-- What the portal filters lists by, in every order of a list; keys_by_status_and_use is there already.
+CREATE INDEX keys_by_type_and_name ON keys (instance_id, type, name, id);
+CREATE INDEX keys_by_type_and_use ON keys (instance_id, type, quiet_since, id);
+CREATE INDEX keys_by_type_and_expiry ON keys (instance_id, type, expiry, id);
+CREATE INDEX keys_by_type_and_idleness ON keys (instance_id, type, idle_after, id) WHERE inactivity_days > 0;
+CREATE INDEX keys_by_status_and_name ON keys (instance_id, status, name, id);
+CREATE INDEX keys_by_status_and_expiry ON keys (instance_id, status, expiry, id);
+CREATE INDEX keys_by_status_and_idleness ON keys (instance_id, status, idle_after, id) WHERE inactivity_days > 0;
+
 -- Requests by key (a zero id: of the instance as a whole) and time. detail holds what is counted besides, as
 -- JSON.
 CREATE TABLE usage (
