@@ -151,7 +151,6 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		return nil, err
 	}
 	s.leases, s.logKey = authz.NewLeaseIDs(peppers), peppers.Current.Derive("decision log")
-	s.accessLogs = accesslog.New(s.limiter, nil, s.leases, s.registry, s.log)
 	issuers, err := cfg.oidc()
 	if err != nil {
 		return nil, err
@@ -161,6 +160,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 		UsageKeep: cfg.Usage.keep(),
 	}, s.cache, s.log)
 	s.usage = usage.NewCounter(s.store, usage.Config{Off: !*cfg.Usage.Enabled, Instance: s.cache.Instance}, s.registry, s.log)
+	s.accessLogs = accesslog.New(s.limiter, s.usage, s.leases, s.registry, s.log)
 	s.redigester = admin.NewRedigester(s.store, peppers.Current.Version(), s.cache.Learn, s.log)
 
 	decisions, err := cfg.authorizer()
