@@ -64,10 +64,10 @@ func TestUsageShowsWhatEnvoyTells(t *testing.T) {
 	}
 	counts.Networks = ids
 	record := admin.UsageRecordOf(q, []admin.Usage{{Start: start.Add(time.Hour), UsageCounts: counts}})
-	show := func(output string, print func(*app) error) (stdout, stderr string) {
+	show := func(output string, write func(*app) error) (stdout, stderr string) {
 		t.Helper()
 		var out, said bytes.Buffer
-		if err := print(&app{stdout: &out, stderr: &said, output: output}); err != nil {
+		if err := write(&app{stdout: &out, stderr: &said, output: output}); err != nil {
 			t.Fatal(err)
 		}
 		return out.String(), said.String()
