@@ -243,6 +243,8 @@ type Advice struct {
 	UnusedDays int       `json:"unusedDays" doc:"Whole days since the last use, or since it was made, imported or restored."`
 	Safe       bool      `json:"safe" doc:"Nobody seems to use it: it can be revoked."`
 	Text       string    `json:"text"`
+	// Usage is what was counted, where [Service.KeyAdvice] looked.
+	Usage *UsageAdvice `json:"usage,omitempty" doc:"How it was used lately. Absent where no request was counted in 30 days."`
 }
 
 // safeAfter is how long a key must have been unused for its revocation to be called safe: longer than a

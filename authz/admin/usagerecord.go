@@ -109,7 +109,7 @@ type UsageSums struct {
 	Reasons     map[string]int64 `json:"reasons" doc:"Refused requests, by reason."`
 	Generations map[int]int64    `json:"generations" doc:"Allowed requests, by the number of the key's secret that they sent."`
 	Networks    map[string]int64 `json:"networks" doc:"Allowed requests, by the client's /24, or /48 of IPv6; other: of networks that there was no room for."`
-	Responses   *ResponseSums    `json:"responses" doc:"What Envoy told of requests when they had ended; null where it told nothing of those that were allowed."`
+	Responses   *ResponseSums    `json:"responses" doc:"What Envoy told of requests with a known key when they had ended, of refused ones too; null where it told nothing of those that there were."`
 }
 
 // ResponseSums is what Envoy told of requests, as JSON.
@@ -143,7 +143,7 @@ func UsageRecordOf(q UsageQuery, counted []Usage) UsageRecord {
 		total.Add(&counted[i].UsageCounts)
 	}
 	r.Total = UsageSumsOf(&total)
-	if r.Total.Responses == nil {
+	if r.Total.Responses == nil && total.Allowed > 0 { // of a refused one without a known key Envoy has nothing to tell
 		r.NotCollected = NotCollected
 	}
 	each := q.Interval.Duration()
@@ -170,7 +170,7 @@ func UsageSumsOf(c *UsageCounts) UsageSums {
 		Allowed: c.Allowed, Refused: c.Refused, Reasons: orEmpty(c.Reasons), Generations: orEmpty(c.Generations), Networks: orEmpty(c.Networks),
 	}
 	e := &c.Ended
-	if e.Count == 0 && c.Allowed > 0 {
+	if e.Count == 0 && c.Allowed+c.Refused > 0 {
 		return s
 	}
 	s.Responses = &ResponseSums{

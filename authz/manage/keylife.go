@@ -240,11 +240,11 @@ func (h *handler) revokeKeys(ctx context.Context, c *call, in *atInstance) (*out
 }
 
 func (h *handler) keyAdvice(ctx context.Context, c *call, in *atKey) (*out[admin.Advice], error) {
-	k, err := h.svc.Key(ctx, c.Caller, in.InstanceID, keyID(in.KeyID))
+	advice, err := h.svc.KeyAdvice(ctx, c.Caller, in.InstanceID, keyID(in.KeyID))
 	if err != nil {
 		return nil, err
 	}
-	return ok(admin.AdviceOn(k, time.Now())), nil
+	return ok(advice), nil
 }
 
 // switchInstance is the kill switch: one change, however many keys there are.

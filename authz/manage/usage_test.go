@@ -252,6 +252,9 @@ func TestUsageOfNoInstance(t *testing.T) {
 		if diff := cmp.Diff(want, got.Total.Reasons); diff != "" || got.Total.Refused != want["unknown_key"]+want["expired"] {
 			t.Errorf("%s: (-want +got):\n%s", path, diff)
 		}
+		if got.Total.Responses != nil || got.NotCollected != "" {
+			t.Errorf("%s: of requests without a key Envoy has nothing to tell: %v, %q", path, got.Total.Responses, got.NotCollected)
+		}
 	}
 }
 

@@ -321,6 +321,7 @@ func (l *leakSearch) commands(owner, s string) {
 		{s, online("explain", "demo", "/x")}, {s, online("explain", "demo", "/x", "-o", "json")}, {"", online("explain", "demo", s, "--no-key")}, {"", online("explain", s, "/", "--no-key")},
 		{"", online("explain", "demo", "/", "--key", s)}, {"", online("explain", "demo", "/", "-H", "x-api-key: "+s, "--no-key")}, {"", online("explain", "demo", "/", "-H", s, "--no-key")},
 		{s, online("explain", "demo", "/", "--extension", "instance="+s)}, {s, online("explain", "demo", "/", "--extension", "required_scopes="+s)}, {s, online("explain", "demo", "/", "--client", s, "--time", s)},
+		{"", online("usage", s)}, {"", online("usage", "demo", s)}, {"", online("usage", "demo", "--from", s)}, {"", online("usage", "demo", "--interval", s)}, {"", online("usage", "demo", "--top", "1", "--by", s)}, {"", online("usage", "demo", "--top", s)}, {"", online("usage", "demo", "-o", s)},
 		{"", online("explain", "demo", "--decision", s)}, {"", online("keys", "limits", "demo", s)}, {"", []string{"quotas", "replay", s, "--log", rows, "--file", wrong}}, {"", []string{"quotas", "replay", "demo", "--log", rows, "--file", s}},
 		{s, append([]string{"revoke-leaked"}, holders...)}, {"", append([]string{"revoke-leaked", s}, holders...)},
 	} {

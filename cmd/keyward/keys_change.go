@@ -329,12 +329,26 @@ func (a *app) keysAdvice() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return printOne(a, advice, [][2]string{
+				fields := [][2]string{
 					{"ADVICE", advice.Text}, {"LAST USED", stamp(advice.LastUsedAt)}, {"UNUSED", strconv.Itoa(advice.UnusedDays) + " days"},
-				})
+				}
+				if u := advice.Usage; u != nil {
+					fields = append(fields, [2]string{"IN 30 DAYS", fmt.Sprintf("%s, %.1f a day, from %s", plural(u.Requests, "request"), u.PerDay, plural(int64(u.Networks), "network"))})
+					for _, g := range u.Generations {
+						fields = append(fields, [2]string{fmt.Sprintf("GENERATION %d", g.Number), plural(g.LastHour, "request") + " within the last hour"})
+					}
+				}
+				return printOne(a, advice, fields)
 			})
 		},
 	}
+}
+
+func plural(n int64, thing string) string {
+	if n != 1 {
+		thing += "s"
+	}
+	return fmt.Sprintf("%d %s", n, thing)
 }
 
 func (a *app) keysLimits() *cobra.Command {

@@ -201,7 +201,7 @@ func (a *app) printTop(top manage.TopUsage) error {
 	case a.output != "table":
 		return a.printData(top)
 	default:
-		a.sayNotCollected(slices.ContainsFunc(top.Value, func(k admin.UsedKey) bool { return k.Responses == nil }))
+		a.sayNotCollected(slices.ContainsFunc(top.Value, func(k admin.UsedKey) bool { return k.Responses == nil && k.Allowed > 0 }))
 	}
 	return printList(a, top.Value, table[admin.UsedKey]{
 		header: "KEY\tNAME\tHINT\tSTATUS\t" + usageHeader + "\tREASONS",
