@@ -492,6 +492,31 @@ func TestUsageOnThePage(t *testing.T) {
 	}
 }
 
+// TestUsageOfOthers: a user who comes by the record of another's key is told nothing of it.
+func TestUsageOfOthers(t *testing.T) {
+	d := newDesk(t)
+	own, bobs := d.key(admin.KeyInput{Name: "a", Type: apikey.TypeUser, UserPrincipalName: ann}), d.key(admin.KeyInput{Name: "b", Type: apikey.TypeUser, UserPrincipalName: "bob@example.com"})
+	now := time.Now()
+	for _, k := range []admin.CreatedKey{own, bobs} {
+		if err := d.store.AddUsage(t.Context(), []admin.Usage{{InstanceID: instance, KeyID: k.Key.ID, Start: now, UsageCounts: admin.UsageCounts{Allowed: 1}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	caller, err := d.svc.Authenticate(t.Context(), d.tokens[admin.RoleUser].Secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := admin.UsageQuery{Interval: admin.UsageHour, From: now.Add(-2 * time.Hour), To: now.Add(time.Second)}
+	got, err := d.svc.KeysUsage(t.Context(), caller, instance, []*apikey.Key{own.Key, bobs.Key}, q)
+	if err != nil || len(got) != 1 || len(got[own.Key.ID]) != 1 {
+		t.Errorf("%v, %v", got, err)
+	}
+	q.From = now.Add(-101 * time.Hour)
+	if _, err := d.svc.KeysUsage(t.Context(), caller, instance, []*apikey.Key{own.Key}, q); err == nil {
+		t.Error("more intervals than may be were listed")
+	}
+}
+
 // TestNothingOfARecordIsMarkup puts markup wherever a record of somebody else's can have text.
 func TestNothingOfARecordIsMarkup(t *testing.T) {
 	d := newDesk(t)

@@ -1,6 +1,7 @@
 package portal
 
 import (
+	"context"
 	"io"
 	"log/slog"
 	"net/http"
@@ -24,6 +25,7 @@ type desk struct {
 	tokens map[admin.Role]admin.CreatedToken
 	cfg    Config
 	pepper *apikey.Pepper
+	before func() // once, before the next transaction
 }
 
 const (
@@ -36,7 +38,7 @@ func newDesk(t testing.TB) *desk {
 	peppers := apikey.Peppers{Current: apikey.NewPepper(1, true)}
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
 	d := &desk{t: t, pepper: peppers.Current, store: storetest.NewMemory(admin.NewAuditKeys(peppers)), tokens: map[admin.Role]admin.CreatedToken{}}
-	d.svc = admin.New(d.store, admin.Config{Format: apikey.Format{First: apikey.DefaultFirst}, Peppers: peppers}, nil, log)
+	d.svc = admin.New(gate{d.store, d}, admin.Config{Format: apikey.Format{First: apikey.DefaultFirst}, Peppers: peppers}, nil, log)
 	d.owner = admin.Caller{Name: "test", Role: admin.RoleOwner}
 	if _, err := d.svc.PutInstance(t.Context(), d.owner, instance, apikey.Policy{}); err != nil {
 		t.Fatal(err)
@@ -55,6 +57,21 @@ func newDesk(t testing.TB) *desk {
 	d.cfg = Config{Log: log, Version: "test"}
 	d.web = New(d.svc, d.cfg)
 	return d
+}
+
+// A gate is the desk's store as the service sees it.
+type gate struct {
+	admin.Store
+
+	d *desk
+}
+
+func (g gate) Update(ctx context.Context, fn func(admin.Tx) error) (apikey.Revision, error) {
+	if before := g.d.before; before != nil {
+		g.d.before = nil
+		before()
+	}
+	return g.Store.Update(ctx, fn)
 }
 
 // A browser keeps cookies, and sends what browsers send.
