@@ -109,7 +109,7 @@ func (a *Alerts) lookAt(ctx context.Context, one *admin.Alert, policy *apikey.Al
 			if k != nil {
 				of = nameOf(k)
 			}
-			return a.goesOn(ctx, one, s.message(of, window), lookEvery)
+			return a.goesOn(ctx, one, s.lasting(of, window), lookEvery)
 		case now.Sub(one.SeenAt) >= surgeOver*window:
 			return a.resolve(ctx, one, k, "as few are refused as before")
 		}
@@ -197,8 +197,8 @@ func (a *Alerts) openOf(ctx context.Context, instance string, kind admin.AlertKi
 	}
 }
 
-// visit calls judge with the keys of an instance that a query means, page by page, but no more than maxVisited. It stops
-// where judge says that it is enough.
+// visit calls judge with the keys of an instance that a query means, page by page, but no more than maxVisited. It
+// stops where judge says that it is enough.
 func (a *Alerts) visit(ctx context.Context, instance string, q admin.KeyQuery, judge func(*apikey.Key) (more bool, err error)) error {
 	q.Limit = alertPage
 	for visited := 0; visited < maxVisited; {

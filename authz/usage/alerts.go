@@ -49,7 +49,7 @@ const KeepAlerts = 90 * dayLong
 // replicas have written to the store; what needs no hearing, and the end of alerts, is left to one process.
 // Two that find the same open one alert: the store sees to that. Safe for concurrent use.
 //
-// Bounds: a round judges at most maxJudged keys for each rule, the ones with the most refusals first; an instance has at most
+// Bounds: a round judges the refusals of at most maxJudged keys, those with the most first; an instance has at most
 // maxOpen alerts of a kind open, and then one more that says so.
 type Alerts struct {
 	store   AlertStore
@@ -234,7 +234,9 @@ func (a *Alerts) judge(ctx context.Context) error {
 	defer cancel()
 	a.mu.Lock()
 	networks, unknown := a.heard.networks, a.heard.unknown
-	a.heard.networks, a.heard.unknown = map[keyNetwork]seenAt{}, map[string]bool{}
+	if len(networks)+len(unknown) > 0 {
+		a.heard.networks, a.heard.unknown = map[keyNetwork]seenAt{}, map[string]bool{}
+	}
 	a.mu.Unlock()
 	errs := []error{a.judgeNetworks(ctx, networks)}
 	for instance := range unknown {
@@ -403,7 +405,7 @@ func (a *Alerts) judgeSurge(ctx context.Context, at alertPlace) error {
 		of = nameOf(k)
 	}
 	return a.see(ctx, admin.Alert{
-		InstanceID: at.instance, Kind: admin.AlertRefusals, KeyID: at.key, Message: s.message(of, policy.Refusals.Window.Std()),
+		InstanceID: at.instance, Kind: admin.AlertRefusals, KeyID: at.key, Message: s.beginning(of, policy.Refusals.Window.Std()),
 	}, k)
 }
 
