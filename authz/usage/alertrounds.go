@@ -158,8 +158,8 @@ func (a *Alerts) lookAt(ctx context.Context, one *admin.Alert, policy *apikey.Al
 
 func offIn(policy *apikey.Alerts, kind admin.AlertKind) bool {
 	return map[admin.AlertKind]bool{
-		admin.AlertNewNetwork: policy.NewNetwork.Off, admin.AlertRefusals: policy.Refusals.Off, admin.AlertUnknownKeys: policy.UnknownKeys.Off,
-		admin.AlertExpiring: policy.Expiring.Off, admin.AlertUnused: policy.Unused.Off,
+		admin.AlertNewNetwork: policy.NewNetwork.Disabled, admin.AlertRefusals: policy.Refusals.Disabled, admin.AlertUnknownKeys: policy.UnknownKeys.Disabled,
+		admin.AlertExpiring: policy.Expiring.Disabled, admin.AlertUnused: policy.Unused.Disabled,
 	}[kind]
 }
 
@@ -227,7 +227,7 @@ func (a *Alerts) full(instance string, kind admin.AlertKind) bool {
 }
 
 func (a *Alerts) visitExpiring(ctx context.Context, instance string, policy apikey.ExpiringKeyAlerts, now time.Time) error {
-	if policy.Off {
+	if policy.Disabled {
 		return nil
 	}
 	open, err := a.openOf(ctx, instance, admin.AlertExpiring)
@@ -259,7 +259,7 @@ func expiringMessage(k *apikey.Key) string {
 }
 
 func (a *Alerts) visitUnused(ctx context.Context, instance string, policy apikey.UnusedKeyAlerts, now time.Time) error {
-	if policy.Off {
+	if policy.Disabled {
 		return nil
 	}
 	open, err := a.openOf(ctx, instance, admin.AlertUnused)

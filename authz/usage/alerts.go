@@ -316,7 +316,7 @@ func (a *Alerts) news(ctx context.Context, at alertPlace, networks []keyNetwork,
 	}
 	slices.SortFunc(fresh, func(x, y admin.KeyNetwork) int { return cmp.Compare(x.Network, y.Network) })
 	for _, n := range fresh {
-		if policy.NewNetwork.Off || learns(k, known, n.LastAt) {
+		if policy.NewNetwork.Disabled || learns(k, known, n.LastAt) {
 			continue
 		}
 		if err := a.newNetwork(ctx, k, n.Network); err != nil {
@@ -342,7 +342,7 @@ func (a *Alerts) newNetwork(ctx context.Context, k *apikey.Key, network string) 
 
 func (a *Alerts) judgeFlood(ctx context.Context, instance string) error {
 	policy, there, err := a.policy(ctx, instance)
-	if err != nil || !there || policy.UnknownKeys.Off {
+	if err != nil || !there || policy.UnknownKeys.Disabled {
 		return err
 	}
 	peak, err := a.flood(ctx, instance)
@@ -387,7 +387,7 @@ func (a *Alerts) judgeRefusals(ctx context.Context) error {
 
 func (a *Alerts) judgeSurge(ctx context.Context, at alertPlace) error {
 	policy, there, err := a.policy(ctx, at.instance)
-	if err != nil || !there || policy.Refusals.Off {
+	if err != nil || !there || policy.Refusals.Disabled {
 		return err
 	}
 	s, err := a.surge(ctx, at, policy.Refusals.Window.Std())

@@ -352,7 +352,7 @@ func TestExpiring(t *testing.T) {
 		if got := w.alerts(); slices.ContainsFunc(got, func(s string) bool { return strings.HasPrefix(s, "expiring") }) {
 			t.Fatalf("15 days before: %v", got)
 		}
-		w.policy(apikey.Alerts{Unused: apikey.UnusedKeyAlerts{Off: true}})
+		w.policy(apikey.Alerts{Unused: apikey.UnusedKeyAlerts{Disabled: true}})
 		time.Sleep(day + 2*time.Hour)
 		before := w.alerts()
 		if got := len(slices.DeleteFunc(before, func(s string) bool { return s != "expiring 14d" })); got != 3 {
@@ -423,8 +423,8 @@ func TestUnused(t *testing.T) {
 
 func TestKindsCanBeSwitchedOff(t *testing.T) {
 	off := apikey.Alerts{
-		NewNetwork: apikey.NewNetworkAlerts{Off: true}, Refusals: apikey.RefusalAlerts{Off: true}, UnknownKeys: apikey.UnknownKeyAlerts{Off: true},
-		Expiring: apikey.ExpiringKeyAlerts{Off: true}, Unused: apikey.UnusedKeyAlerts{Off: true},
+		NewNetwork: apikey.NewNetworkAlerts{Disabled: true}, Refusals: apikey.RefusalAlerts{Disabled: true}, UnknownKeys: apikey.UnknownKeyAlerts{Disabled: true},
+		Expiring: apikey.ExpiringKeyAlerts{Disabled: true}, Unused: apikey.UnusedKeyAlerts{Disabled: true},
 	}
 	everything := func(w *watch) {
 		k := w.key(byte(time.Now().Unix()), func(k *apikey.Key) { k.ExpirationDate = time.Now().Add(day) })
