@@ -188,6 +188,8 @@ type KeyRecord struct {
 	CreatedAt         time.Time               `json:"createdAt"`
 	CreatedBy         string                  `json:"createdBy"`
 	LastUsedAt        time.Time               `json:"lastUsedAt,omitzero" doc:"Up to a minute behind."`
+	LastUsedNetwork   string                  `json:"lastUsedNetwork,omitempty" doc:"From which network that was: a /24, or a /48 of IPv6."`
+	LastUsedPath      string                  `json:"lastUsedPath,omitempty" doc:"On which route: its host and path, as the configuration has them."`
 	LeakReportedAt    time.Time               `json:"leakReportedAt,omitzero" doc:"When somebody reported a secret of it as leaked."`
 	Generations       []GenerationRecord      `json:"generations" nullable:"false"`
 
@@ -228,6 +230,8 @@ func RecordOf(k *apikey.Key, at time.Time) KeyRecord {
 		CreatedAt:         k.CreatedAt.UTC(),
 		CreatedBy:         k.CreatedBy,
 		LastUsedAt:        k.LastUsedAt.UTC(),
+		LastUsedNetwork:   k.LastUsedNetwork,
+		LastUsedPath:      k.LastUsedPath,
 		LeakReportedAt:    k.LeakReportedAt.UTC(),
 		Generations:       make([]GenerationRecord, len(k.Generations)),
 	}

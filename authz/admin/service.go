@@ -44,6 +44,8 @@ type Config struct {
 	Webhook Webhook
 	// AuditKeep is how long audit events are kept at least; 0: for good.
 	AuditKeep time.Duration
+	// UsageKeep is how long the counts of each interval are kept; those of one that it does not name for good.
+	UsageKeep map[UsageInterval]time.Duration
 }
 
 // A Propagator is the cache of this process. CatchUp returns when it serves nothing older than a

@@ -163,7 +163,7 @@ type Tx interface {
 	// PutInstance creates or replaces an instance, its policy and quotas; CreatedAt of an existing one stays. Its Revision
 	// becomes the transaction's.
 	PutInstance(ctx context.Context, in *apikey.Instance) error
-	// DeleteInstance removes an instance with all its keys, and its alerts; audit and tokens stay.
+	// DeleteInstance removes an instance with all its keys, usage and alerts; audit and tokens stay.
 	// Errors: apikey.ErrNotFound.
 	DeleteInstance(ctx context.Context, id string) error
 
@@ -171,7 +171,7 @@ type Tx interface {
 	// apikey.ErrNotFound if there is no such instance.
 	InsertKey(ctx context.Context, k *apikey.Key) error
 	// UpdateKey replaces what may change of a key: everything but ID, InstanceID, Type, AgentName,
-	// UserPrincipalName, CreatedAt, CreatedBy, LastUsedAt, Generations and Revision. Another
+	// UserPrincipalName, CreatedAt, CreatedBy, LastUsed…, Generations and Revision. Another
 	// ExpirationDate or InactivityDays takes back MarkEnded. Errors: apikey.ErrNotFound, also where the
 	// key belongs to another instance.
 	UpdateKey(ctx context.Context, k *apikey.Key) error

@@ -28,7 +28,7 @@ var sweeper = Caller{Name: "keyward serve"}
 // RunSweep keeps house until ctx is done, in one process at a time; holder names this one. It marks the
 // keys that have expired, by time or for inactivity, so that counts and audit know of it; and it removes what
 // is over: revoked keys with their digests when the policy's time to keep them is, kept answers, and old
-// events of the audit.
+// events of the audit and counts of usage.
 func (s *Service) RunSweep(ctx context.Context, holder string) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -44,6 +44,9 @@ func (s *Service) RunSweep(ctx context.Context, holder string) error {
 			}
 			if led {
 				pruned = time.Now()
+				if err := s.forgetUsage(ctx); err != nil && ctx.Err() == nil {
+					s.log.Error("old usage could not be removed", slog.Any("error", err))
+				}
 			}
 		}
 		select {

@@ -10,9 +10,9 @@ import (
 
 // A UsageStore keeps how many requests there were. Nothing in it is a mutation: no revision, no audit.
 type UsageStore interface {
-	// AddUsage adds counts, in batches: each to the minute, to the hour and to the day that its Start is in, in
-	// one transaction, so that the three always agree. Start may be any instant. Counts of a key that is gone are
-	// added all the same.
+	// AddUsage adds counts: each to the minute, to the hour and to the day that its Start is in. All are added
+	// in one transaction, or on error none: batches of a hundred keep others from writing for some 10 ms. Start
+	// may be any instant. Counts of a key that is gone are added all the same.
 	AddUsage(ctx context.Context, counts []Usage) error
 	// Usage lists what was counted, oldest first: Start is the beginning of a minute, hour or day in UTC.
 	// Where nothing was counted there is nothing.
@@ -120,12 +120,20 @@ func (c *UsageCounts) Add(other *UsageCounts) {
 	c.Reasons = addCounts(c.Reasons, other.Reasons)
 	c.Generations = addCounts(c.Generations, other.Generations)
 	for network, n := range other.Networks {
-		if _, known := c.Networks[network]; !known && network != OtherNetworks && len(c.Networks) >= MaxNetworks {
+		if _, known := c.Networks[network]; !known && c.networks() >= MaxNetworks {
 			network = OtherNetworks
 		}
 		c.Networks = addCounts(c.Networks, map[string]int64{network: n})
 	}
 	c.Ended.add(&other.Ended)
+}
+
+// networks is how many networks are counted apart.
+func (c *UsageCounts) networks() int {
+	if _, others := c.Networks[OtherNetworks]; others {
+		return len(c.Networks) - 1
+	}
+	return len(c.Networks)
 }
 
 func (e *EndedRequests) add(other *EndedRequests) {
@@ -147,6 +155,18 @@ func addCounts[K comparable](to, from map[K]int64) map[K]int64 {
 		to[what] += n
 	}
 	return to
+}
+
+// forgetUsage removes counts that are older than they are to be kept.
+func (s *Service) forgetUsage(ctx context.Context) error {
+	before := make(map[UsageInterval]time.Time, len(s.cfg.UsageKeep))
+	for interval, keep := range s.cfg.UsageKeep {
+		before[interval] = now().Add(-keep)
+	}
+	if len(before) == 0 {
+		return nil
+	}
+	return s.store.ForgetUsage(ctx, before)
 }
 
 // readUsage is what a caller needs the right to; to one with the role user the keys it owns are all there is.

@@ -59,6 +59,8 @@ type Key struct {
 	CreatedAt         time.Time
 	CreatedBy         string
 	LastUsedAt        time.Time // zero: never; up to a minute behind
+	// From which network (/24, or /48 of IPv6) that was, and on which rule's host and path; "": not known.
+	LastUsedNetwork, LastUsedPath string
 	// IdleFrom is the earliest instant that idleness counts from, where that is not the creation: nothing is
 	// known of uses before it, since the key was imported, or restored from a backup. Zero: creation.
 	IdleFrom    time.Time
@@ -227,4 +229,6 @@ type Use struct {
 	KeyID      ID
 	Generation int
 	At         time.Time
+	// Network and Path are of the key's last use: see Key. A store keeps them with At, if that is its last.
+	Network, Path string
 }

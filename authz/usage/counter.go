@@ -94,10 +94,19 @@ func NewCounter(store Store, cfg Config, reg prometheus.Registerer, log *slog.Lo
 	if err != nil {
 		panic(err) // only for a size below 1
 	}
-	return &Counter{
-		store: store, cfg: cfg, log: log, metrics: newMetrics(reg), recent: recent,
+	c := &Counter{
+		store: store, cfg: cfg, log: log, recent: recent,
 		uses: map[apikey.ID][]apikey.Use{}, kept: map[place]*admin.UsageCounts{},
 	}
+	c.metrics = newMetrics(reg, c.waiting)
+	return c
+}
+
+// waiting is how many series are not written.
+func (c *Counter) waiting() int {
+	c.mu.Lock() // who takes holds it until all is in one of the two
+	defer c.mu.Unlock()
+	return int(c.metrics.series.Load()) + len(c.kept)
 }
 
 // shardOf chooses by the last byte of a key's UUIDv7, which is random. What belongs to no key is spread: a

@@ -22,7 +22,7 @@ type metrics struct {
 	failures prometheus.Counter
 }
 
-func newMetrics(reg prometheus.Registerer) *metrics {
+func newMetrics(reg prometheus.Registerer, waiting func() int) *metrics {
 	m := &metrics{
 		written: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "keyward_usage_written_total", Help: "Counts of a key or an instance in a minute that were added to the store.",
@@ -37,8 +37,8 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	if reg != nil {
 		reg.MustRegister(m.written, m.dropped, m.failures, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "keyward_usage_series", Help: "Keys and instances that something was counted of since counts were last written.",
-		}, func() float64 { return float64(m.series.Load()) }))
+			Name: "keyward_usage_series", Help: "Keys and instances of which something was counted that is not written yet, each minute apart.",
+		}, func() float64 { return float64(waiting()) }))
 	}
 	return m
 }
@@ -122,8 +122,9 @@ func (c *Counter) take() (uses []apikey.Use, counts []admin.Usage) {
 // keep adds a period to what waits to be written.
 func (c *Counter) keep(p *period) {
 	for id, r := range p.keys {
-		for _, g := range r.generations {
-			c.keepUse(apikey.Use{KeyID: id, Generation: g.of, At: g.last})
+		network := r.from.String()
+		for _, g := range r.generations { // the key's last use is also one of these
+			c.keepUse(apikey.Use{KeyID: id, Generation: g.of, At: g.last, Network: network, Path: r.pattern})
 		}
 		c.keepCounts(p.minute, id, r)
 	}
@@ -131,7 +132,7 @@ func (c *Counter) keep(p *period) {
 		c.keepCounts(p.minute, apikey.ID{}, r)
 	}
 	for u, late := range p.late {
-		c.keepUse(apikey.Use{KeyID: u.key, Generation: u.generation, At: late.at})
+		c.keepUse(apikey.Use{KeyID: u.key, Generation: u.generation, At: late.at, Network: late.from.String(), Path: late.pattern})
 	}
 }
 

@@ -160,6 +160,7 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	}
 	adminConfig := admin.Config{
 		Format: cfg.format(), Peppers: peppers, Leases: inFlight{s}, OIDC: issuers, Decisions: decisions{s}, Replica: s.replica, AuditKeep: cfg.Audit.Keep.Std(),
+		UsageKeep: cfg.Usage.keep(),
 	}
 	if s.webhook, err = s.newWebhook(cfg.Alerts.Webhook); err != nil {
 		return nil, err

@@ -27,7 +27,7 @@ type reader struct {
 const (
 	keyColumns = `k.id, k.instance_id, k.type, k.name, k.description, k.agent_name, k.user_principal_name, k.environment,
 	k.scopes, k.allowed_ips, k.limits, k.quotas, k.expires_at, k.inactivity_days, k.not_before, k.metadata, k.disabled,
-	k.revoked_at, k.revoked_reason, k.leak_reported_at, k.created_at, k.created_by, k.last_used_at, k.idle_from, k.revision,
+	k.revoked_at, k.revoked_reason, k.leak_reported_at, k.created_at, k.created_by, k.last_used_at, k.last_used_network, k.last_used_path, k.idle_from, k.revision,
 	g.number, g.hint, g.created_at, g.valid_until, g.last_used_at, g.revoked`
 
 	findKey = `SELECT (SELECT revision FROM meta WHERE one = 1), d.generation, ` + keyColumns + `
@@ -291,7 +291,7 @@ func (r *reader) key(row *sql.Rows, lead ...any) (*apikey.Key, error) {
 		document{&k.Scopes}, document{&k.AllowedIPs}, document{&k.Limits}, document{&k.Quotas}, instant{&k.ExpirationDate}, &k.InactivityDays,
 		instant{&k.NotBefore}, document{&k.Metadata}, &k.Disabled,
 		instant{&k.RevokedAt}, &k.RevokedReason, instant{&k.LeakReportedAt}, instant{&k.CreatedAt}, &k.CreatedBy,
-		instant{&k.LastUsedAt}, instant{&k.IdleFrom}, &k.Revision,
+		instant{&k.LastUsedAt}, &k.LastUsedNetwork, &k.LastUsedPath, instant{&k.IdleFrom}, &k.Revision,
 		&number, &hint, &createdAt, &validUntil, &lastUsedAt, &ended)...)
 	if err != nil {
 		return nil, r.fault("read key "+k.ID.String(), err)

@@ -54,16 +54,9 @@ func newTx(sqlTx *sql.Tx, audit admin.AuditKeys, fault func(what string, err err
 
 // exec runs a statement and returns how many rows it changed. What a constraint refuses did nothing.
 func (t *tx) exec(ctx context.Context, what, query string, args ...any) (int64, error) {
-	if t.broken != nil {
-		return 0, t.broken
-	}
-	statement := t.prepared[query]
-	if statement == nil {
-		var err error
-		if statement, err = t.sql.PrepareContext(ctx, query); err != nil { // closed with the transaction
-			return 0, t.fault(what, err)
-		}
-		t.prepared[query] = statement
+	statement, err := t.prepare(ctx, what, query)
+	if err != nil {
+		return 0, err
 	}
 	result, err := statement.ExecContext(ctx, args...)
 	if err != nil {
@@ -77,6 +70,22 @@ func (t *tx) exec(ctx context.Context, what, query string, args ...any) (int64, 
 		return 0, t.fault(what, err)
 	}
 	return n, nil
+}
+
+// prepare returns a statement that is closed with the transaction.
+func (t *tx) prepare(ctx context.Context, what, query string) (*sql.Stmt, error) {
+	if t.broken != nil {
+		return nil, t.broken
+	}
+	statement := t.prepared[query]
+	if statement == nil {
+		var err error
+		if statement, err = t.sql.PrepareContext(ctx, query); err != nil {
+			return nil, t.fault(what, err)
+		}
+		t.prepared[query] = statement
+	}
+	return statement, nil
 }
 
 // execOne runs a statement that changes exactly the row it names.
@@ -171,8 +180,10 @@ func (t *tx) DeleteInstance(ctx context.Context, id string) error {
 	if _, err := t.exec(ctx, "count keys", `DELETE FROM key_counts WHERE instance_id = ?`, id); err != nil {
 		return err
 	}
-	if _, err := t.exec(ctx, "delete alerts", `DELETE FROM alerts WHERE instance_id = ?`, id); err != nil {
-		return err
+	for _, statement := range []string{`DELETE FROM usage WHERE instance_id = ?`, `DELETE FROM alerts WHERE instance_id = ?`} {
+		if _, err := t.exec(ctx, "instance", statement, id); err != nil {
+			return err
+		}
 	}
 	if err := t.execOne(ctx, "instance", `DELETE FROM instances WHERE id = ?`, id); err != nil { // takes its keys along
 		return err
@@ -202,12 +213,12 @@ func (t *tx) InsertKey(ctx context.Context, k *apikey.Key) error {
 	}
 	err = t.execOne(ctx, "insert key", `INSERT INTO keys (id, instance_id, type, name, description, agent_name,
 		user_principal_name, environment, scopes, allowed_ips, limits, expires_at, inactivity_days, not_before, metadata,
-		disabled, revoked_at, revoked_reason, leak_reported_at, created_at, created_by, last_used_at, idle_from, quotas)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		disabled, revoked_at, revoked_reason, leak_reported_at, created_at, created_by, last_used_at, last_used_network, last_used_path, idle_from, quotas)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		k.ID[:], k.InstanceID, string(k.Type), k.Name, k.Description, k.AgentName,
 		k.UserPrincipalName, k.Environment, scopes, allowedIPs, limits, micros(k.ExpirationDate), k.InactivityDays,
 		micros(k.NotBefore), metadata, k.Disabled, micros(k.RevokedAt), string(k.RevokedReason), micros(k.LeakReportedAt),
-		micros(k.CreatedAt), k.CreatedBy, micros(k.LastUsedAt), micros(k.IdleFrom), quotas)
+		micros(k.CreatedAt), k.CreatedBy, micros(k.LastUsedAt), k.LastUsedNetwork, k.LastUsedPath, micros(k.IdleFrom), quotas)
 	if err != nil {
 		return err
 	}
@@ -356,9 +367,9 @@ func (t *tx) touch(ctx context.Context, use apikey.Use) error {
 	at := micros(use.At)
 	// A use takes back the mark of a key that was held for over: for idle, before the use was written down, or
 	// by a clock that was ahead for a while. What is over by its date now stays marked.
-	_, err := t.exec(ctx, "record use", `UPDATE keys SET last_used_at = ?1,
+	_, err := t.exec(ctx, "record use", `UPDATE keys SET last_used_at = ?1, last_used_network = ?4, last_used_path = ?5,
 		ended_at = CASE WHEN expiry >= ?3 AND (inactivity_days = 0 OR ?1 + inactivity_days * 86400000000 >= ?3) THEN `+neverSQL+` ELSE ended_at END
-		WHERE id = ?2 AND last_used_at < ?1`, at, use.KeyID[:], micros(time.Now()))
+		WHERE id = ?2 AND last_used_at < ?1`, at, use.KeyID[:], micros(time.Now()), use.Network, use.Path)
 	if err != nil {
 		return err
 	}

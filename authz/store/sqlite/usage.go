@@ -2,7 +2,7 @@ package sqlite
 
 import (
 	"context"
-	"slices"
+	"database/sql"
 	"time"
 
 	"keyward/authz/admin"
@@ -10,22 +10,16 @@ import (
 
 // AddUsage implements admin.Store.
 func (s *Store) AddUsage(ctx context.Context, counts []admin.Usage) error {
-	for some := range slices.Chunk(counts, batch) {
-		err := s.write(ctx, "add usage", func(t *tx) error {
-			for i := range some {
-				for _, interval := range admin.UsageIntervals() {
-					if err := t.addUsage(ctx, &some[i], interval); err != nil {
-						return err
-					}
+	return s.write(ctx, "add usage", func(t *tx) error {
+		for i := range counts {
+			for _, interval := range admin.UsageIntervals() {
+				if err := t.addUsage(ctx, &counts[i], interval); err != nil {
+					return err
 				}
 			}
-			return nil
-		})
-		if err != nil {
-			return err
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // A usageDetail is what a row of usage holds in JSON.
@@ -48,9 +42,19 @@ func (t *tx) addUsage(ctx context.Context, u *admin.Usage, interval admin.UsageI
 	start := u.Start.UTC().Truncate(each)
 	var kept usageDetail
 	var allowed, refused int64
-	if _, err := t.one(ctx, what, `SELECT allowed, refused, detail FROM usage WHERE instance_id = ? AND key_id = ? AND interval = ? AND start = ?`,
-		[]any{u.InstanceID, u.KeyID[:], int64(each.Seconds()), micros(start)}, &allowed, &refused, document{&kept}); err != nil {
+	statement, err := t.prepare(ctx, what, `SELECT allowed, refused, detail FROM usage WHERE instance_id = ? AND key_id = ? AND interval = ? AND start = ?`)
+	if err != nil {
 		return err
+	}
+	for row, err := range t.each(what, func() (*sql.Rows, error) {
+		return statement.QueryContext(ctx, u.InstanceID, u.KeyID[:], int64(each.Seconds()), micros(start))
+	}) {
+		if err == nil {
+			err = t.scan(what, row, &allowed, &refused, document{&kept})
+		}
+		if err != nil {
+			return err
+		}
 	}
 	sum := kept.counts(allowed, refused)
 	sum.Add(&u.UsageCounts)

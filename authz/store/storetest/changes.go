@@ -312,11 +312,18 @@ func testTouch(t *testing.T, s admin.Store) {
 		made++
 		want := map[int]time.Time{1: {}, 2: {}}
 		var newest time.Time
+		var network, path string
 		for _, batch := range rapid.SliceOfN(rapid.SliceOfN(rapid.IntRange(0, 1000), 0, 4), 1, 4).Draw(rt, "seconds") {
 			var uses []apikey.Use
 			for _, second := range batch {
-				use := apikey.Use{KeyID: id(n), Generation: 1 + second%3, At: noon.Add(time.Duration(second) * time.Second)}
+				use := apikey.Use{
+					KeyID: id(n), Generation: 1 + second%3, At: noon.Add(time.Duration(second) * time.Second),
+					Network: fmt.Sprintf("192.0.%d.0/24", second%256), Path: fmt.Sprint("/", second),
+				}
 				uses = append(uses, use, apikey.Use{KeyID: id(999_999), Generation: 1, At: use.At})
+				if use.At.After(newest) {
+					network, path = use.Network, use.Path
+				}
 				newest = later(newest, use.At)
 				if _, ok := want[use.Generation]; ok { // a third generation is not there
 					want[use.Generation] = later(want[use.Generation], use.At)
@@ -332,6 +339,9 @@ func testTouch(t *testing.T, s admin.Store) {
 			at, err := s.LastUsed(ctx, id(n))
 			if err != nil || at != newest || k.LastUsedAt != newest {
 				rt.Errorf("key last used: got %v and %v, error %v, want %v", at, k.LastUsedAt, err, newest)
+			}
+			if k.LastUsedNetwork != network || k.LastUsedPath != path {
+				rt.Errorf("key last used from %q on %q, want %q and %q", k.LastUsedNetwork, k.LastUsedPath, network, path)
 			}
 			for i, g := range k.Generations {
 				if g.LastUsedAt != want[g.Number] {

@@ -168,7 +168,9 @@ func (s *Memory) Touch(ctx context.Context, uses []apikey.Use) error {
 			if at.After(k.LastUsedAt) && !k.IdleAt(now, at) && !k.overByTime(now) {
 				used.endedAt = time.Time{} // it was held for over
 			}
-			used.LastUsedAt = later(k.LastUsedAt, at)
+			if at.After(k.LastUsedAt) {
+				used.LastUsedAt, used.LastUsedNetwork, used.LastUsedPath = at, use.Network, use.Path
+			}
 			used.Generations = slices.Clone(k.Generations)
 			for i := range used.Generations {
 				if g := &used.Generations[i]; g.Number == use.Generation {
@@ -789,14 +791,19 @@ func (t *memoryTx) DeleteInstance(ctx context.Context, id string) error {
 	}
 	t.instances.drop(id)
 	t.changed(id, apikey.ID{}, nil)
-	for _, a := range t.alerts.all() {
-		if a.InstanceID == id {
-			t.alerts.drop(a.ID)
-		}
-	}
 	for _, k := range t.keys.all() {
 		if k.InstanceID == id {
 			t.dropKey(k)
+		}
+	}
+	for at := range t.usage.all() {
+		if at.instance == id {
+			t.usage.drop(at)
+		}
+	}
+	for alertID, a := range t.alerts.all() {
+		if a.InstanceID == id {
+			t.alerts.drop(alertID)
 		}
 	}
 	return nil
@@ -877,6 +884,7 @@ func (t *memoryTx) UpdateKey(ctx context.Context, k *apikey.Key) error {
 	next := &memoryKey{*k, old.found, old.endedAt}
 	next.Type, next.AgentName, next.UserPrincipalName = old.Type, old.AgentName, old.UserPrincipalName
 	next.CreatedAt, next.CreatedBy, next.LastUsedAt = old.CreatedAt, old.CreatedBy, old.LastUsedAt
+	next.LastUsedNetwork, next.LastUsedPath = old.LastUsedNetwork, old.LastUsedPath
 	next.Generations, next.Digest, next.Generation, next.Revision = old.Generations, apikey.Digest{}, 0, t.revision
 	for _, at := range []*time.Time{&next.ExpirationDate, &next.NotBefore, &next.RevokedAt, &next.LeakReportedAt, &next.IdleFrom} {
 		*at = micros(*at)

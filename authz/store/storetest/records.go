@@ -41,6 +41,7 @@ func testInstances(t *testing.T, s admin.Store) {
 			OnLeak:      apikey.OnLeak{Instance: apikey.LeakFlags, Agent: apikey.LeakRevokes, User: apikey.LeakFlags},
 			KeepRevoked: apikey.Duration(72 * time.Hour),
 			Shadow:      apikey.Shadow{Rate: true, MaxConcurrent: true, Total: true, Scopes: true, AllowedIPs: true},
+			Usage:       apikey.UsagePolicy{Enabled: new(false)},
 			Alerts: apikey.Alerts{
 				NewNetwork:  apikey.NewNetworkAlerts{Disabled: true},
 				Refusals:    apikey.RefusalAlerts{Disabled: true, Window: apikey.Duration(time.Minute), PerKey: 1, PerInstance: 2, Factor: 3},
@@ -192,7 +193,7 @@ func testUpdateKey(t *testing.T, s admin.Store) {
 	change := &apikey.Key{
 		ID: before.ID, InstanceID: before.InstanceID,
 		Type: apikey.TypeUser, AgentName: "x", UserPrincipalName: "x", CreatedAt: noon.Add(time.Hour), CreatedBy: "x",
-		LastUsedAt: noon.Add(time.Hour), Generations: []apikey.Generation{{Number: 9}}, Digest: digest("x"), Generation: 9,
+		LastUsedAt: noon.Add(time.Hour), LastUsedNetwork: "2001:db8::/48", LastUsedPath: "/other", Generations: []apikey.Generation{{Number: 9}}, Digest: digest("x"), Generation: 9,
 		Name: "new name", Description: "new", Environment: "test", Scopes: apikey.Scopes{"c"},
 		AllowedIPs: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32")}, Limits: apikey.Limits{Burst: 99},
 		ExpirationDate: noon.Add(time.Hour), InactivityDays: 3, NotBefore: noon.Add(time.Minute), Metadata: map[string]string{"k": "v"},
@@ -204,6 +205,7 @@ func testUpdateKey(t *testing.T, s admin.Store) {
 	want.Revision = revision
 	want.Type, want.AgentName, want.UserPrincipalName = before.Type, before.AgentName, before.UserPrincipalName
 	want.CreatedAt, want.CreatedBy, want.LastUsedAt = before.CreatedAt, before.CreatedBy, before.LastUsedAt
+	want.LastUsedNetwork, want.LastUsedPath = before.LastUsedNetwork, before.LastUsedPath
 	want.Generations, want.Digest, want.Generation = []apikey.Generation{fullGeneration}, apikey.Digest{}, 0
 	got, err := s.Key(ctx, "tenant", before.ID)
 	if err != nil {

@@ -62,6 +62,13 @@ func Run(t *testing.T, open func(t *testing.T) admin.Store) {
 		{"Replays", testReplays},
 		{"Quotas", testQuotas},
 		{"QuotaStates", testQuotaStates},
+		{"Usage", testUsage},
+		{"UsageAgrees", testUsageAgrees},
+		{"UsageNetworks", testUsageNetworks},
+		{"UsageTop", testUsageTop},
+		{"UsageAllOrNothing", testUsageAllOrNothing},
+		{"UsageForgotten", testForgetUsage},
+		{"UsageGoesWithItsInstance", testUsageGoesWithItsInstance},
 		{"NoAuditNoMutation", testNoAuditNoMutation},
 		{"ErrorTakesEverythingBack", testErrorTakesBack},
 		{"PanicTakesEverythingBack", testPanicTakesBack},
@@ -198,7 +205,7 @@ func fullKey(instanceID string, n int) *apikey.Key {
 		IdleFrom:       noon.Add(3 * time.Minute),
 		CreatedAt:      noon,
 		CreatedBy:      "token:x",
-		LastUsedAt:     noon.Add(time.Second),
+		LastUsedAt:     noon.Add(time.Second), LastUsedNetwork: "192.0.2.0/24", LastUsedPath: "api.example/v1/",
 	}
 }
 

@@ -15,6 +15,9 @@ CREATE TABLE usage (
 CREATE INDEX usage_time ON usage (interval, start);
 CREATE INDEX usage_top ON usage (instance_id, interval, start, allowed, refused);
 
+ALTER TABLE keys ADD COLUMN last_used_network TEXT NOT NULL DEFAULT '';
+ALTER TABLE keys ADD COLUMN last_used_path TEXT NOT NULL DEFAULT '';
+
 CREATE TABLE alerts (
     id          BLOB    NOT NULL PRIMARY KEY,
     instance_id TEXT    NOT NULL,

@@ -1,0 +1,303 @@
+package storetest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"keyward/authz/admin"
+	"keyward/authz/apikey"
+)
+
+// usageKey is id, and for 0 that of no key: of the instance as a whole.
+func usageKey(n int) apikey.ID {
+	if n == 0 {
+		return apikey.ID{}
+	}
+	return id(n)
+}
+
+// fullHour is the beginning of a minute, and of an hour.
+var fullHour = noon.Truncate(time.Hour)
+
+// always is longer than anything is kept.
+var always = [2]time.Time{noon.AddDate(-1, 0, 0), noon.AddDate(1, 0, 0)}
+
+// used returns what was counted in an interval.
+func used(t *testing.T, s admin.Store, instance string, key apikey.ID, interval admin.UsageInterval) []admin.Usage {
+	t.Helper()
+	list, err := s.Usage(t.Context(), admin.UsageQuery{InstanceID: instance, KeyID: key, Interval: interval, From: always[0], To: always[1]})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+func addUsage(t *testing.T, s admin.Store, counts ...admin.Usage) {
+	t.Helper()
+	if err := s.AddUsage(t.Context(), counts); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fullCounts is what is counted with a value in every field.
+func fullCounts() admin.UsageCounts {
+	return admin.UsageCounts{
+		Allowed: 5, Refused: 3, Reasons: map[string]int64{"limit_burst": 2, "missing_scope": 1},
+		Generations: map[int]int64{1: 4, 2: 1}, Networks: map[string]int64{"192.0.2.0/24": 4, admin.OtherNetworks: 1},
+		Ended: admin.EndedRequests{
+			Count: 6, Status: [6]int64{1, 0, 2, 1, 1, 1}, RequestBytes: 700, ResponseBytes: 1 << 40, Duration: 3 * time.Second, Longest: 2 * time.Second,
+		},
+	}
+}
+
+func testUsage(t *testing.T, s admin.Store) {
+	full := fullCounts()
+	wantNoZero(t, full)
+	wantNoZero(t, full.Ended)
+	start := time.Date(2026, 3, 1, 23, 59, 30, 123, time.FixedZone("east", 2*3600))
+	of := func(key int, at time.Time, c admin.UsageCounts) admin.Usage {
+		return admin.Usage{InstanceID: "tenant", KeyID: usageKey(key), Start: at, UsageCounts: c}
+	}
+	// A minute, the next, which is another hour, and one of the next day in UTC.
+	addUsage(t, s, of(1, start, full), of(2, start, full), of(0, start, full))
+	addUsage(t, s, of(1, start, full), of(1, start.Add(30*time.Second), full), of(1, start.Add(2*time.Hour+time.Minute), full))
+	addUsage(t, s, admin.Usage{Start: start, UsageCounts: full}) // of no instance
+	addUsage(t, s)                                               // nothing at all
+
+	twice := fullCounts()
+	twice.Add(&full)
+	if twice.Ended.Longest != full.Ended.Longest || twice.Ended.Duration != 2*full.Ended.Duration || twice.Reasons["limit_burst"] != 4 {
+		t.Fatalf("adding: %+v", twice)
+	}
+	thrice := sum(twice, full)
+	at := func(day, hour, minute int) time.Time { return time.Date(2026, 3, day, hour, minute, 0, 0, time.UTC) }
+	for interval, want := range map[admin.UsageInterval][]admin.Usage{
+		admin.UsageMinute: {of(1, at(1, 21, 59), twice), of(1, at(1, 22, 0), full), of(1, at(2, 0, 0), full)},
+		admin.UsageHour:   {of(1, at(1, 21, 0), twice), of(1, at(1, 22, 0), full), of(1, at(2, 0, 0), full)},
+		admin.UsageDay:    {of(1, at(1, 0, 0), thrice), of(1, at(2, 0, 0), full)},
+	} {
+		wantSame(t, string(interval), want, used(t, s, "tenant", usageKey(1), interval))
+	}
+	wantSame(t, "another key", []admin.Usage{of(2, at(1, 21, 0), full)}, used(t, s, "tenant", usageKey(2), admin.UsageHour))
+	wantSame(t, "the instance", []admin.Usage{of(0, at(1, 21, 0), full)}, used(t, s, "tenant", apikey.ID{}, admin.UsageHour))
+	wantSame(t, "no instance", []admin.Usage{{Start: at(1, 21, 0), UsageCounts: full}}, used(t, s, "", apikey.ID{}, admin.UsageHour))
+	if list := used(t, s, "other", usageKey(1), admin.UsageHour); len(list) != 0 {
+		t.Errorf("another instance's key: %+v", list)
+	}
+	q := admin.UsageQuery{InstanceID: "tenant", KeyID: usageKey(1), Interval: admin.UsageMinute, From: at(1, 22, 0), To: at(2, 0, 0)}
+	list, err := s.Usage(t.Context(), q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantSame(t, "from the first to before the last", []admin.Usage{of(1, at(1, 22, 0), full)}, list)
+}
+
+func sum(a, b admin.UsageCounts) admin.UsageCounts {
+	var c admin.UsageCounts
+	c.Add(&a)
+	c.Add(&b)
+	return c
+}
+
+// testUsageAgrees: whatever is added, in whatever batches and by however many at once, minutes, hours and days say the same.
+func testUsageAgrees(t *testing.T, s admin.Store) {
+	const writers, rounds = 4, 25
+	var all sync.WaitGroup
+	for w := range writers {
+		all.Go(func() {
+			for round := range rounds {
+				var batch []admin.Usage
+				for key := range 3 {
+					batch = append(batch, admin.Usage{
+						InstanceID: "tenant", KeyID: usageKey(key), Start: fullHour.Add(time.Duration(round*(w+1)) * 17 * time.Minute),
+						UsageCounts: admin.UsageCounts{Allowed: 1, Generations: map[int]int64{w: 1}},
+					})
+				}
+				if err := s.AddUsage(t.Context(), batch); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	for key := range 3 {
+		for _, interval := range admin.UsageIntervals() {
+			var total admin.UsageCounts
+			for _, u := range used(t, s, "tenant", usageKey(key), interval) {
+				if !u.Start.Equal(u.Start.Truncate(interval.Duration())) {
+					t.Errorf("%s: begins at %v", interval, u.Start)
+				}
+				total.Add(&u.UsageCounts)
+			}
+			want := admin.UsageCounts{Allowed: writers * rounds, Generations: map[int]int64{0: rounds, 1: rounds, 2: rounds, 3: rounds}}
+			wantSame(t, fmt.Sprintf("key %d by %s", key, interval), want, total)
+		}
+	}
+}
+
+func testUsageNetworks(t *testing.T, s admin.Store) {
+	counts := func(first, n int) admin.Usage {
+		u := admin.Usage{InstanceID: "tenant", KeyID: usageKey(1), Start: fullHour, UsageCounts: admin.UsageCounts{Networks: map[string]int64{}}}
+		for i := range n {
+			u.Networks[fmt.Sprintf("10.0.%d.0/24", first+i)] = 1
+			u.Allowed++
+		}
+		return u
+	}
+	addUsage(t, s, counts(0, admin.MaxNetworks-1))
+	addUsage(t, s, counts(0, 30))
+	addUsage(t, s, counts(100, 50))
+	for _, interval := range admin.UsageIntervals() {
+		list := used(t, s, "tenant", usageKey(1), interval)
+		if len(list) != 1 {
+			t.Fatalf("%s: %+v", interval, list)
+		}
+		total := int64(0)
+		for _, n := range list[0].Networks {
+			total += n
+		}
+		if got := list[0].Networks; len(got) > admin.MaxNetworks+1 || got[admin.OtherNetworks] != 49 || got["10.0.0.0/24"] != 2 || total != list[0].Allowed {
+			t.Errorf("%s: %d networks, %d other, %d in all: %v", interval, len(got), got[admin.OtherNetworks], total, got)
+		}
+	}
+}
+
+func testUsageTop(t *testing.T, s admin.Store) {
+	var batch []admin.Usage
+	add := func(instance string, key int, at time.Time, allowed, refused int64) {
+		batch = append(batch, admin.Usage{InstanceID: instance, KeyID: usageKey(key), Start: at, UsageCounts: admin.UsageCounts{
+			Allowed: allowed, Refused: refused, Reasons: map[string]int64{"limit_burst": refused},
+		}})
+	}
+	add("tenant", 1, fullHour, 10, 0)
+	add("tenant", 1, fullHour.Add(time.Hour), 10, 1)
+	add("tenant", 2, fullHour, 15, 5)
+	add("tenant", 3, fullHour, 0, 20)
+	add("tenant", 4, fullHour, 20, 0) // as much as 2 and 3
+	add("tenant", 5, fullHour.Add(3*time.Hour), 1000, 1000)
+	add("tenant", 0, fullHour, 1000, 1000) // the instance is no key
+	add("other", 6, fullHour, 1000, 1000)
+	addUsage(t, s, batch...)
+	for name, c := range map[string]struct {
+		by    admin.UsageOrder
+		limit int
+		want  []apikey.ID
+	}{
+		"by requests":   {admin.ByRequests, 10, []apikey.ID{id(1), id(2), id(3), id(4)}},
+		"the first two": {admin.ByRequests, 2, []apikey.ID{id(1), id(2)}},
+		"by refused":    {admin.ByRefused, 10, []apikey.ID{id(3), id(2), id(1), id(4)}},
+	} {
+		for _, interval := range []admin.UsageInterval{admin.UsageMinute, admin.UsageHour} {
+			list, err := s.TopUsage(t.Context(), "tenant", admin.UsageTop{Interval: interval, From: fullHour, To: fullHour.Add(2 * time.Hour), By: c.by, Limit: c.limit})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []apikey.ID
+			for _, u := range list {
+				got = append(got, u.KeyID)
+				if u.KeyID == usageKey(1) {
+					wantSame(t, "sum", admin.Usage{InstanceID: "tenant", KeyID: usageKey(1), UsageCounts: admin.UsageCounts{
+						Allowed: 20, Refused: 1, Reasons: map[string]int64{"limit_burst": 1},
+					}}, u)
+				}
+			}
+			wantSame(t, name, c.want, got)
+		}
+	}
+}
+
+func testForgetUsage(t *testing.T, s admin.Store) {
+	var batch []admin.Usage
+	for i := range 1200 { // more than a store would remove in one go
+		batch = append(batch, admin.Usage{InstanceID: "tenant", KeyID: usageKey(i % 2), Start: fullHour.Add(time.Duration(i) * time.Minute), UsageCounts: admin.UsageCounts{Allowed: 1}})
+	}
+	addUsage(t, s, batch...)
+	err := s.ForgetUsage(t.Context(), map[admin.UsageInterval]time.Time{
+		admin.UsageMinute: fullHour.Add(1190 * time.Minute), admin.UsageHour: fullHour.Add(2 * time.Hour),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for interval, want := range map[admin.UsageInterval]int{admin.UsageMinute: 5, admin.UsageHour: 18, admin.UsageDay: 2} {
+		for key := range 2 {
+			if list := used(t, s, "tenant", usageKey(key), interval); len(list) != want {
+				t.Errorf("key %d by %s: %d left, want %d", key, interval, len(list), want)
+			}
+		}
+	}
+	if list := used(t, s, "tenant", usageKey(0), admin.UsageMinute); !list[0].Start.Equal(fullHour.Add(1190 * time.Minute)) {
+		t.Errorf("what began at the time itself is gone: %v", list[0].Start)
+	}
+}
+
+// testUsageGoesWithItsInstance, and stays when a key goes.
+func testUsageGoesWithItsInstance(t *testing.T, s admin.Store) {
+	instance(t, s, "tenant")
+	instance(t, s, "target")
+	keyOf(t, s, "target", 1)
+	keyOf(t, s, "tenant", 2)
+	for _, in := range []string{"tenant", "target"} {
+		for key := range 3 {
+			addUsage(t, s, admin.Usage{InstanceID: in, KeyID: usageKey(key), Start: fullHour, UsageCounts: fullCounts()})
+		}
+		if err := s.PutAlert(t.Context(), &admin.Alert{ID: id(len(in) + int(in[1])), InstanceID: in, Kind: admin.AlertUnused, OpenedAt: fullHour}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left := func() (n int) {
+		for key := range 3 {
+			for _, interval := range admin.UsageIntervals() {
+				n += len(used(t, s, "target", usageKey(key), interval))
+			}
+		}
+		alerts, err := s.Alerts(t.Context(), admin.AlertQuery{InstanceID: "target", Limit: 10})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n + len(alerts)
+	}
+	update(t, s, func(tx admin.Tx) error { return tx.DeleteKey(t.Context(), "target", usageKey(1)) })
+	if n := left(); n != 10 {
+		t.Errorf("a key was removed: %d left, want 10", n)
+	}
+	failed := errors.New("changed its mind")
+	if _, err := s.Update(t.Context(), func(tx admin.Tx) error {
+		return errors.Join(tx.Audit(t.Context(), event), tx.DeleteInstance(t.Context(), "target"), failed)
+	}); !errors.Is(err, failed) {
+		t.Fatal(err)
+	}
+	if n := left(); n != 10 {
+		t.Errorf("an instance was not removed after all: %d left, want 10", n)
+	}
+	update(t, s, func(tx admin.Tx) error { return tx.DeleteInstance(t.Context(), "target") })
+	if n := left(); n != 0 {
+		t.Errorf("an instance was removed: %d left", n)
+	}
+	if alerts, err := s.Alerts(t.Context(), admin.AlertQuery{InstanceID: "tenant", Limit: 10}); err != nil || len(alerts) != 1 || len(used(t, s, "tenant", usageKey(1), admin.UsageDay)) != 1 {
+		t.Errorf("another instance lost its own: %v, %v", alerts, err)
+	}
+}
+
+// testUsageAllOrNothing: a batch that was not written is tried again, so nothing of it may have been added.
+func testUsageAllOrNothing(t *testing.T, s admin.Store) {
+	var batch []admin.Usage
+	for i := range 3000 {
+		batch = append(batch, admin.Usage{InstanceID: "tenant", KeyID: usageKey(i), Start: fullHour, UsageCounts: fullCounts()})
+	}
+	for _, after := range []time.Duration{0, time.Millisecond, 20 * time.Millisecond} {
+		ctx, cancel := context.WithTimeout(t.Context(), after)
+		err := s.AddUsage(ctx, batch)
+		cancel()
+		first, last := used(t, s, "tenant", usageKey(0), admin.UsageDay), used(t, s, "tenant", usageKey(2999), admin.UsageDay)
+		if err == nil {
+			return // as fast as that
+		}
+		if len(first)+len(last) > 0 {
+			t.Fatalf("a batch failed (%v), and some of it was added", err)
+		}
+	}
+}

@@ -1,0 +1,414 @@
+package usage_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"keyward/authz"
+	"keyward/authz/admin"
+	"keyward/authz/apikey"
+	"keyward/authz/usage"
+)
+
+// memory is a store that keeps what it was told, or refuses.
+type memory struct {
+	mu     sync.Mutex
+	last   map[apikey.ID]apikey.Use
+	counts map[string]*admin.UsageCounts // by instance, key and minute
+	heard  map[string]*admin.UsageCounts // the same, by the listener
+	err    error                         // of every call
+	after  int                           // batches until they fail with err too; -1: never
+}
+
+func newMemory() *memory {
+	return &memory{last: map[apikey.ID]apikey.Use{}, counts: map[string]*admin.UsageCounts{}, heard: map[string]*admin.UsageCounts{}, after: -1}
+}
+
+func (m *memory) Touch(_ context.Context, uses []apikey.Use) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.err != nil {
+		return m.err
+	}
+	for _, u := range uses {
+		if u.At.After(m.last[u.KeyID].At) {
+			m.last[u.KeyID] = u
+		}
+	}
+	return nil
+}
+
+func (m *memory) AddUsage(_ context.Context, counts []admin.Usage) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.err != nil {
+		return m.err
+	}
+	if m.after == 0 {
+		return errors.New("full")
+	}
+	m.after--
+	add(m.counts, counts)
+	return nil
+}
+
+func (m *memory) Counted(_ context.Context, counts []admin.Usage) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	add(m.heard, counts)
+}
+
+func add(to map[string]*admin.UsageCounts, counts []admin.Usage) {
+	for _, u := range counts {
+		at := place(u.InstanceID, u.KeyID, u.Start)
+		if to[at] == nil {
+			to[at] = new(admin.UsageCounts)
+		}
+		to[at].Add(&u.UsageCounts)
+	}
+}
+
+func place(instance string, key apikey.ID, minute time.Time) string {
+	return fmt.Sprintf("%s/%s %s", instance, key, minute.UTC().Format("15:04:05"))
+}
+
+func (m *memory) fail(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.err = err
+}
+
+func (m *memory) lastUsed(id apikey.ID) time.Time {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.last[id].At
+}
+
+// start runs a counter; stop ends it.
+func start(t *testing.T, m *memory, cfg usage.Config) (c *usage.Counter, reg *prometheus.Registry, stop func()) {
+	t.Helper()
+	cfg.Listener = m
+	reg = prometheus.NewRegistry()
+	c = usage.NewCounter(m, cfg, reg, slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- c.Run(ctx) }()
+	var once sync.Once
+	stop = func() {
+		once.Do(func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Cleanup(stop)
+	return c, reg, stop
+}
+
+func metric(t *testing.T, reg *prometheus.Registry, name string) float64 {
+	t.Helper()
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == name {
+			return f.GetMetric()[0].GetCounter().GetValue() + f.GetMetric()[0].GetGauge().GetValue()
+		}
+	}
+	t.Fatalf("no metric %s", name)
+	return 0
+}
+
+func use(k *apikey.Key, reason authz.Reason, from string) authz.Use {
+	u := authz.Use{Reason: reason, Key: k, InstanceID: "demo", Pattern: "/v1/", At: time.Now()}
+	if from != "" {
+		u.Client = netip.MustParseAddr(from)
+	}
+	return u
+}
+
+func keyOf(n byte, generation int) *apikey.Key {
+	return &apikey.Key{ID: apikey.ID{1, 15: n}, InstanceID: "demo", Generation: generation}
+}
+
+func TestUsesAreWrittenWithinAMinuteAndAtTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		c, _, stop := start(t, store, usage.Config{})
+		k := keyOf(7, 1)
+		first := time.Now()
+		c.Decided(use(k, authz.ReasonKey, "192.0.2.9"))
+		late := use(k, authz.ReasonKey, "198.51.100.1") // late news of an earlier use
+		late.At = first.Add(-time.Hour)
+		c.Decided(late)
+		if got := c.Pending(k.ID); !got.Equal(first) {
+			t.Errorf("pending: got %v, want %v", got, first)
+		}
+		time.Sleep(time.Minute)
+		if got, want := store.last[k.ID], (apikey.Use{KeyID: k.ID, Generation: 1, At: first, Network: "192.0.2.0/24", Path: "/v1/"}); got != want {
+			t.Errorf("after a minute: got %+v, want %+v", got, want)
+		}
+		if got := store.counts[place("demo", k.ID, first)]; got == nil || got.Allowed != 2 {
+			t.Errorf("after a minute: counted %+v", got)
+		}
+
+		store.fail(errors.New("disk full"))
+		second := time.Now()
+		c.Decided(use(k, authz.ReasonKey, ""))
+		time.Sleep(time.Minute)
+		if got := c.Pending(k.ID); !got.Equal(second) {
+			t.Errorf("a use that could not be written was forgotten: got %v, want %v", got, second)
+		}
+		store.fail(nil)
+		stop()
+		if got := store.lastUsed(k.ID); !got.Equal(second) {
+			t.Errorf("after the end: got %v, want %v", got, second)
+		}
+		if got := store.counts[place("demo", k.ID, second)]; got == nil || got.Allowed != 1 {
+			t.Errorf("after the end: counted %+v", got)
+		}
+	})
+}
+
+func TestEveryDecisionIsCountedOnceInItsMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		c, reg, stop := start(t, store, usage.Config{})
+		minute := time.Now()
+		old, current, other := keyOf(1, 1), keyOf(1, 2), keyOf(2, 1)
+		for range 3 {
+			c.Decided(use(old, authz.ReasonKey, "192.0.2.1"))
+			c.Decided(use(current, authz.ReasonKey, "2001:db8:1:2::3"))
+			c.Decided(use(current, authz.ReasonLimitBurst, "192.0.2.1"))
+			c.Decided(use(other, authz.ReasonMissingScope, "192.0.2.1"))
+			c.Decided(use(nil, authz.ReasonUnknownKey, "192.0.2.1"))
+			c.Decided(use(nil, authz.ReasonJWT, "198.51.100.7"))
+			elsewhere := use(nil, authz.ReasonPublic, "")
+			elsewhere.InstanceID = ""
+			c.Decided(elsewhere)
+			c.Ended("demo", old.ID, 204, 10, 20, time.Second)
+			c.Ended("demo", old.ID, 0, -1, -1, -time.Second)
+			c.Ended("demo", apikey.ID{}, 599, 1, 2, 3*time.Second)
+			time.Sleep(time.Second)
+		}
+		time.Sleep(time.Until(minute.Add(time.Minute)))
+		c.Decided(use(old, authz.ReasonKey, "")) // whoever comes first in a minute does not wait for the writing
+		stop()
+
+		next := minute.Add(time.Minute)
+		of := func(allowed int64, reasons map[string]int64, generations map[int]int64, networks map[string]int64, ended admin.EndedRequests) *admin.UsageCounts {
+			refused := int64(0)
+			for _, n := range reasons {
+				refused += n
+			}
+			return &admin.UsageCounts{Allowed: allowed, Refused: refused, Reasons: reasons, Generations: generations, Networks: networks, Ended: ended}
+		}
+		ended := admin.EndedRequests{Count: 6, Status: [6]int64{3, 0, 3, 0, 0, 0}, RequestBytes: 30, ResponseBytes: 60, Duration: 3 * time.Second, Longest: time.Second}
+		all := admin.EndedRequests{Count: 9, Status: [6]int64{3, 0, 3, 0, 0, 3}, RequestBytes: 33, ResponseBytes: 66, Duration: 12 * time.Second, Longest: 3 * time.Second}
+		want := map[string]*admin.UsageCounts{
+			place("demo", old.ID, minute): of(6, map[string]int64{"limit_burst": 3}, map[int]int64{1: 3, 2: 3},
+				map[string]int64{"192.0.2.0/24": 3, "2001:db8:1::/48": 3}, ended),
+			place("demo", other.ID, minute): of(0, map[string]int64{"missing_scope": 3}, nil, nil, admin.EndedRequests{}),
+			place("demo", apikey.ID{}, minute): of(9, map[string]int64{"limit_burst": 3, "missing_scope": 3, "unknown_key": 3}, map[int]int64{1: 3, 2: 3},
+				map[string]int64{"192.0.2.0/24": 3, "2001:db8:1::/48": 3, "198.51.100.0/24": 3}, all),
+			place("", apikey.ID{}, minute):   of(3, nil, nil, nil, admin.EndedRequests{}),
+			place("demo", old.ID, next):      of(1, nil, map[int]int64{1: 1}, nil, admin.EndedRequests{}),
+			place("demo", apikey.ID{}, next): of(1, nil, map[int]int64{1: 1}, nil, admin.EndedRequests{}),
+		}
+		if d := cmp.Diff(want, store.counts); d != "" {
+			t.Errorf("written (-want +got):\n%s", d)
+		}
+		if d := cmp.Diff(want, store.heard); d != "" {
+			t.Errorf("heard (-want +got):\n%s", d)
+		}
+		if n := metric(t, reg, "keyward_usage_series"); n != 0 {
+			t.Errorf("%v series when all is written", n)
+		}
+		if n := metric(t, reg, "keyward_usage_dropped_total"); n != 0 {
+			t.Errorf("%v dropped", n)
+		}
+	})
+}
+
+// TestFailedBatchesAreTriedAgain: and none that was written.
+func TestFailedBatchesAreTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		c, reg, stop := start(t, store, usage.Config{})
+		store.after = 1 // of three
+		minute := time.Now()
+		for round := range 2 {
+			for n := range 250 {
+				k := keyOf(0, 1)
+				k.ID[15] = byte(n)
+				c.Decided(use(k, authz.ReasonKey, ""))
+			}
+			time.Sleep(12 * time.Second)
+			if round == 0 && len(store.counts) != 100 {
+				t.Fatalf("%d counts were written before the store failed", len(store.counts))
+			}
+		}
+		store.after = -1
+		stop()
+		for n := range 250 {
+			if got := store.counts[place("demo", apikey.ID{1, 15: byte(n)}, minute)]; got == nil || got.Allowed != 2 {
+				t.Fatalf("key %d: %+v, want 2", n, got)
+			}
+		}
+		if got := store.counts[place("demo", apikey.ID{}, minute)]; got.Allowed != 500 {
+			t.Errorf("in all: %d, want 500", got.Allowed)
+		}
+		if d := cmp.Diff(store.counts, store.heard); d != "" {
+			t.Errorf("heard (-written +heard):\n%s", d)
+		}
+		if n := metric(t, reg, "keyward_usage_failures_total"); n != 2 {
+			t.Errorf("%v failures, want 2", n)
+		}
+	})
+}
+
+// TestNoRoomForAKey: the instance's total stays exact, and the key's last use is kept.
+func TestNoRoomForAKey(t *testing.T) {
+	const keys = 100_100
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		c, reg, stop := start(t, store, usage.Config{})
+		minute := time.Now()
+		for range 2 {
+			for n := range keys {
+				k := &apikey.Key{ID: apikey.ID{1, 13: byte(n >> 16), 14: byte(n >> 8), 15: byte(n)}, Generation: 1}
+				c.Decided(use(k, authz.ReasonKey, "192.0.2.1"))
+			}
+		}
+		c.Ended("made up", apikey.ID{9}, 200, 1, 1, 1)
+		dropped := metric(t, reg, "keyward_usage_dropped_total")
+		if dropped < 200 || dropped > 2*200 { // records of what belongs to no key need room too
+			t.Errorf("dropped %v, want a little over 200", dropped)
+		}
+		if series := metric(t, reg, "keyward_usage_series"); series < 100_000 || series > 100_064 {
+			t.Errorf("%v series", series)
+		}
+		stop()
+		if got := store.counts[place("demo", apikey.ID{}, minute)]; got == nil || got.Allowed != 2*keys || got.Networks["192.0.2.0/24"] != 2*keys {
+			t.Errorf("in all: %+v, want %d", got, 2*keys)
+		}
+		if len(store.last) != keys {
+			t.Errorf("last uses of %d keys, want %d", len(store.last), keys)
+		}
+		if len(store.heard) == 0 || store.counts[place("made up", apikey.ID{9}, minute)] != nil {
+			t.Error("an instance that an access log made up took a place")
+		}
+	})
+}
+
+func TestNetworksOfAKeyAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		c, _, stop := start(t, store, usage.Config{})
+		minute, k := time.Now(), keyOf(1, 1)
+		for n := range 100 {
+			c.Decided(use(k, authz.ReasonKey, fmt.Sprintf("10.0.%d.1", n)))
+		}
+		c.Decided(use(k, authz.ReasonKey, "10.0.0.2"))
+		stop()
+		for _, id := range []apikey.ID{k.ID, {}} {
+			got := store.counts[place("demo", id, minute)]
+			if len(got.Networks) != admin.MaxNetworks+1 || got.Networks[admin.OtherNetworks] != 36 || got.Networks["10.0.0.0/24"] != 2 {
+				t.Errorf("%d networks: %v", len(got.Networks), got.Networks)
+			}
+		}
+	})
+}
+
+// TestLastUsesAreKeptWhereNothingIsCounted: keys may end when they are idle.
+func TestLastUsesAreKeptWhereNothingIsCounted(t *testing.T) {
+	no := &apikey.Instance{ID: "demo", Policy: apikey.Policy{Usage: apikey.UsagePolicy{Enabled: new(false)}}}
+	yes := &apikey.Instance{ID: "demo"}
+	for name, tt := range map[string]struct {
+		cfg  usage.Config
+		want int // counts
+	}{
+		"off":                           {usage.Config{Off: true}, 0},
+		"off, in the instance":          {usage.Config{Instance: func(string) *apikey.Instance { return no }}, 0},
+		"the instance is gone":          {usage.Config{Instance: func(string) *apikey.Instance { return nil }}, 0},
+		"on":                            {usage.Config{Instance: func(string) *apikey.Instance { return yes }}, 2},
+		"on, and nobody knows which is": {usage.Config{}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := newMemory()
+				c, _, stop := start(t, store, tt.cfg)
+				k := keyOf(1, 1)
+				at := time.Now()
+				c.Decided(use(k, authz.ReasonKey, ""))
+				time.Sleep(time.Minute)
+				stop()
+				if len(store.counts) != tt.want || !store.lastUsed(k.ID).Equal(at) {
+					t.Errorf("counted %v, last used %v", store.counts, store.lastUsed(k.ID))
+				}
+			})
+		})
+	}
+}
+
+// TestNothingIsLostBetweenWriters counts from many goroutines while counts are taken.
+func TestNothingIsLostBetweenWriters(t *testing.T) {
+	store := newMemory()
+	synctest.Test(t, func(t *testing.T) {
+		c, _, stop := start(t, store, usage.Config{})
+		const goroutines, rounds = 8, 2000
+		var all sync.WaitGroup
+		for g := range goroutines {
+			all.Go(func() {
+				for n := range rounds {
+					c.Decided(use(keyOf(byte(n%5), 1), authz.ReasonKey, "192.0.2.1"))
+					c.Decided(use(nil, authz.ReasonBadChecksum, ""))
+					time.Sleep(time.Duration(g) * 10 * time.Millisecond)
+				}
+			})
+		}
+		all.Wait()
+		stop()
+		var total, keys admin.UsageCounts
+		for at, n := range store.counts {
+			if strings.HasPrefix(at, "demo/"+apikey.ID{}.String()) && n.Reasons["bad_checksum"] > 0 {
+				total.Add(n)
+			} else {
+				keys.Add(n)
+			}
+		}
+		if want := int64(goroutines * rounds); total.Refused != want || total.Allowed+keys.Allowed != 2*want {
+			t.Errorf("refused %d, allowed %d in all and %d by key, want %d", total.Refused, total.Allowed, keys.Allowed, want)
+		}
+	})
+}
+
+func BenchmarkDecided(b *testing.B) {
+	c := usage.NewCounter(newMemory(), usage.Config{}, nil, slog.New(slog.DiscardHandler))
+	for name, u := range map[string]authz.Use{
+		"allowed": use(keyOf(7, 1), authz.ReasonKey, "192.0.2.1"),
+		"refused": use(keyOf(7, 1), authz.ReasonLimitBurst, "192.0.2.1"),
+		"unknown": use(nil, authz.ReasonUnknownKey, "192.0.2.1"),
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				u.At = u.At.Add(1)
+				c.Decided(u)
+			}
+		})
+	}
+}
