@@ -765,7 +765,9 @@ func TestAdvice(t *testing.T) {
 
 type noWebhook struct{}
 
-func (noWebhook) Send(context.Context, admin.Notice) admin.WebhookAnswer { return admin.WebhookAnswer{} }
+func (noWebhook) Send(context.Context, admin.Notice) admin.WebhookAnswer {
+	return admin.WebhookAnswer{}
+}
 
 // The webhook is told of each report that did something, in the transaction that did it.
 func TestLeakReportsAreNoticed(t *testing.T) {
