@@ -234,9 +234,7 @@ func (a *Alerts) judge(ctx context.Context) error {
 	defer cancel()
 	a.mu.Lock()
 	networks, unknown := a.heard.networks, a.heard.unknown
-	if len(networks)+len(unknown) > 0 {
-		a.heard.networks, a.heard.unknown = map[keyNetwork]seenAt{}, map[string]bool{}
-	}
+	a.heard.networks, a.heard.unknown = map[keyNetwork]seenAt{}, map[string]bool{}
 	a.mu.Unlock()
 	errs := []error{a.judgeNetworks(ctx, networks)}
 	for instance := range unknown {

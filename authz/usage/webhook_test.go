@@ -137,9 +137,11 @@ func TestWebhookThatDoesNotTakeIt(t *testing.T) {
 		status int
 		says   string
 	}{
-		"500":      {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) }, 500, "HTTP status 500"},
-		"400":      {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(400) }, 400, "HTTP status 400"},
-		"redirect": {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect) }, 307, "redirects are not followed"},
+		"500": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) }, 500, "HTTP status 500"},
+		"400": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(400) }, 400, "HTTP status 400"},
+		"redirect": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect)
+		}, 307, "redirects are not followed"},
 		"hangs": {func(_ http.ResponseWriter, r *http.Request) {
 			select {
 			case <-r.Context().Done():
