@@ -17,7 +17,7 @@ type AlertsInput struct {
 
 // RefusalAlertsInput is [apikey.RefusalAlerts] as people write it.
 type RefusalAlertsInput struct {
-	Off         bool   `json:"off,omitempty"`
+	Disabled    bool   `json:"disabled,omitempty"`
 	Window      string `json:"window,omitempty" doc:"What is counted, in whole minutes from 1m to 1h. As shipped: 5m."`
 	PerKey      *int   `json:"perKey,omitempty" minimum:"1" doc:"Refusals of a key within the window, at least. As shipped: 100."`
 	PerInstance *int   `json:"perInstance,omitempty" minimum:"1" doc:"The same of the whole instance. As shipped: 500."`
@@ -26,19 +26,19 @@ type RefusalAlertsInput struct {
 
 // UnknownKeyAlertsInput is [apikey.UnknownKeyAlerts] as people write it.
 type UnknownKeyAlertsInput struct {
-	Off       bool `json:"off,omitempty"`
+	Disabled  bool `json:"disabled,omitempty"`
 	PerMinute *int `json:"perMinute,omitempty" minimum:"1" doc:"At least. As shipped: 100."`
 }
 
 // ExpiringAlertsInput is [apikey.ExpiringKeyAlerts] as people write it.
 type ExpiringAlertsInput struct {
-	Off  bool  `json:"off,omitempty"`
-	Days []int `json:"days,omitzero" strict:"notnull" nullable:"false" minItems:"1" maxItems:"5" doc:"Before the end, falling, each an alert of its own. As shipped: 14, 3, 1."`
+	Disabled bool  `json:"disabled,omitempty"`
+	Days     []int `json:"days,omitzero" strict:"notnull" nullable:"false" minItems:"1" maxItems:"5" doc:"Before the end, falling, each an alert of its own. As shipped: 14, 3, 1."`
 }
 
 // UnusedAlertsInput is [apikey.UnusedKeyAlerts] as people write it.
 type UnusedAlertsInput struct {
-	Off           bool `json:"off,omitempty"`
+	Disabled      bool `json:"disabled,omitempty"`
 	IdleDays      *int `json:"idleDays,omitempty" minimum:"1" maximum:"365" doc:"Since the last use. As shipped: 60."`
 	NeverUsedDays *int `json:"neverUsedDays,omitempty" minimum:"1" maximum:"365" doc:"Since it was made, imported or restored. As shipped: 14."`
 }
@@ -46,8 +46,8 @@ type UnusedAlertsInput struct {
 // alerts checks in and returns what it describes. Errors: *apikey.InvalidError, several joined.
 func (in *AlertsInput) alerts(field string) (apikey.Alerts, error) {
 	a := apikey.Alerts{
-		NewNetwork: in.NewNetwork, Refusals: apikey.RefusalAlerts{Off: in.Refusals.Off}, UnknownKeys: apikey.UnknownKeyAlerts{Off: in.UnknownKeys.Off},
-		Expiring: apikey.ExpiringKeyAlerts{Off: in.Expiring.Off, Days: slices.Clone(in.Expiring.Days)}, Unused: apikey.UnusedKeyAlerts{Off: in.Unused.Off},
+		NewNetwork: in.NewNetwork, Refusals: apikey.RefusalAlerts{Disabled: in.Refusals.Disabled}, UnknownKeys: apikey.UnknownKeyAlerts{Disabled: in.UnknownKeys.Disabled},
+		Expiring: apikey.ExpiringKeyAlerts{Disabled: in.Expiring.Disabled, Days: slices.Clone(in.Expiring.Days)}, Unused: apikey.UnusedKeyAlerts{Disabled: in.Unused.Disabled},
 	}
 	var bad faults
 	for _, n := range []struct {
@@ -65,7 +65,7 @@ func (in *AlertsInput) alerts(field string) (apikey.Alerts, error) {
 		switch {
 		case n.from == nil:
 		case *n.from == 0:
-			bad.add(apikey.Invalid(field+"."+n.field, "must not be 0: leave it out for what is shipped, or say off: true"))
+			bad.add(apikey.Invalid(field+"."+n.field, "must not be 0: leave it out for what is shipped, or say disabled: true"))
 		default:
 			*n.to = *n.from
 		}
@@ -79,7 +79,7 @@ func (in *AlertsInput) alerts(field string) (apikey.Alerts, error) {
 		bad.add(under(field+".refusals.window", err))
 	}
 	if in.Expiring.Days != nil && len(in.Expiring.Days) == 0 {
-		bad.add(apikey.Invalid(field+".expiring.days", "must not be empty: leave it out for what is shipped, or say off: true"))
+		bad.add(apikey.Invalid(field+".expiring.days", "must not be empty: leave it out for what is shipped, or say disabled: true"))
 	}
 	if bad == nil {
 		bad.add(under(field, a.Validate()))

@@ -37,9 +37,9 @@ type AlertStore interface {
 	// KeyNetworks lists the networks that a key is known to be used from, those used last first; at most
 	// [MaxKeyNetworks].
 	KeyNetworks(ctx context.Context, key apikey.ID) ([]KeyNetwork, error)
-	// LearnNetworks adds networks that keys were used from, or that they were used from them again: FirstAt only
-	// falls, LastAt only grows. Of more than [MaxKeyNetworks] of one key those used longest ago are forgotten. Keys that are gone
-	// are skipped.
+	// LearnNetworks adds networks that keys were used from, or notes that they were used from them again: FirstAt
+	// only falls, LastAt only grows. Of more than [MaxKeyNetworks] of one key those used longest ago are forgotten.
+	// Keys that are gone are skipped.
 	LearnNetworks(ctx context.Context, networks []KeyNetwork) error
 	// ForgetNetworks removes networks that were last used before a time.
 	ForgetNetworks(ctx context.Context, before time.Time) error

@@ -762,3 +762,32 @@ func TestAdvice(t *testing.T) {
 		}
 	}
 }
+
+type noWebhook struct{}
+
+func (noWebhook) Send(context.Context, admin.Notice) admin.WebhookAnswer {
+	return admin.WebhookAnswer{}
+}
+
+// The webhook is told of each report that did something, in the transaction that did it.
+func TestLeakReportsAreNoticed(t *testing.T) {
+	d := open(t)
+	d.instance(t, "a")
+	key := d.key(t, "a")
+	svc := admin.New(d.store, admin.Config{Peppers: apikey.Peppers{Current: d.pepper}, Webhook: noWebhook{}}, nil, slog.New(slog.DiscardHandler))
+	stop := reporting(t, svc)
+	for range 2 { // the second one finds nothing to do
+		if err := svc.ReportLeaked(key.Secret, somewhere, "r"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop()
+	due, err := d.store.DueNotices(t.Context(), time.Now().Add(time.Minute), 9)
+	if err != nil || len(due) != 1 || due[0].Type != admin.NoticeLeaked {
+		t.Fatalf("notices: %+v, %v", due, err)
+	}
+	body := string(due[0].Body)
+	if !strings.Contains(body, `"leak":{"generation":1,"done":"keyRevoked"}`) || !strings.Contains(body, key.Key.ID.String()) || strings.Contains(body, key.Secret.Reveal()) {
+		t.Errorf("got %s", body)
+	}
+}

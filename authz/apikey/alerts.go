@@ -17,13 +17,13 @@ type Alerts struct {
 
 // NewNetworkAlerts are about keys that are used from a network that they were never used from.
 type NewNetworkAlerts struct {
-	Off bool `json:"off,omitempty"`
+	Disabled bool `json:"disabled,omitempty"`
 }
 
 // RefusalAlerts are about far more refusals than usual: at least PerKey of a key (PerInstance of the instance) within
 // Window, and at least Factor times as many as within an average Window of those before.
 type RefusalAlerts struct {
-	Off         bool     `json:"off,omitempty"`
+	Disabled    bool     `json:"disabled,omitempty"`
 	Window      Duration `json:"window,omitempty"` // whole minutes
 	PerKey      int      `json:"perKey,omitempty"`
 	PerInstance int      `json:"perInstance,omitempty"`
@@ -32,19 +32,19 @@ type RefusalAlerts struct {
 
 // UnknownKeyAlerts are about secrets that are no key's.
 type UnknownKeyAlerts struct {
-	Off       bool `json:"off,omitempty"`
+	Disabled  bool `json:"disabled,omitempty"`
 	PerMinute int  `json:"perMinute,omitempty"` // at least
 }
 
 // ExpiringKeyAlerts are about keys that are in use and expire soon.
 type ExpiringKeyAlerts struct {
-	Off  bool  `json:"off,omitempty"`
-	Days []int `json:"days,omitempty"` // before the end, falling; each is an alert of its own
+	Disabled bool  `json:"disabled,omitempty"`
+	Days     []int `json:"days,omitempty"` // before the end, falling; each is an alert of its own
 }
 
 // UnusedKeyAlerts are about keys that nobody seems to need.
 type UnusedKeyAlerts struct {
-	Off           bool `json:"off,omitempty"`
+	Disabled      bool `json:"disabled,omitempty"`
 	IdleDays      int  `json:"idleDays,omitempty"`      // since the last use
 	NeverUsedDays int  `json:"neverUsedDays,omitempty"` // since it was made, imported or restored
 }
@@ -61,7 +61,7 @@ var ShippedAlerts = Alerts{
 func (a Alerts) InForce() Alerts {
 	s := &ShippedAlerts
 	a.Refusals = RefusalAlerts{
-		Off: a.Refusals.Off, Window: cmp.Or(a.Refusals.Window, s.Refusals.Window), PerKey: cmp.Or(a.Refusals.PerKey, s.Refusals.PerKey),
+		Disabled: a.Refusals.Disabled, Window: cmp.Or(a.Refusals.Window, s.Refusals.Window), PerKey: cmp.Or(a.Refusals.PerKey, s.Refusals.PerKey),
 		PerInstance: cmp.Or(a.Refusals.PerInstance, s.Refusals.PerInstance), Factor: cmp.Or(a.Refusals.Factor, s.Refusals.Factor),
 	}
 	a.UnknownKeys.PerMinute = cmp.Or(a.UnknownKeys.PerMinute, s.UnknownKeys.PerMinute)

@@ -206,9 +206,9 @@ func TestPolicyInForce(t *testing.T) {
 		Expiration: apikey.Expiration{Default: apikey.ExpiresByTime, Required: true, Life: 5, LongestLife: 6, InactivityDays: 7},
 		OnLeak:     apikey.OnLeak{Instance: apikey.LeakFlags, Agent: apikey.LeakRevokes, User: apikey.LeakFlags}, KeepRevoked: 8,
 		Alerts: apikey.Alerts{
-			NewNetwork: apikey.NewNetworkAlerts{Off: true}, Refusals: apikey.RefusalAlerts{Off: true, Window: 9, PerKey: 10, PerInstance: 11, Factor: 12},
-			UnknownKeys: apikey.UnknownKeyAlerts{Off: true, PerMinute: 13}, Expiring: apikey.ExpiringKeyAlerts{Off: true, Days: []int{14}},
-			Unused: apikey.UnusedKeyAlerts{Off: true, IdleDays: 15, NeverUsedDays: 16},
+			NewNetwork: apikey.NewNetworkAlerts{Disabled: true}, Refusals: apikey.RefusalAlerts{Disabled: true, Window: 9, PerKey: 10, PerInstance: 11, Factor: 12},
+			UnknownKeys: apikey.UnknownKeyAlerts{Disabled: true, PerMinute: 13}, Expiring: apikey.ExpiringKeyAlerts{Disabled: true, Days: []int{14}},
+			Unused: apikey.UnusedKeyAlerts{Disabled: true, IdleDays: 15, NeverUsedDays: 16},
 		},
 	}
 	if diff := cmp.Diff(said, said.InForce()); diff != "" {

@@ -109,7 +109,7 @@ func (a *Alerts) lookAt(ctx context.Context, one *admin.Alert, policy *apikey.Al
 			if k != nil {
 				of = nameOf(k)
 			}
-			return a.goesOn(ctx, one, s.message(of, window), lookEvery)
+			return a.goesOn(ctx, one, s.lasting(of, window), lookEvery)
 		case now.Sub(one.SeenAt) >= surgeOver*window:
 			return a.resolve(ctx, one, k, "as few are refused as before")
 		}
@@ -158,8 +158,8 @@ func (a *Alerts) lookAt(ctx context.Context, one *admin.Alert, policy *apikey.Al
 
 func offIn(policy *apikey.Alerts, kind admin.AlertKind) bool {
 	return map[admin.AlertKind]bool{
-		admin.AlertNewNetwork: policy.NewNetwork.Off, admin.AlertRefusals: policy.Refusals.Off, admin.AlertUnknownKeys: policy.UnknownKeys.Off,
-		admin.AlertExpiring: policy.Expiring.Off, admin.AlertUnused: policy.Unused.Off,
+		admin.AlertNewNetwork: policy.NewNetwork.Disabled, admin.AlertRefusals: policy.Refusals.Disabled, admin.AlertUnknownKeys: policy.UnknownKeys.Disabled,
+		admin.AlertExpiring: policy.Expiring.Disabled, admin.AlertUnused: policy.Unused.Disabled,
 	}[kind]
 }
 
@@ -197,8 +197,8 @@ func (a *Alerts) openOf(ctx context.Context, instance string, kind admin.AlertKi
 	}
 }
 
-// visit calls judge with the keys of an instance that a query means, page by page, but no more than maxVisited. It stops
-// where judge says that it is enough.
+// visit calls judge with the keys of an instance that a query means, page by page, but no more than maxVisited. It
+// stops where judge says that it is enough.
 func (a *Alerts) visit(ctx context.Context, instance string, q admin.KeyQuery, judge func(*apikey.Key) (more bool, err error)) error {
 	q.Limit = alertPage
 	for visited := 0; visited < maxVisited; {
@@ -227,7 +227,7 @@ func (a *Alerts) full(instance string, kind admin.AlertKind) bool {
 }
 
 func (a *Alerts) visitExpiring(ctx context.Context, instance string, policy apikey.ExpiringKeyAlerts, now time.Time) error {
-	if policy.Off {
+	if policy.Disabled {
 		return nil
 	}
 	open, err := a.openOf(ctx, instance, admin.AlertExpiring)
@@ -259,7 +259,7 @@ func expiringMessage(k *apikey.Key) string {
 }
 
 func (a *Alerts) visitUnused(ctx context.Context, instance string, policy apikey.UnusedKeyAlerts, now time.Time) error {
-	if policy.Off {
+	if policy.Disabled {
 		return nil
 	}
 	open, err := a.openOf(ctx, instance, admin.AlertUnused)

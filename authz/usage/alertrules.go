@@ -93,12 +93,24 @@ func (s surge) begins(atLeast, factor int) bool {
 // become part of it; and half of what it takes to begin keeps it from coming and going.
 func (s surge) goesOn(atLeast int) bool { return 2*s.now >= int64(atLeast) }
 
-func (s surge) message(of string, window time.Duration) string {
-	text := fmt.Sprintf("%s: %d requests were refused within %s; %s is usual", of, s.now, apikey.Duration(window), approximately(s.usual))
-	if s.reason != "" {
-		text += "; most for " + s.reason
+// beginning and lasting say for people what a surge is. What lasts says nothing of what is usual: it has become so.
+func (s surge) beginning(of string, window time.Duration) string {
+	return s.text(of, window) + "; " + approximately(s.usual) + " is usual" + s.why()
+}
+
+func (s surge) lasting(of string, window time.Duration) string {
+	return s.text(of, window) + ", and it goes on" + s.why()
+}
+
+func (s surge) text(of string, window time.Duration) string {
+	return fmt.Sprintf("%s: %d requests were refused within %s", of, s.now, apikey.Duration(window))
+}
+
+func (s surge) why() string {
+	if s.reason == "" {
+		return ""
 	}
-	return text
+	return "; most for " + s.reason
 }
 
 func approximately(n float64) string {
@@ -122,7 +134,8 @@ const dayLong = 24 * time.Hour
 // turn within it.
 const inUse = 92 * dayLong
 
-// stageOf is how many days before its end a key is said to expire: the smallest of days that is not less than what is left; 0 where none is.
+// stageOf is how many days before its end a key is said to expire: the smallest of days that is not less than what
+// is left; 0 where none is.
 func stageOf(k *apikey.Key, now time.Time, days []int) (stage int) {
 	left := k.ExpirationDate.Sub(now)
 	if k.ExpirationDate.IsZero() || left < 0 || k.LastUsedAt.Before(now.Add(-inUse)) {

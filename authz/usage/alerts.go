@@ -49,7 +49,7 @@ const KeepAlerts = 90 * dayLong
 // replicas have written to the store; what needs no hearing, and the end of alerts, is left to one process.
 // Two that find the same open one alert: the store sees to that. Safe for concurrent use.
 //
-// Bounds: a round judges at most maxJudged keys for each rule, the ones with the most refusals first; an instance has at most
+// Bounds: a round judges the refusals of at most maxJudged keys, those with the most first; an instance has at most
 // maxOpen alerts of a kind open, and then one more that says so.
 type Alerts struct {
 	store   AlertStore
@@ -314,7 +314,7 @@ func (a *Alerts) news(ctx context.Context, at alertPlace, networks []keyNetwork,
 	}
 	slices.SortFunc(fresh, func(x, y admin.KeyNetwork) int { return cmp.Compare(x.Network, y.Network) })
 	for _, n := range fresh {
-		if policy.NewNetwork.Off || learns(k, known, n.LastAt) {
+		if policy.NewNetwork.Disabled || learns(k, known, n.LastAt) {
 			continue
 		}
 		if err := a.newNetwork(ctx, k, n.Network); err != nil {
@@ -340,7 +340,7 @@ func (a *Alerts) newNetwork(ctx context.Context, k *apikey.Key, network string) 
 
 func (a *Alerts) judgeFlood(ctx context.Context, instance string) error {
 	policy, there, err := a.policy(ctx, instance)
-	if err != nil || !there || policy.UnknownKeys.Off {
+	if err != nil || !there || policy.UnknownKeys.Disabled {
 		return err
 	}
 	peak, err := a.flood(ctx, instance)
@@ -385,7 +385,7 @@ func (a *Alerts) judgeRefusals(ctx context.Context) error {
 
 func (a *Alerts) judgeSurge(ctx context.Context, at alertPlace) error {
 	policy, there, err := a.policy(ctx, at.instance)
-	if err != nil || !there || policy.Refusals.Off {
+	if err != nil || !there || policy.Refusals.Disabled {
 		return err
 	}
 	s, err := a.surge(ctx, at, policy.Refusals.Window.Std())
@@ -403,7 +403,7 @@ func (a *Alerts) judgeSurge(ctx context.Context, at alertPlace) error {
 		of = nameOf(k)
 	}
 	return a.see(ctx, admin.Alert{
-		InstanceID: at.instance, Kind: admin.AlertRefusals, KeyID: at.key, Message: s.message(of, policy.Refusals.Window.Std()),
+		InstanceID: at.instance, Kind: admin.AlertRefusals, KeyID: at.key, Message: s.beginning(of, policy.Refusals.Window.Std()),
 	}, k)
 }
 

@@ -60,8 +60,8 @@ const (
 	WebhookGivesUp = 24 * time.Hour
 )
 
-// webhookWaits are how long the next try waits after each one that failed, the last one again and again; each is made longer by up to a
-// quarter, so that many that failed together do not come back together.
+// webhookWaits are how long the next try waits after each one that failed, the last one again and again; each is made
+// longer by up to a quarter, so that many that failed together do not come back together.
 var webhookWaits = []time.Duration{10 * time.Second, 30 * time.Second, 2 * time.Minute, 10 * time.Minute, 30 * time.Minute, time.Hour, 2 * time.Hour}
 
 // A Webhook tells somebody of alerts by HTTP POST. Notices wait in the store, so they survive a crash: each is
@@ -264,10 +264,10 @@ func (w *Webhook) post(ctx context.Context, n admin.Notice) (status int, err err
 	defer func() { _ = resp.Body.Close() }()
 	// Read so that the connection can be used again; what it says is nobody's business here.
 	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxWebhookAnswer))
-	switch {
-	case resp.StatusCode/100 == 2:
+	switch resp.StatusCode / 100 {
+	case 2:
 		return resp.StatusCode, nil
-	case resp.StatusCode/100 == 3:
+	case 3:
 		return resp.StatusCode, fmt.Errorf("it answers with HTTP status %d: redirects are not followed, name the address it redirects to", resp.StatusCode)
 	}
 	return resp.StatusCode, fmt.Errorf("it answers with HTTP status %d", resp.StatusCode)
@@ -330,8 +330,8 @@ func (w *Webhook) round(ctx context.Context, store noticeStore, holder string) (
 				}
 			}
 			status, err := w.post(ctx, n)
-			if ctx.Err() != nil {
-				return true, nil // it was cut short: it counts as not tried
+			if ctx.Err() != nil { // it was cut short, and counts as not tried
+				return true, nil //nolint:nilerr // that the process ends is no failure of the webhook
 			}
 			if err := w.settle(ctx, store, n, err); err != nil {
 				return true, err

@@ -25,7 +25,7 @@ type Alerts struct {
 
 // UnknownKeys says what of requests that belong to no instance is worth an alert.
 type UnknownKeys struct {
-	Off       bool `yaml:"off"`
+	Disabled  bool `yaml:"disabled"`
 	PerMinute int  `yaml:"perMinute"` // requests with a secret that is no key's, at least
 }
 
@@ -56,7 +56,7 @@ func (c Alerts) validate() error {
 		fault("keep", "must be from 1d to 3650d")
 	}
 	if c.UnknownKeys.PerMinute < 1 {
-		fault("unknownKeys.perMinute", "must be at least 1; unknownKeys.off switches these alerts off")
+		fault("unknownKeys.perMinute", "must be at least 1; unknownKeys.disabled switches these alerts off")
 	}
 	if timeout := c.Webhook.Timeout.Std(); timeout <= 0 || timeout > maxWebhookTimeout {
 		fault("webhook.timeout", "must be a positive duration of at most 1m")

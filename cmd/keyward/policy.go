@@ -88,7 +88,7 @@ func (a *app) policySet() *cobra.Command {
 			"  keepRevoked: 90d\n" +
 			"  alerts:\n" +
 			"    refusals: {window: 5m, perKey: 100, perInstance: 500, factor: 5}\n" +
-			"    unused: {off: true}\n",
+			"    unused: {disabled: true}\n",
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var in admin.PolicyInput

@@ -791,11 +791,6 @@ func (t *memoryTx) DeleteInstance(ctx context.Context, id string) error {
 	}
 	t.instances.drop(id)
 	t.changed(id, apikey.ID{}, nil)
-	for _, a := range t.alerts.all() {
-		if a.InstanceID == id {
-			t.alerts.drop(a.ID)
-		}
-	}
 	for _, k := range t.keys.all() {
 		if k.InstanceID == id {
 			t.dropKey(k)

@@ -44,8 +44,10 @@ CREATE TABLE alerts (
 CREATE UNIQUE INDEX alerts_open ON alerts (instance_id, kind, key_id, subject) WHERE resolved_at = -62135596800000000;
 CREATE INDEX alerts_newest ON alerts (instance_id, opened_at, id);
 CREATE INDEX alerts_newest_of_all ON alerts (opened_at, id);
+CREATE INDEX alerts_open_newest ON alerts (instance_id, opened_at, id) WHERE resolved_at = -62135596800000000;
+CREATE INDEX alerts_open_newest_of_all ON alerts (opened_at, id) WHERE resolved_at = -62135596800000000;
 CREATE INDEX alerts_of_key ON alerts (key_id, opened_at, id) WHERE key_id <> x'00000000000000000000000000000000';
-CREATE INDEX alerts_resolved ON alerts (resolved_at);
+CREATE INDEX alerts_resolved ON alerts (resolved_at) WHERE resolved_at <> -62135596800000000;
 
 -- What the webhook has to be told of them.
 CREATE TABLE notices (
