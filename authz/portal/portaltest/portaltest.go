@@ -268,3 +268,15 @@ func (p *Page) Do(actions ...chromedp.Action[chromedp.Void]) {
 	p.t.Helper()
 	p.do(actions...)
 }
+
+// WaitReload loads the page again until ok.
+func (p *Page) WaitReload(ok func() bool) {
+	p.t.Helper()
+	for end := time.Now().Add(Patience); time.Now().Before(end); time.Sleep(500 * time.Millisecond) {
+		p.do(chromedp.Reload())
+		if ok() {
+			return
+		}
+	}
+	p.t.Fatal("the page does not show what it should, however often it is loaded")
+}
