@@ -78,7 +78,7 @@ func TestPortalLifeOfAKey(t *testing.T) {
 			}
 			p.Click("input[type=checkbox]")
 			p.Press("main", "Done")
-			p.See("pipeline of " + name)
+			p.Until(`/keys\/[0-9a-f-]{36}$/.test(location.pathname)`)
 			key := portaltest.Value[string](p, "location.href")
 			p.Fits()
 			// What is counted is written every 10 s.
@@ -90,7 +90,7 @@ func TestPortalLifeOfAKey(t *testing.T) {
 			}
 
 			p.Press("main", "Rotate")
-			p.See("Rotate")
+			p.Until(`location.pathname.endsWith("/rotate")`)
 			p.Click("main form button")
 			next := s.shownSecret(p)
 			if next == secret {
@@ -103,8 +103,10 @@ func TestPortalLifeOfAKey(t *testing.T) {
 			}
 			p.Go(key)
 			p.Press("main", "Revoke")
+			p.Until(`location.pathname.endsWith("/revoke")`)
 			p.See("pipeline of " + name)
 			p.Click("main form button")
+			p.Until(`!location.pathname.endsWith("/revoke")`)
 			p.See("revoked")
 			for which, one := range map[string]string{"old": secret, "new": next} {
 				if got := calls(t, f, one); got != http.StatusUnauthorized {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -68,15 +69,17 @@ func (p *Page) Accessible() {
 // such as a table, is no fault.
 func (p *Page) Fits() {
 	p.t.Helper()
-	const wide = `(() => {
-		const width = document.documentElement.clientWidth;
-		if (document.documentElement.scrollWidth <= width && window.innerWidth <= screen.width) return [];
+	p.Until("true") // a navigation may be under way
+	// A phone that shows a page that is too wide makes it smaller: then there is more room than there was.
+	wide := `(() => {
+		const width = ` + strconv.Itoa(p.view.Width) + `;
+		if (document.documentElement.scrollWidth <= width && window.innerWidth <= width) return [];
 		const scrolls = e => e && (/(auto|scroll|hidden|clip)/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
 		const out = Array.from(document.body.querySelectorAll('*')).filter(e => e.getBoundingClientRect().right > width + 1 && !scrolls(e.parentElement));
 		return ['the page'].concat(out.slice(0, 8).map(e => e.outerHTML.slice(0, 160)));
 	})()`
 	if found := Value[[]string](p, wide); len(found) > 0 {
-		p.t.Errorf("%s is wider than %d px: %s", Value[string](p, "location.pathname"), Value[int](p, "document.documentElement.clientWidth"), strings.Join(found, "\n"))
+		p.t.Errorf("%s is wider than %d px: %s", Value[string](p, "location.pathname"), p.view.Width, strings.Join(found, "\n"))
 	}
 }
 
