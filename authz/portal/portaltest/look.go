@@ -1,10 +1,12 @@
 package portaltest
 
 import (
+	"bytes"
 	"context"
 	_ "embed"
 	"encoding/json"
 	"fmt"
+	"image/png"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -115,7 +117,7 @@ func (p *Page) Reaches(selectors ...string) {
 }
 
 // tallest is how much of a page a picture shows, in px.
-const tallest = 1600
+const tallest = 1200
 
 // Screenshot writes a picture of the page from its top to a file, whose folder is made.
 func (p *Page) Screenshot(file string) {
@@ -134,6 +136,9 @@ func (p *Page) Screenshot(file string) {
 		return r.Data, err
 	})
 	if err == nil {
+		picture, err = smaller(picture)
+	}
+	if err == nil {
 		err = os.MkdirAll(filepath.Dir(file), 0o755) //nolint:gosec // pictures in docs are for everybody
 	}
 	if err == nil {
@@ -142,6 +147,17 @@ func (p *Page) Screenshot(file string) {
 	if err != nil {
 		p.t.Fatal(fmt.Errorf("screenshot: %w", err))
 	}
+}
+
+// smaller compresses a picture more than a browser has time for.
+func smaller(picture []byte) ([]byte, error) {
+	img, err := png.Decode(bytes.NewReader(picture))
+	if err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	err = (&png.Encoder{CompressionLevel: png.BestCompression}).Encode(&b, img)
+	return b.Bytes(), err
 }
 
 // Settled waits until nothing has been loading for a moment and pictures of charts are drawn.
