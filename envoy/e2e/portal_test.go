@@ -175,6 +175,7 @@ func TestPortalPagesAreForEverybody(t *testing.T) {
 	f := s.front(t, frontConfig{})
 	f.awaitHealthy(t)
 	_, pages := furnish(t, s, f, "Nightly import")
+	alike := map[string]bool{"edit": true, "quota-of-each-key": true, "not-found": true} // others that have a picture
 	views := map[string]portaltest.View{"light": portaltest.Desk, "dark": portaltest.Dark, "narrow": portaltest.Narrow}
 	for name, view := range views {
 		p := browser.Open(t, view)
@@ -182,7 +183,7 @@ func TestPortalPagesAreForEverybody(t *testing.T) {
 			p.Settled()
 			p.Fits()
 			p.Accessible()
-			if *screenshots != "" {
+			if *screenshots != "" && !alike[page] {
 				p.Screenshot(filepath.Join(*screenshots, page+"-"+name+".png"))
 			}
 		}
