@@ -23,7 +23,7 @@ FLOOD   ?= 1000000
 # Keys of "make bench-scale".
 SCALE_KEYS ?= 10000000
 
-.PHONY: all help build dev test fuzz bench bench-envoy bench-go bench-scale lint fmt envoy envoys chromium clean
+.PHONY: all help build dev test fuzz bench bench-envoy bench-go bench-scale lint fmt envoy envoys chromium screenshots clean
 
 all: build lint test
 
@@ -87,6 +87,9 @@ envoys: have-envoy
 .PHONY: have-envoy
 have-envoy:
 	@[ -n "$$ENVOY_BIN" ] || command -v envoy >/dev/null || $(PYTHON) envoy/envoytest/fetch.py $(ENVOY_VERSION)
+
+screenshots: have-envoy chromium ## pictures of every page of the portal, into docs/screenshots
+	go test -count=1 -run TestPortalPagesAreForEverybody ./envoy/e2e -screenshots $(CURDIR)/docs/screenshots
 
 # Asks a server what its OpenAPI document says: TestSchemathesis. Without it the test is skipped, in CI it fails.
 .PHONY: schemathesis

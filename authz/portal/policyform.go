@@ -46,7 +46,7 @@ var policyForm = []policyGroup{
 	{"Limits of each agent key", "Agent Access Tokens.", limitFields("defaults.agent")},
 	{"Limits of each user key", "", limitFields("defaults.user")},
 	{"Limits of all keys together", "Shared by every key of the instance, besides each key's own.", []policyField{
-		{"total.rate.requests", "Requests", "Sustained, in the time below. -1: unlimited.", policyCount, nil},
+		{"total.rate.requests", "Requests", "Sustained, in the time after it. -1: unlimited.", policyCount, nil},
 		{"total.rate.per", "in", "A duration such as 1s or 60s.", policyDuration, nil},
 		{"total.burst", "Burst", "How many may come at once. A rate needs it.", policyCount, nil},
 	}},
@@ -102,7 +102,7 @@ var policyForm = []policyGroup{
 
 func limitFields(path string) []policyField {
 	return []policyField{
-		{path + ".rate.requests", "Requests", "Sustained, in the time below. -1: unlimited.", policyCount, nil},
+		{path + ".rate.requests", "Requests", "Sustained, in the time after it. -1: unlimited.", policyCount, nil},
 		{path + ".rate.per", "in", "A duration such as 1s, 60s or 1h.", policyDuration, nil},
 		{path + ".burst", "Burst", "How many may come at once.", policyCount, nil},
 		{path + ".maxConcurrent", "At the same time", "Requests that may run at once. -1: unlimited.", policyCount, nil},

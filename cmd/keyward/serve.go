@@ -395,7 +395,7 @@ func (s *service) run(ctx context.Context) error {
 	}))
 	holdersServer := s.httpServer(holders.New(s.authorizer, s.admin, s.log))
 	portalServer := s.httpServer(portal.New(s.admin, portal.Config{
-		Log: s.log, Version: readVersion().Version, Idle: s.cfg.Portal.Idle.Std(), Most: s.cfg.Portal.Most.Std(),
+		Log: s.log, Version: readVersion().Version, Idle: s.cfg.Portal.Idle.Std(), Most: s.cfg.Portal.Most.Std(), Envoys: envoys{s},
 	}))
 	metricsServer := s.httpServer(s.metricsHandler())
 	group.Go(func() error { return grpcServer.Serve(s.check) })

@@ -26,6 +26,7 @@ import (
 type server struct {
 	dir                    string // configuration, pepper, store, logs
 	check, manage, metrics string // addresses; check as --keyward has it
+	portal                 string // its address
 	client                 *manage.Client
 
 	config  config
@@ -90,7 +91,7 @@ func (s *server) log() string {
 
 func (s *server) choosePorts(t testing.TB) {
 	t.Helper()
-	s.check, s.manage, s.metrics = freeAddress(t), freeAddress(t), freeAddress(t)
+	s.check, s.manage, s.metrics, s.portal = freeAddress(t), freeAddress(t), freeAddress(t), freeAddress(t)
 	if s.config.unix {
 		s.check = "unix://" + s.path("check.sock")
 	}
@@ -121,11 +122,12 @@ func (s *server) configure(t testing.TB, more string) {
 	text := fmt.Sprintf(`listen:
   check: {address: %q, tls: %s}
   manage: {address: %q}
+  portal: {address: %q}
   metrics: {address: %q}
 store: {sqlite: {path: %q}}
 pepper: {file: %q}
 log: {level: debug, decisionsPerSecond: 1000000}
-%s`, s.check, tls, s.manage, s.metrics, s.path("keyward.db"), s.path("pepper"), more)
+%s`, s.check, tls, s.manage, s.portal, s.metrics, s.path("keyward.db"), s.path("pepper"), more)
 	if err := os.WriteFile(s.path("keyward.yaml"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

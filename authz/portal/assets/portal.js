@@ -94,7 +94,23 @@
     });
   };
 
+  // A button that copies what its page shows elsewhere.
+  const copy = (button) => {
+    const from = document.querySelector(button.dataset.copy);
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(from.textContent);
+        button.textContent = "Copied";
+      } catch {
+        window.getSelection().selectAllChildren(from);
+        button.textContent = "Selected: copy it by hand";
+      }
+    });
+  };
+
   const enhance = (root) => {
+    each(root, "[data-copy]", copy);
     each(root, "[data-chart]", chart);
     each(root, "[data-when]", when);
     each(root, "[data-secret]", secret);

@@ -127,6 +127,9 @@ func (p *Page) Expect(parts ...string) {
 	p.faults.mu.Unlock()
 }
 
+// Taken returns what went wrong in the page since the last call, which is then no fault of the test.
+func (p *Page) Taken() []string { return p.taken() }
+
 func (p *Page) taken() []string {
 	p.faults.mu.Lock()
 	defer p.faults.mu.Unlock()

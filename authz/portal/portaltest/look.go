@@ -1,12 +1,15 @@
 package portaltest
 
 import (
+	"bytes"
 	"context"
 	_ "embed"
 	"encoding/json"
 	"fmt"
+	"image/png"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -68,15 +71,17 @@ func (p *Page) Accessible() {
 // such as a table, is no fault.
 func (p *Page) Fits() {
 	p.t.Helper()
-	const wide = `(() => {
-		const width = document.documentElement.clientWidth;
-		if (document.documentElement.scrollWidth <= width && window.innerWidth <= screen.width) return [];
+	p.Until("true") // a navigation may be under way
+	// A phone that shows a page that is too wide makes it smaller: then there is more room than there was.
+	wide := `(() => {
+		const width = ` + strconv.Itoa(p.view.Width) + `;
+		if (document.documentElement.scrollWidth <= width && window.innerWidth <= width) return [];
 		const scrolls = e => e && (/(auto|scroll|hidden|clip)/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
 		const out = Array.from(document.body.querySelectorAll('*')).filter(e => e.getBoundingClientRect().right > width + 1 && !scrolls(e.parentElement));
 		return ['the page'].concat(out.slice(0, 8).map(e => e.outerHTML.slice(0, 160)));
 	})()`
 	if found := Value[[]string](p, wide); len(found) > 0 {
-		p.t.Errorf("%s is wider than %d px: %s", Value[string](p, "location.pathname"), Value[int](p, "document.documentElement.clientWidth"), strings.Join(found, "\n"))
+		p.t.Errorf("%s is wider than %d px: %s", Value[string](p, "location.pathname"), p.view.Width, strings.Join(found, "\n"))
 	}
 }
 
@@ -112,7 +117,7 @@ func (p *Page) Reaches(selectors ...string) {
 }
 
 // tallest is how much of a page a picture shows, in px.
-const tallest = 1600
+const tallest = 1200
 
 // Screenshot writes a picture of the page from its top to a file, whose folder is made.
 func (p *Page) Screenshot(file string) {
@@ -131,6 +136,9 @@ func (p *Page) Screenshot(file string) {
 		return r.Data, err
 	})
 	if err == nil {
+		picture, err = smaller(picture)
+	}
+	if err == nil {
 		err = os.MkdirAll(filepath.Dir(file), 0o755) //nolint:gosec // pictures in docs are for everybody
 	}
 	if err == nil {
@@ -139,6 +147,17 @@ func (p *Page) Screenshot(file string) {
 	if err != nil {
 		p.t.Fatal(fmt.Errorf("screenshot: %w", err))
 	}
+}
+
+// smaller compresses a picture more than a browser has time for.
+func smaller(picture []byte) ([]byte, error) {
+	img, err := png.Decode(bytes.NewReader(picture))
+	if err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	err = (&png.Encoder{CompressionLevel: png.BestCompression}).Encode(&b, img)
+	return b.Bytes(), err
 }
 
 // Settled waits until nothing has been loading for a moment and pictures of charts are drawn.

@@ -97,6 +97,7 @@ type Page struct {
 	t      testing.TB
 	ctx    context.Context //nolint:containedctx // it is how chromedp names a tab
 	faults faults
+	view   View
 }
 
 // Open opens an empty page, which is closed when the test ends. The test then fails of what went wrong in it.
@@ -127,6 +128,7 @@ func (b *Browser) Open(t testing.TB, v View) *Page {
 // Look changes how the page is looked at; JavaScript goes on or off with the next navigation.
 func (p *Page) Look(v View) {
 	p.t.Helper()
+	p.view = v
 	scheme := "light"
 	if v.Dark {
 		scheme = "dark"
@@ -267,4 +269,16 @@ func (p *Page) Type(keys string) {
 func (p *Page) Do(actions ...chromedp.Action[chromedp.Void]) {
 	p.t.Helper()
 	p.do(actions...)
+}
+
+// WaitReload loads the page again until ok.
+func (p *Page) WaitReload(ok func() bool) {
+	p.t.Helper()
+	for end := time.Now().Add(Patience); time.Now().Before(end); time.Sleep(500 * time.Millisecond) {
+		// An error may be a navigation's that was still under way.
+		if err := p.try(Patience, chromedp.Reload()); err == nil && ok() {
+			return
+		}
+	}
+	p.t.Fatal("the page does not show what it should, however often it is loaded")
 }
