@@ -47,6 +47,8 @@ type Config struct {
 	Idle, Most time.Duration
 	// Version is that of the program, for the foot of a page.
 	Version string
+	// Login signs people in with an OIDC issuer as well; nil: with management tokens only.
+	Login *admin.OIDCLogin
 }
 
 // How long a session lives where nobody says otherwise.
@@ -79,6 +81,7 @@ func New(svc *admin.Service, cfg Config) http.Handler {
 	p.pages = p.loadPages()
 	p.assets.routes(p.mux)
 	p.signInPages()
+	p.oidcPages()
 	p.instancePages()
 	for _, s := range sections {
 		s.pages(p)

@@ -402,6 +402,10 @@ func TestValidation(t *testing.T) {
 		{"log.level", func(c *Config) { c.Log.Level = canary }},
 		{"log.format", func(c *Config) { c.Log.Format = canary }},
 		{"log.decisionsPerSecond", func(c *Config) { n := -1; c.Log.DecisionsPerSecond = &n }},
+		{"portal.oidc.issuer", func(c *Config) { c.Portal.OIDC.Issuer = "https://" + canary }},
+		{"portal.oidc.clientID", func(c *Config) { c.Portal.OIDC.RedirectURL = "https://keys.example/sign-in/oidc/back" }},
+		{"portal.oidc.redirectURL", func(c *Config) { c.Portal.OIDC = PortalOIDC{ClientID: canary, RedirectURL: "https://keys.example/" + canary} }},
+		{"portal.oidc.redirectURL", func(c *Config) { c.Portal.OIDC = PortalOIDC{ClientID: canary, RedirectURL: "http://keys.example/sign-in/oidc/back"} }},
 		{"tracing.endpoint", func(c *Config) { c.Tracing.Endpoint = "https://collector.example:4317/v1/traces" }}, // gRPC has no paths
 		{"tracing.protocol", func(c *Config) { c.Tracing.Protocol = canary }},
 		{"tracing.ratio", func(c *Config) { c.Tracing.Ratio = 1.1 }},
