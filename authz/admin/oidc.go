@@ -158,6 +158,7 @@ type OIDC struct {
 
 type oidcIssuer struct {
 	OIDCIssuer
+	keys     *oidcKeys
 	verifier *oidc.IDTokenVerifier
 }
 
@@ -179,7 +180,7 @@ func NewOIDC(issuers []OIDCIssuer, client *http.Client) (*OIDC, error) {
 			one.Algorithms = []string{oidc.RS256}
 		}
 		keys := &oidcKeys{issuer: one.Issuer, url: one.JWKSURL, client: &own, algorithms: one.Algorithms}
-		o.issuers[one.Issuer] = &oidcIssuer{one, oidc.NewVerifier(one.Issuer, keys, &oidc.Config{
+		o.issuers[one.Issuer] = &oidcIssuer{one, keys, oidc.NewVerifier(one.Issuer, keys, &oidc.Config{
 			ClientID: one.Audience, SupportedSigningAlgs: one.Algorithms,
 			Now: func() time.Time { return time.Now().Add(-oidcSkew) }, // a token ends that much later
 		})}
@@ -201,6 +202,17 @@ func (o *OIDC) authenticate(ctx context.Context, token string) (Caller, error) {
 	if one == nil {
 		return Caller{}, ErrUnauthenticated
 	}
+	return one.authenticate(ctx, token, func(claims map[string]any) bool {
+		_, there := claims["nonce"]
+		return !there || one.AllowNonce
+	})
+}
+
+// authenticate is that of one issuer. fits says whether a token with these claims is for this use.
+func (one *oidcIssuer) authenticate(ctx context.Context, token string, fits func(claims map[string]any) bool) (Caller, error) {
+	if len(token) > maxJWT {
+		return Caller{}, ErrUnauthenticated
+	}
 	// go-oidc flattens what a key set says, so an outage takes another way.
 	var outage error
 	verified, err := one.verifier.Verify(context.WithValue(ctx, outageKey{}, &outage), token)
@@ -220,7 +232,7 @@ func (o *OIDC) authenticate(ctx context.Context, token string) (Caller, error) {
 			return Caller{}, ErrUnauthenticated
 		}
 	}
-	if _, there := claims["nonce"]; there && !one.AllowNonce {
+	if !fits(claims) {
 		return Caller{}, ErrUnauthenticated
 	}
 	if !isSubject(verified.Subject) {
@@ -326,15 +338,15 @@ func texts(claims map[string]any, name string) []string {
 }
 
 // principal returns the user principal name that the claims give; "" for none that can be believed.
-func (o *oidcIssuer) principal(claims map[string]any) string {
-	name, ok := claims[o.UPNClaim].(string)
+func (one *oidcIssuer) principal(claims map[string]any) string {
+	name, ok := claims[one.UPNClaim].(string)
 	if !ok || !isPrincipal(name) {
 		return ""
 	}
-	if o.UPNClaim == "email" && claims["email_verified"] != true {
+	if one.UPNClaim == "email" && claims["email_verified"] != true {
 		return ""
 	}
-	if n := len(name) - len(o.UPNSuffix); n < 1 || !strings.EqualFold(name[n:], o.UPNSuffix) {
+	if n := len(name) - len(one.UPNSuffix); n < 1 || !strings.EqualFold(name[n:], one.UPNSuffix) {
 		return ""
 	}
 	return name

@@ -127,6 +127,11 @@ func (k *oidcKeys) fetch() {
 	k.fetching = nil
 }
 
+// discovery is where an issuer tells of itself.
+func (k *oidcKeys) discovery() string {
+	return strings.TrimSuffix(k.issuer, "/") + "/.well-known/openid-configuration"
+}
+
 func (k *oidcKeys) download(ctx context.Context) ([]jose.JSONWebKey, error) {
 	address := k.url
 	if address == "" {
@@ -134,7 +139,7 @@ func (k *oidcKeys) download(ctx context.Context) ([]jose.JSONWebKey, error) {
 			Issuer  string `json:"issuer"`
 			JWKSURL string `json:"jwks_uri"`
 		}
-		if err := k.get(ctx, strings.TrimSuffix(k.issuer, "/")+"/.well-known/openid-configuration", &document); err != nil {
+		if err := k.get(ctx, k.discovery(), &document); err != nil {
 			return nil, fmt.Errorf("discovery document: %w", err)
 		}
 		if document.Issuer != k.issuer {

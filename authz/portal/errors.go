@@ -17,6 +17,9 @@ var (
 	errForm    = errors.New("the form cannot be read")
 	errMethod  = errors.New("the method is not allowed here")
 	errBug     = errors.New("a bug")
+
+	errNoAnswer      = errors.New("what came back from the issuer is no answer to this browser")
+	errIssuerRefused = errors.New("the issuer did not sign in")
 )
 
 // A failure is an error as a page tells it: what happened, why, and what to do next.
@@ -67,6 +70,17 @@ func failureOf(err error) *failure {
 		}
 	case errors.Is(err, errForm):
 		return &failure{Status: http.StatusBadRequest, Title: "The form cannot be read", Text: "It is cut off, too large, or no form at all; nothing was done.", code: "InvalidRequest"}
+	case errors.Is(err, errNoAnswer):
+		return &failure{
+			Status: http.StatusUnauthorized, Title: "Not signed in",
+			Text: "What came back is not the answer to a sign-in that this browser began within the last ten minutes, or its answer is not good (any more).",
+			Next: "Open the sign-in page, and begin anew there. If it happens again, tell whoever runs keyward.", code: "Unauthorized",
+		}
+	case errors.Is(err, errIssuerRefused):
+		return &failure{
+			Status: http.StatusUnauthorized, Title: "Not signed in", Text: "You were sent back without being signed in.",
+			Next: "Open the sign-in page, and begin anew there; or ask whoever runs the accounts whether yours may use this.", code: "Unauthorized",
+		}
 	case errors.Is(err, errMethod):
 		return &failure{Status: http.StatusMethodNotAllowed, Title: "Not here", Text: "There is a page at this address, but it does not take what was sent.", code: "MethodNotAllowed"}
 	case errors.Is(err, admin.ErrPrecondition):

@@ -49,6 +49,8 @@ type Config struct {
 	Version string
 	// Envoys is what is in front of the server; nil: the page about it shows none.
 	Envoys Envoys
+	// Login signs people in with an OIDC issuer as well; nil: with management tokens only.
+	Login *admin.OIDCLogin
 }
 
 // How long a session lives where nobody says otherwise.
@@ -81,6 +83,7 @@ func New(svc *admin.Service, cfg Config) http.Handler {
 	p.pages = p.loadPages()
 	p.assets.routes(p.mux)
 	p.signInPages()
+	p.oidcPages()
 	p.instancePages()
 	for _, s := range sections {
 		s.pages(p)

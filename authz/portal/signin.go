@@ -25,8 +25,12 @@ const (
 // cookieOf makes a cookie; a negative life removes it. Lax, so that a link in a mail or an alert finds its reader
 // signed in: nothing is changed by following one.
 func cookieOf(name, value string, life time.Duration) *http.Cookie {
+	seconds := int(life / time.Second)
+	if life < 0 {
+		seconds = -1 // 0 would say nothing, and the browser would keep an empty one
+	}
 	return &http.Cookie{
-		Name: name, Value: value, Path: "/", MaxAge: int(life / time.Second), Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode,
+		Name: name, Value: value, Path: "/", MaxAge: seconds, Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode,
 	}
 }
 
@@ -51,7 +55,8 @@ func (p *portal) signInPages() {
 type signInView struct {
 	Next     string // where to go then; a path of ours
 	Fault    string
-	Insecure bool // the browser will not keep the cookie
+	Insecure bool   // the browser will not keep the cookie
+	Issuer   string // who signs people in as well; "": nobody
 }
 
 func (p *portal) signInPage(w http.ResponseWriter, r *http.Request) {
@@ -60,6 +65,9 @@ func (p *portal) signInPage(w http.ResponseWriter, r *http.Request) {
 
 func (p *portal) askToSignIn(w http.ResponseWriter, r *http.Request, status int, fault string) {
 	data := signInView{Next: ownPath(r.FormValue("next")), Fault: fault, Insecure: insecure(r)}
+	if p.cfg.Login != nil {
+		data.Issuer = p.cfg.Login.Host()
+	}
 	if err := p.showAs(w, nil, status, "signin", "Sign in", data); err != nil {
 		p.fail(w, r, nil, err)
 	}

@@ -303,6 +303,24 @@ func (u Usage) keep() map[admin.UsageInterval]time.Duration {
 type Portal struct {
 	Idle apikey.Duration `yaml:"idle"` // without doing anything
 	Most apikey.Duration `yaml:"most"` // in any case
+	// OIDC signs people in with an issuer, besides with tokens.
+	OIDC PortalOIDC `yaml:"oidc"`
+}
+
+// PortalOIDC is how the portal is known to an issuer.
+type PortalOIDC struct {
+	Issuer           string `yaml:"issuer"` // one of those in oidc; "": nobody signs in so
+	ClientID         string `yaml:"clientID"`
+	ClientSecretFile string `yaml:"clientSecretFile"` // "": the client is a public one
+	RedirectURL      string `yaml:"redirectURL"`      // https://portal.example/sign-in/oidc/back
+}
+
+// login returns how people sign in by OIDC; nil if they do not. issuers are the configuration's.
+func (p PortalOIDC) login(issuers *admin.OIDC, secret apikey.Secret) (*admin.OIDCLogin, error) {
+	if p == (PortalOIDC{}) {
+		return nil, nil
+	}
+	return admin.NewOIDCLogin(issuers, admin.OIDCLoginConfig{Issuer: p.Issuer, ClientID: p.ClientID, ClientSecret: secret, RedirectURL: p.RedirectURL})
 }
 
 func (p Portal) validate() error {
@@ -425,7 +443,10 @@ func (c *Config) validate() error {
 	if keep := c.Audit.Keep.Std(); keep != 0 && keep < 24*time.Hour {
 		fault("audit.keep", "must be at least 1d, or 0 to keep it for good")
 	}
-	if _, err := c.oidc(); err != nil {
+	issuers, err := c.oidc()
+	faults = append(faults, err)
+	if err == nil {
+		_, err = c.Portal.OIDC.login(issuers, apikey.Secret{})
 		faults = append(faults, err)
 	}
 	identity := check.Identity(c.IdentityHeaders).Names()

@@ -326,6 +326,17 @@ func TestFaultsOfAllPartsAreReported(t *testing.T) {
 	}
 }
 
+// withLogin spoils a sign-in by OIDC that is good otherwise.
+func withLogin(spoil func(*PortalOIDC)) func(*Config) {
+	return func(c *Config) {
+		if c.OIDC == nil {
+			c.OIDC = []OIDCIssuer{{Issuer: "https://login.example", Audience: "keyward", Roles: []OIDCRole{{Claim: "roles", Value: "ops", Role: "operator"}}}}
+			c.Portal.OIDC = PortalOIDC{Issuer: "https://login.example", ClientID: "portal", RedirectURL: "https://keys.example/sign-in/oidc/back"}
+		}
+		spoil(&c.Portal.OIDC)
+	}
+}
+
 // TestValidation breaks one field at a time, and then all together.
 func TestValidation(t *testing.T) {
 	faults := []struct {
@@ -402,6 +413,10 @@ func TestValidation(t *testing.T) {
 		{"log.level", func(c *Config) { c.Log.Level = canary }},
 		{"log.format", func(c *Config) { c.Log.Format = canary }},
 		{"log.decisionsPerSecond", func(c *Config) { n := -1; c.Log.DecisionsPerSecond = &n }},
+		{"portal.oidc.issuer", withLogin(func(p *PortalOIDC) { p.Issuer = "https://" + canary })},
+		{"portal.oidc.clientID", withLogin(func(p *PortalOIDC) { p.ClientID = "" })},
+		{"portal.oidc.redirectURL", withLogin(func(p *PortalOIDC) { p.RedirectURL = "https://keys.example/" + canary })},
+		{"portal.oidc.redirectURL", withLogin(func(p *PortalOIDC) { p.RedirectURL = "http://keys.example/sign-in/oidc/back" })},
 		{"tracing.endpoint", func(c *Config) { c.Tracing.Endpoint = "https://collector.example:4317/v1/traces" }}, // gRPC has no paths
 		{"tracing.protocol", func(c *Config) { c.Tracing.Protocol = canary }},
 		{"tracing.ratio", func(c *Config) { c.Tracing.Ratio = 1.1 }},

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -100,7 +101,8 @@ type service struct {
 	drainDelay time.Duration
 	serving    chan struct{} // closed when everything is
 	pepper     *apikey.Pepper
-	traces     *traces // nil: none are made
+	traces     *traces          // nil: none are made
+	login      *admin.OIDCLogin // nil: people sign in to the portal with tokens only
 
 	check, manage, holders, portal, metrics net.Listener // nil where not configured
 	reloaders                               map[string]*reloader
@@ -176,6 +178,15 @@ func openService(ctx context.Context, cfg *Config, opts serviceOptions) (_ *serv
 	s.accessLogs = accesslog.New(s.limiter, s.usage, s.leases, s.registry, s.log)
 	issuers, err := cfg.oidc()
 	if err != nil {
+		return nil, err
+	}
+	var clientSecret []byte
+	if file := cfg.Portal.OIDC.ClientSecretFile; file != "" {
+		if clientSecret, err = readPrivate(file); err != nil {
+			return nil, fmt.Errorf("portal.oidc.clientSecretFile: %w", err)
+		}
+	}
+	if s.login, err = cfg.Portal.OIDC.login(issuers, apikey.NewSecret(strings.TrimSpace(string(clientSecret)))); err != nil {
 		return nil, err
 	}
 	adminConfig := admin.Config{
@@ -395,7 +406,7 @@ func (s *service) run(ctx context.Context) error {
 	}))
 	holdersServer := s.httpServer(holders.New(s.authorizer, s.admin, s.log))
 	portalServer := s.httpServer(portal.New(s.admin, portal.Config{
-		Log: s.log, Version: readVersion().Version, Idle: s.cfg.Portal.Idle.Std(), Most: s.cfg.Portal.Most.Std(), Envoys: envoys{s},
+		Log: s.log, Version: readVersion().Version, Idle: s.cfg.Portal.Idle.Std(), Most: s.cfg.Portal.Most.Std(), Envoys: envoys{s}, Login: s.login,
 	}))
 	metricsServer := s.httpServer(s.metricsHandler())
 	group.Go(func() error { return grpcServer.Serve(s.check) })
