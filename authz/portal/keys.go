@@ -73,7 +73,7 @@ var choicesOfKeys = keyChoices{
 		{"expiring", "Expiring within 14 days"}, {"idling", "Ending unused within 14 days"}, {"endless", "Without an end"},
 	},
 	Orders: []choice{
-		{"", "As the filter suggests"}, {"createdAt desc", "Newest first"}, {"createdAt", "Oldest first"}, {"name", "Name, A to Z"}, {"name desc", "Name, Z to A"},
+		{"", "By the filter"}, {"createdAt desc", "Newest first"}, {"createdAt", "Oldest first"}, {"name", "Name, A to Z"}, {"name desc", "Name, Z to A"},
 		{"lastUsedAt desc", "Last used first"}, {"lastUsedAt", "Longest unused first"}, {"expirationDate", "First to expire first"}, {"expirationDate desc", "Last to expire first"},
 	},
 }
