@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -530,14 +531,14 @@ func TestAlertsOutliveAnOutage(t *testing.T) {
 		store := &failing{Memory: memory}
 		engine := usage.NewAlerts(store, usage.AlertsConfig{Holder: "one"}, nil, slog.New(slog.NewTextHandler(io.Discard, nil)))
 		w.engine, w.log = engine, new(bytes.Buffer)
-		store.away = true
+		store.away.Store(true)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- engine.Run(ctx) }()
 		w.used(k, office)
 		time.Sleep(10 * time.Minute)
 		w.want("away")
-		store.away = false
+		store.away.Store(false)
 		time.Sleep(2 * time.Minute)
 		w.want("back", "expiring 14d")
 		cancel()
@@ -547,18 +548,18 @@ func TestAlertsOutliveAnOutage(t *testing.T) {
 
 type failing struct {
 	*storetest.Memory
-	away bool
+	away atomic.Bool
 }
 
 func (f *failing) Instances(ctx context.Context) ([]*apikey.Instance, error) {
-	if f.away {
+	if f.away.Load() {
 		return nil, apikey.ErrUndecided
 	}
 	return f.Memory.Instances(ctx)
 }
 
 func (f *failing) KeyNetworks(ctx context.Context, id apikey.ID) ([]admin.KeyNetwork, error) {
-	if f.away {
+	if f.away.Load() {
 		return nil, apikey.ErrUndecided
 	}
 	return f.Memory.KeyNetworks(ctx, id)

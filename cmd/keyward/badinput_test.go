@@ -706,8 +706,8 @@ func TestBadCalls(t *testing.T) {
 		z := gzip.NewWriter(&small)
 		_, _ = z.Write(make([]byte, 64<<20))
 		_ = z.Close()
-		if got := w.post(t, checkMethod, small.Bytes(), true, "application/grpc"); got != "grpc 12" {
-			t.Errorf("got %s, want UNIMPLEMENTED: no compressor is registered", got)
+		if got := w.post(t, checkMethod, small.Bytes(), true, "application/grpc"); got != "grpc 13" {
+			t.Errorf("got %s, want INTERNAL: nothing is decompressed", got)
 		}
 	})
 	t.Run("63 missing TE", func(t *testing.T) {

@@ -372,7 +372,7 @@ func defaultConfig() Config {
 		Envoy:       EnvoyFacts{MaxRequestBytes: generate.DefaultMaxRequestBytes},
 
 		Errors:  "rpc",
-		Tracing: Tracing{Protocol: "grpc", Ratio: 0.01},
+		Tracing: Tracing{Ratio: 0.01},
 		Log:     Log{Level: "info", Format: "json", DecisionsPerSecond: &perSecond},
 		Portal:  Portal{Idle: apikey.Duration(portal.DefaultIdle), Most: apikey.Duration(portal.DefaultMost)},
 		// What lives is the cache, what dies is requests', and marking the cache for their sake is the greater

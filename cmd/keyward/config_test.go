@@ -417,8 +417,6 @@ func TestValidation(t *testing.T) {
 		{"portal.oidc.clientID", withLogin(func(p *PortalOIDC) { p.ClientID = "" })},
 		{"portal.oidc.redirectURL", withLogin(func(p *PortalOIDC) { p.RedirectURL = "https://keys.example/" + canary })},
 		{"portal.oidc.redirectURL", withLogin(func(p *PortalOIDC) { p.RedirectURL = "http://keys.example/sign-in/oidc/back" })},
-		{"tracing.endpoint", func(c *Config) { c.Tracing.Endpoint = "https://collector.example:4317/v1/traces" }}, // gRPC has no paths
-		{"tracing.protocol", func(c *Config) { c.Tracing.Protocol = canary }},
 		{"tracing.ratio", func(c *Config) { c.Tracing.Ratio = 1.1 }},
 		{"tracing.ratio", func(c *Config) { c.Tracing.Ratio = math.NaN() }},
 		{"tracing.endpoint", func(c *Config) { c.Tracing.Endpoint = canary + ":4317" }},

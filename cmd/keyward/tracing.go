@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net/url"
 	"sync/atomic"
@@ -11,12 +12,11 @@ import (
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
-	"go.opentelemetry.io/otel/exporters/otlp/otlptrace"
-	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracehttp"
 	"go.opentelemetry.io/otel/sdk/resource"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc/encoding"
 
 	"keyward/authz/apikey"
 	"keyward/authz/store/sqlite"
@@ -26,15 +26,16 @@ import (
 // Tracing says where traces of Checks and of the Management API go. What is not set here the OpenTelemetry SDK
 // takes from its own OTEL_ variables, as operators expect of it: above all the headers that a collector wants
 // to see, which are secrets and stand in no configuration. With enabled: false nobody reads them.
+//
+// OTLP over HTTP alone, because of [noGzip].
 type Tracing struct {
 	Enabled  bool    `yaml:"enabled"`
-	Endpoint string  `yaml:"endpoint"` // URL of an OTLP receiver; "": OTEL_EXPORTER_OTLP_ENDPOINT, else this machine
-	Protocol string  `yaml:"protocol"` // grpc | http
+	Endpoint string  `yaml:"endpoint"` // URL of an OTLP receiver over HTTP; "": OTEL_EXPORTER_OTLP_ENDPOINT, else this machine
 	Ratio    float64 `yaml:"ratio"`    // of the requests for which the caller has not decided already
 }
 
 func (t Tracing) validate() error {
-	faults := []error{oneOf("tracing.protocol", t.Protocol, "grpc", "http")}
+	var faults []error
 	if !(t.Ratio >= 0 && t.Ratio <= 1) { // so that NaN is refused too
 		faults = append(faults, apikey.Invalid("tracing.ratio", "must be from 0 to 1"))
 	}
@@ -51,17 +52,27 @@ func (t Tracing) url() (string, error) {
 	}
 	u, err := url.Parse(t.Endpoint)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return "", apikey.Invalid("tracing.endpoint", "must be a URL such as http://127.0.0.1:4317, with https for TLS and without a password: "+
+		return "", apikey.Invalid("tracing.endpoint", "must be a URL such as http://127.0.0.1:4318, with https for TLS and without a password: "+
 			"that goes into OTEL_EXPORTER_OTLP_HEADERS")
 	}
-	switch {
-	case u.Path == "" || u.Path == "/":
-		u.Path = "/v1/traces" // as for OTEL_EXPORTER_OTLP_ENDPOINT; without a meaning over gRPC
-	case t.Protocol == "grpc":
-		return "", apikey.Invalid("tracing.endpoint", "has a path, which gRPC does not know: leave it out, or say protocol: http")
+	if u.Path == "" || u.Path == "/" {
+		u.Path = "/v1/traces" // as for OTEL_EXPORTER_OTLP_ENDPOINT
 	}
 	return u.String(), nil
 }
+
+// noGzip stands for gzip in grpc-go. Both of OpenTelemetry's exporters register gzip for the whole process, and then
+// the server of Checks would take compressed messages, which are far larger than what whoever sends them pays for.
+// Envoy compresses none.
+type noGzip struct{}
+
+var errNoGzip = errors.New("keyward takes no compressed messages")
+
+func (noGzip) Name() string                               { return "gzip" }
+func (noGzip) Compress(io.Writer) (io.WriteCloser, error) { return nil, errNoGzip }
+func (noGzip) Decompress(io.Reader) (io.Reader, error)    { return nil, errNoGzip }
+
+func init() { encoding.RegisterCompressor(noGzip{}) } // the last one registered counts
 
 const (
 	// tracesFlush is how long the end may take to send what was not sent yet.
@@ -95,21 +106,11 @@ func openTraces(ctx context.Context, cfg Tracing, replica string, log *slog.Logg
 	if err != nil {
 		return nil, err
 	}
-	var client otlptrace.Client
-	if cfg.Protocol == "http" {
-		var options []otlptracehttp.Option
-		if to != "" {
-			options = append(options, otlptracehttp.WithEndpointURL(to))
-		}
-		client = otlptracehttp.NewClient(options...)
-	} else {
-		var options []otlptracegrpc.Option
-		if to != "" {
-			options = append(options, otlptracegrpc.WithEndpointURL(to))
-		}
-		client = otlptracegrpc.NewClient(options...)
+	var options []otlptracehttp.Option
+	if to != "" {
+		options = append(options, otlptracehttp.WithEndpointURL(to))
 	}
-	exporter, err := otlptrace.New(ctx, client)
+	exporter, err := otlptracehttp.New(ctx, options...)
 	if err != nil {
 		return nil, err
 	}

@@ -56,9 +56,9 @@ func TestTracesOverHTTP(t *testing.T) {
 	t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-password=of-the-collector")
 	t.Setenv("OTEL_SERVICE_NAME", "keys")
 	for name, config := range map[string]Tracing{
-		"by configuration": {Enabled: true, Endpoint: collector.URL, Protocol: "http", Ratio: 1},
-		"by environment":   {Enabled: true, Protocol: "http", Ratio: 1},
-		"never sampled":    {Enabled: true, Endpoint: collector.URL, Protocol: "http", Ratio: 0},
+		"by configuration": {Enabled: true, Endpoint: collector.URL, Ratio: 1},
+		"by environment":   {Enabled: true, Ratio: 1},
+		"never sampled":    {Enabled: true, Endpoint: collector.URL, Ratio: 0},
 	} {
 		if config.Endpoint == "" {
 			t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.URL)
@@ -87,7 +87,7 @@ func TestTracesWithoutReceiver(t *testing.T) {
 	}
 	defer l.Close()
 	var log bytes.Buffer
-	made, err := openTraces(t.Context(), Tracing{Enabled: true, Endpoint: "http://" + l.Addr().String(), Protocol: "grpc", Ratio: 1}, "replica", newLogger(&log, "json", slog.LevelInfo))
+	made, err := openTraces(t.Context(), Tracing{Enabled: true, Endpoint: "http://" + l.Addr().String(), Ratio: 1}, "replica", newLogger(&log, "json", slog.LevelInfo))
 	if err != nil {
 		t.Fatal(err)
 	}

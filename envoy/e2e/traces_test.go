@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"sync"
 	"testing"
@@ -13,6 +16,7 @@ import (
 	tracepb "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
@@ -21,7 +25,8 @@ import (
 // A receiver is an OTLP collector that keeps what it is sent.
 type receiver struct {
 	tracepb.UnimplementedTraceServiceServer
-	address string
+	address string // over gRPC, which Envoy speaks
+	url     string // over HTTP, which keyward does
 
 	mu    sync.Mutex
 	spans []span
@@ -45,6 +50,20 @@ func receive(t *testing.T) *receiver {
 		t.Fatal(err)
 	}
 	r := &receiver{address: l.Addr().String()}
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		body, err := io.ReadAll(q.Body)
+		in := new(tracepb.ExportTraceServiceRequest)
+		if err == nil {
+			err = proto.Unmarshal(body, in)
+		}
+		if err != nil || q.URL.Path != "/v1/traces" {
+			t.Errorf("keyward sent to %s: %v", q.URL.Path, err)
+		}
+		_, _ = r.Export(q.Context(), in)
+		w.Header().Set("Content-Type", "application/x-protobuf") // an empty message is the answer
+	}))
+	t.Cleanup(web.Close)
+	r.url = web.URL
 	server := grpc.NewServer()
 	tracepb.RegisterTraceServiceServer(server, r)
 	done := make(chan error, 1)
@@ -121,7 +140,7 @@ const checkSpan = "envoy.service.auth.v3.Authorization/Check"
 func TestTraces(t *testing.T) {
 	t.Parallel()
 	r := receive(t)
-	s := serve(t, config{yaml: fmt.Sprintf("tracing: {enabled: true, endpoint: \"http://%s\", ratio: 1}\n", r.address)})
+	s := serve(t, config{yaml: fmt.Sprintf("tracing: {enabled: true, endpoint: %q, ratio: 1}\n", r.url)})
 	home := s.instance(t, admin.PolicyInput{})
 	k := s.key(t, home, admin.KeyInput{})
 	tracing := func(sampled int) func(map[string]any) {
