@@ -1,6 +1,7 @@
 package sqlite
 
 import (
+	"cmp"
 	"slices"
 	"strconv"
 	"strings"
@@ -197,9 +198,16 @@ func drive(column string, f *admin.KeyFilter) way {
 	return w
 }
 
+// A budget is what a page may cost where no index has its filter and its order both, in keys; the zero one is
+// fewKeys and manyKeys. Tests have a smaller one, so that fewer keys are more than it.
+type budget struct{ few, many int }
+
+func (b budget) fewKeys() int  { return cmp.Or(b.few, fewKeys) }
+func (b budget) manyKeys() int { return cmp.Or(b.many, manyKeys) }
+
 // rareParts returns the parts of a filter by which the list could go instead of the way w, and for each the
-// statement that counts the keys that it means, up to one more than fewKeys.
-func rareParts(instanceID string, q admin.KeyQuery, w way) (parts []part, counts []listing) {
+// statement that counts the keys that it means, up to one more than are few.
+func (b budget) rareParts(instanceID string, q admin.KeyQuery, w way) (parts []part, counts []listing) {
 	parts = equals(&q.KeyFilter)
 	for column, p := range ranges(&q.KeyFilter) {
 		if column != orders[q.Order].column {
@@ -219,7 +227,7 @@ func rareParts(instanceID string, q admin.KeyQuery, w way) (parts []part, counts
 			l.and(p.more)
 		}
 		l.text = `SELECT count(*) FROM (SELECT 1 FROM keys INDEXED BY ` + p.index + ` WHERE ` + strings.Join(l.where, " AND ") +
-			` LIMIT ` + strconv.Itoa(fewKeys+1) + `)`
+			` LIMIT ` + strconv.Itoa(b.fewKeys()+1) + `)`
 		counts = append(counts, l)
 	}
 	return parts, counts
@@ -227,7 +235,7 @@ func rareParts(instanceID string, q admin.KeyQuery, w way) (parts []part, counts
 
 // lastLooked returns the statement for the place of the last of the keys that may be looked at for a page by
 // the way w.
-func lastLooked(instanceID string, q admin.KeyQuery, w way) (string, []any) {
+func (b budget) lastLooked(instanceID string, q admin.KeyQuery, w way) (string, []any) {
 	l := &listing{}
 	order := orders[q.Order]
 	direction := " DESC"
@@ -244,7 +252,7 @@ func lastLooked(instanceID string, q admin.KeyQuery, w way) (string, []any) {
 		l.and("status = " + l.arg(w.means.Status))
 	}
 	return `SELECT ` + order.column + `, id FROM keys INDEXED BY ` + w.index + ` WHERE ` + strings.Join(l.where, " AND ") +
-		` ORDER BY ` + order.column + direction + `, id` + direction + ` LIMIT 1 OFFSET ` + strconv.Itoa(manyKeys-1), l.args
+		` ORDER BY ` + order.column + direction + `, id` + direction + ` LIMIT 1 OFFSET ` + strconv.Itoa(b.manyKeys()-1), l.args
 }
 
 // listKeys returns the statement for a query of keys by the way w, at most as far as a place; zero: as far as

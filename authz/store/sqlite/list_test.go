@@ -158,11 +158,11 @@ func TestListsGoByIndexes(t *testing.T) {
 			first := q
 			first.After = admin.KeyPlace{}
 			checkPlan(t, s, what+", the first page", first, w, place)
-			query, args := lastLooked("tenant", q, w)
+			query, args := s.budget.lastLooked("tenant", q, w)
 			if steps := plan(t, s, query, args); len(steps) != 1 || !strings.HasPrefix(steps[0], "SEARCH keys USING ") || !strings.Contains(steps[0], "INDEX "+w.index+" (instance_id=?") {
 				t.Errorf("%s looks for its end without its index: %q", what, steps)
 			}
-			parts, counts := rareParts("tenant", q, w)
+			parts, counts := s.budget.rareParts("tenant", q, w)
 			for i, p := range parts {
 				if steps := plan(t, s, counts[i].text, counts[i].args); !slices.ContainsFunc(steps, func(step string) bool {
 					return strings.HasPrefix(step, "SEARCH keys USING ") && strings.Contains(step, "INDEX "+p.index+" (instance_id=?")
@@ -237,11 +237,16 @@ func pageOf(t testing.TB, s *Store, instanceID string, q admin.KeyQuery) (page a
 }
 
 // TestPagesLookAtFewKeys: where an index has filter and order, a page looks at its own keys and one more; where
-// none has, at no more than a bound, and says where to go on.
+// none has, at no more than a bound, and says where to go on. The bounds are smaller here than a server's: what
+// is proved is that a page keeps to them with many more keys, and costs a tenth.
 func TestPagesLookAtFewKeys(t *testing.T) {
 	ctx := t.Context()
 	s := open(t, file(t))
-	const n, page = 2*manyKeys + 500, 50
+	if b := s.budget; b.fewKeys() != 5_000 || b.manyKeys() != 5_000 {
+		t.Errorf("a server's pages cost %d and %d keys, want 5000", b.fewKeys(), b.manyKeys())
+	}
+	s.budget = budget{few: 500, many: 500}
+	const n, page, late = 2*500 + 250, 50, 500 + 100
 	_, err := s.Update(ctx, func(tx admin.Tx) error {
 		errs := []error{tx.PutInstance(ctx, &apikey.Instance{ID: "tenant"}), tx.Audit(ctx, admin.Event{})}
 		for i := range n {
@@ -256,10 +261,10 @@ func TestPagesLookAtFewKeys(t *testing.T) {
 			if i%5 == 0 {
 				k.Disabled = true
 			}
-			if i >= n-manyKeys-100 { // more than few, and as far as can be from where orders begin
+			if i >= n-late { // more than few, and as far as can be from where orders begin
 				k.CreatedBy, k.Environment, k.LastUsedAt = "late", "late", time.Time{}
 			}
-			if i%1000 == 1 {
+			if i%100 == 1 {
 				k.CreatedBy, k.Environment = "rare", "rare"
 			}
 			errs = append(errs, tx.InsertKey(ctx, k))
@@ -269,11 +274,11 @@ func TestPagesLookAtFewKeys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bound := map[string]int{"index": page + 1, "sorted": fewKeys, "bounded": manyKeys}
+	bound := map[string]int{"index": page + 1, "sorted": s.budget.few, "bounded": s.budget.many}
 	ways := map[string]int{}
 	for _, filter := range []admin.KeyFilter{
 		{}, {Type: apikey.TypeAgent}, {Status: "active"}, {Status: "disabled"}, {AgentName: "agent 9"}, {CreatedBy: "late"}, {CreatedBy: "rare"}, {Environment: "late"},
-		{NeverUsed: true}, {NamePrefix: "key"}, {NamePrefix: "key 0001"}, {UnusedSince: listNow}, {ExpiresBefore: listNow.Add(9000 * time.Hour)},
+		{NeverUsed: true}, {NamePrefix: "key"}, {NamePrefix: "key 0001"}, {UnusedSince: listNow}, {ExpiresBefore: listNow.Add(1070 * time.Hour)},
 		{IdleBefore: listNow.Add(365 * 24 * time.Hour)}, {Type: apikey.TypeAgent, CreatedBy: "late"}, {Environment: "late", Status: "disabled", NamePrefix: "key"},
 		{NoExpiration: true}, {CreatedBy: "nobody"}, {Environment: "late", CreatedBy: "rare"},
 	} {

@@ -21,6 +21,8 @@ type reader struct {
 	find  func(ctx context.Context, args ...any) (*sql.Rows, error) // findKey
 	enter func() (leave func(), err error)
 	fault func(what string, err error) error
+
+	budget budget
 }
 
 // The statements whose plans a test looks at.
@@ -235,8 +237,8 @@ func (r *reader) way(ctx context.Context, instanceID string, q admin.KeyQuery) (
 	if w.exact {
 		return w, false, nil
 	}
-	parts, counts := rareParts(instanceID, q, w)
-	least := fewKeys + 1
+	parts, counts := r.budget.rareParts(instanceID, q, w)
+	least := r.budget.fewKeys() + 1
 	for i, p := range parts {
 		var n int
 		if _, err := r.one(ctx, "list keys", counts[i].text, counts[i].args, &n); err != nil {
@@ -256,7 +258,7 @@ func (r *reader) way(ctx context.Context, instanceID string, q admin.KeyQuery) (
 // lastLooked returns the place of the last of the keys that may be looked at for a page by the way w; zero if
 // there are fewer.
 func (r *reader) lastLooked(ctx context.Context, instanceID string, q admin.KeyQuery, w way) (p admin.KeyPlace, err error) {
-	query, args := lastLooked(instanceID, q, w)
+	query, args := r.budget.lastLooked(instanceID, q, w)
 	at := any(instant{&p.At})
 	switch orders[q.Order].column {
 	case "name":
