@@ -429,3 +429,29 @@ func BenchmarkDecided(b *testing.B) {
 		})
 	}
 }
+
+// Whoever can write access logs can tell of a known key and another instance, or one that is not there. What was
+// decided stays where the key is.
+func TestAccessLogMovesNoDecisions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		c, _, stop := start(t, m, usage.Config{Instance: func(id string) *apikey.Instance {
+			if id != "a" {
+				return nil
+			}
+			return &apikey.Instance{ID: id}
+		}})
+		k := keyOf(1, 1)
+		at := time.Now()
+		c.Ended("made-up", k.ID, 200, 1, 1, time.Second)
+		u := use(k, authz.ReasonKey, "192.0.2.1")
+		u.InstanceID = "a"
+		c.Decided(u)
+		stop()
+		for _, where := range []string{place("a", k.ID, at), place("a", apikey.ID{}, at)} {
+			if got := m.counts[where]; got == nil || got.Allowed != 1 {
+				t.Errorf("%s: got %+v, want 1 allowed", where, got)
+			}
+		}
+	})
+}
