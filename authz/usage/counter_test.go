@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/netip"
 	"strings"
 	"sync"
@@ -452,6 +453,28 @@ func TestAccessLogMovesNoDecisions(t *testing.T) {
 			if got := m.counts[where]; got == nil || got.Allowed != 1 {
 				t.Errorf("%s: got %+v, want 1 allowed", where, got)
 			}
+		}
+	})
+}
+
+// Sums of what an access log tells stay at the most there is, and never become negative.
+func TestEndedSumsDoNotOverflow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		c, _, stop := start(t, m, usage.Config{})
+		k, at := keyOf(1, 1), time.Now()
+		for range 2 {
+			for range 3 {
+				c.Ended("demo", k.ID, 200, math.MaxInt64/2, math.MaxInt64/2, math.MaxInt64/2)
+			}
+			time.Sleep(30 * time.Second) // and once more where they are added up
+		}
+		stop()
+		got := m.counts[place("demo", k.ID, at)]
+		if want := (admin.EndedRequests{
+			Count: 6, Status: [6]int64{2: 6}, RequestBytes: math.MaxInt64, ResponseBytes: math.MaxInt64, Duration: math.MaxInt64, Longest: math.MaxInt64 / 2,
+		}); got == nil || got.Ended != want {
+			t.Errorf("got %+v, want %+v", got, want)
 		}
 	})
 }
