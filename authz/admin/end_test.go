@@ -742,7 +742,11 @@ func TestAdvice(t *testing.T) {
 		days int
 		says string
 	}{
-		{"new", apikey.Key{}, 2 * oneDay, false, 2, "too soon"},
+		{"made just now", apikey.Key{}, 0, false, 0, "Never used in the hours since it was made, which may be too soon"},
+		{"made yesterday", apikey.Key{}, oneDay, false, 1, "Never used in the 1 day since"},
+		{"new", apikey.Key{}, 2 * oneDay, false, 2, "Never used in the 2 days since it was made, which may be too soon"},
+		{"imported just now", apikey.Key{IdleFrom: made.Add(90 * oneDay)}, 90*oneDay + time.Hour, false, 0, "Not used in the hours since it was imported"},
+		{"used yesterday", apikey.Key{LastUsedAt: made.Add(39 * oneDay)}, 40 * oneDay, false, 1, "Used 1 day ago"},
 		{"never used", apikey.Key{}, 40 * oneDay, true, 40, "Never used in the 40 days"},
 		{"in use", apikey.Key{LastUsedAt: made.Add(39*oneDay + time.Hour)}, 40 * oneDay, false, 0, "In use"},
 		{"used last week", apikey.Key{LastUsedAt: made.Add(33 * oneDay)}, 40 * oneDay, false, 7, "Used 7 days ago"},

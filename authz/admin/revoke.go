@@ -260,17 +260,28 @@ func AdviceOn(k *apikey.Key, at time.Time) Advice {
 	case status == statusRevoked || status == statusExpired:
 		a.Safe, a.Text = true, "It is "+status+" and opens nothing."
 	case !a.Safe && since.After(k.LastUsedAt) && since.After(k.CreatedAt):
-		a.Text = fmt.Sprintf("Not used in the %d days since it was imported or restored, and nothing is known from before: too soon to tell.", a.UnusedDays)
+		a.Text = fmt.Sprintf("Not used in the %s since it was imported or restored, and nothing is known from before: too soon to tell.", inDays(a.UnusedDays))
 	case a.Safe && k.LastUsedAt.IsZero() && since.Equal(k.CreatedAt):
 		a.Text = fmt.Sprintf("Never used in the %d days since it was made: safe to revoke.", a.UnusedDays)
 	case a.Safe:
 		a.Text = fmt.Sprintf("Unused for %d days: safe to revoke.", a.UnusedDays)
 	case k.LastUsedAt.IsZero():
-		a.Text = fmt.Sprintf("Never used in the %d days since it was made, which may be too soon to tell.", a.UnusedDays)
+		a.Text = fmt.Sprintf("Never used in the %s since it was made, which may be too soon to tell.", inDays(a.UnusedDays))
 	case a.UnusedDays == 0:
 		a.Text = "In use: last used within a day. Rotate it, and revoke it when nobody uses the old secret."
 	default:
-		a.Text = fmt.Sprintf("Used %d days ago: ask its owner before revoking it.", a.UnusedDays)
+		a.Text = fmt.Sprintf("Used %s ago: ask its owner before revoking it.", inDays(a.UnusedDays))
 	}
 	return a
+}
+
+// inDays says for people how long whole days are.
+func inDays(n int) string {
+	switch n {
+	case 0:
+		return "hours"
+	case 1:
+		return "1 day"
+	}
+	return fmt.Sprintf("%d days", n)
 }

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"math"
 	"slices"
 	"time"
 
@@ -125,7 +126,7 @@ func (c *UsageCounts) Add(other *UsageCounts) {
 		}
 		c.Networks = addCounts(c.Networks, map[string]int64{network: n})
 	}
-	c.Ended.add(&other.Ended)
+	c.Ended.Add(&other.Ended)
 }
 
 // networks is how many networks are counted apart.
@@ -136,15 +137,25 @@ func (c *UsageCounts) networks() int {
 	return len(c.Networks)
 }
 
-func (e *EndedRequests) add(other *EndedRequests) {
+// Add adds other to e. Bytes and duration stay at the most that can be told: they come from a log, which may tell
+// anything.
+func (e *EndedRequests) Add(other *EndedRequests) {
 	e.Count += other.Count
 	for class, n := range other.Status {
 		e.Status[class] += n
 	}
-	e.RequestBytes += other.RequestBytes
-	e.ResponseBytes += other.ResponseBytes
-	e.Duration += other.Duration
+	e.RequestBytes = atMost(e.RequestBytes, other.RequestBytes)
+	e.ResponseBytes = atMost(e.ResponseBytes, other.ResponseBytes)
+	e.Duration = atMost(e.Duration, other.Duration)
 	e.Longest = max(e.Longest, other.Longest)
+}
+
+// atMost adds what is not negative, as far as there are numbers for it.
+func atMost[N ~int64](a, b N) N {
+	if a > math.MaxInt64-b {
+		return math.MaxInt64
+	}
+	return a + b
 }
 
 func addCounts[K comparable](to, from map[K]int64) map[K]int64 {

@@ -145,6 +145,7 @@ func (c *Counter) Decided(u authz.Use) {
 	if r == nil {
 		r = p.add(s, key, u.InstanceID, &c.metrics.series)
 	}
+	r.instance = u.InstanceID // not what an access log said of the key before: whoever writes it can make up instances
 	if !allowed {
 		r.refuse(u.Reason)
 		return

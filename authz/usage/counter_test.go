@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/netip"
 	"strings"
 	"sync"
@@ -428,4 +429,52 @@ func BenchmarkDecided(b *testing.B) {
 			}
 		})
 	}
+}
+
+// Whoever can write access logs can tell of a known key and another instance, or one that is not there. What was
+// decided stays where the key is.
+func TestAccessLogMovesNoDecisions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		c, _, stop := start(t, m, usage.Config{Instance: func(id string) *apikey.Instance {
+			if id != "a" {
+				return nil
+			}
+			return &apikey.Instance{ID: id}
+		}})
+		k := keyOf(1, 1)
+		at := time.Now()
+		c.Ended("made-up", k.ID, 200, 1, 1, time.Second)
+		u := use(k, authz.ReasonKey, "192.0.2.1")
+		u.InstanceID = "a"
+		c.Decided(u)
+		stop()
+		for _, where := range []string{place("a", k.ID, at), place("a", apikey.ID{}, at)} {
+			if got := m.counts[where]; got == nil || got.Allowed != 1 {
+				t.Errorf("%s: got %+v, want 1 allowed", where, got)
+			}
+		}
+	})
+}
+
+// Sums of what an access log tells stay at the most there is, and never become negative.
+func TestEndedSumsDoNotOverflow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		c, _, stop := start(t, m, usage.Config{})
+		k, at := keyOf(1, 1), time.Now()
+		for range 2 {
+			for range 3 {
+				c.Ended("demo", k.ID, 200, math.MaxInt64/2, math.MaxInt64/2, math.MaxInt64/2)
+			}
+			time.Sleep(30 * time.Second) // and once more where they are added up
+		}
+		stop()
+		got := m.counts[place("demo", k.ID, at)]
+		if want := (admin.EndedRequests{
+			Count: 6, Status: [6]int64{2: 6}, RequestBytes: math.MaxInt64, ResponseBytes: math.MaxInt64, Duration: math.MaxInt64, Longest: math.MaxInt64 / 2,
+		}); got == nil || got.Ended != want {
+			t.Errorf("got %+v, want %+v", got, want)
+		}
+	})
 }

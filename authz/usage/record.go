@@ -209,12 +209,11 @@ func (r *record) end(status int, requestBytes, responseBytes int64, took time.Du
 	if class < 0 || class >= len(r.ended.Status) {
 		class = 0
 	}
-	r.ended.Count++
-	r.ended.Status[class]++
-	r.ended.RequestBytes += max(requestBytes, 0)
-	r.ended.ResponseBytes += max(responseBytes, 0)
-	r.ended.Duration += max(took, 0)
-	r.ended.Longest = max(r.ended.Longest, took)
+	one := admin.EndedRequests{
+		Count: 1, RequestBytes: max(requestBytes, 0), ResponseBytes: max(responseBytes, 0), Duration: max(took, 0), Longest: took,
+	}
+	one.Status[class] = 1
+	r.ended.Add(&one)
 }
 
 // counts returns what the record holds.
