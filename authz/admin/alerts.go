@@ -228,7 +228,11 @@ func (s *Service) AckAlert(ctx context.Context, caller Caller, instanceID string
 		if a.Kind == AlertNewNetwork && a.ResolvedAt.IsZero() {
 			a.ResolvedAt = a.AckedAt
 			if s.cfg.Webhook != nil {
-				n, err := NewNotice(NoticeResolved, a, nil)
+				k, err := tx.Key(ctx, a.InstanceID, a.KeyID)
+				if err != nil && !isNotFound(err) {
+					return err
+				}
+				n, err := NewNotice(NoticeResolved, a, k)
 				if err != nil {
 					return err
 				}

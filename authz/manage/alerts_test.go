@@ -2,6 +2,7 @@ package manage
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/http/httptest"
@@ -154,7 +155,8 @@ func TestAlertsOverTheClient(t *testing.T) {
 	if got, err := client.TestAlerts(t.Context()); err != nil || got != answer || sent.Type != admin.NoticeTest {
 		t.Errorf("got %+v, %v after %s", got, err, sent.Body)
 	}
-	id := d.alert(t, 255, "a", admin.AlertNewNetwork, apikey.ID{3})
+	key := d.key(t, "a").Key.ID
+	id := d.alert(t, 255, "a", admin.AlertNewNetwork, key)
 	for range 2 {
 		if _, err := client.AckAlert(t.Context(), "a", id); err != nil {
 			t.Fatal(err)
@@ -162,6 +164,10 @@ func TestAlertsOverTheClient(t *testing.T) {
 	}
 	due, err := d.store.DueNotices(t.Context(), time.Now(), 9)
 	if err != nil || len(due) != 1 || due[0].Type != admin.NoticeResolved {
-		t.Errorf("notices: %+v, %v", due, err)
+		t.Fatalf("notices: %+v, %v", due, err)
+	}
+	var body admin.NoticeBody
+	if err := json.Unmarshal(due[0].Body, &body); err != nil || body.Key == nil || body.Key.ID != key {
+		t.Errorf("a notice that does not tell the key: %s, %v", due[0].Body, err)
 	}
 }
