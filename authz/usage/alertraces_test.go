@@ -5,6 +5,7 @@ import (
 	"context"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,13 +19,17 @@ import (
 // A raced store lets another replica be faster, and remembers which keys were asked for.
 type raced struct {
 	*storetest.Memory
+	mu     sync.Mutex
 	faster func(a *admin.Alert) // once, before an alert is kept
 	listed []*apikey.Key
 }
 
 func (r *raced) PutAlert(ctx context.Context, a *admin.Alert, notices ...admin.Notice) error {
-	if faster := r.faster; faster != nil {
-		r.faster = nil
+	r.mu.Lock()
+	faster := r.faster
+	r.faster = nil
+	r.mu.Unlock()
+	if faster != nil {
 		faster(a)
 	}
 	return r.Memory.PutAlert(ctx, a, notices...)
@@ -33,9 +38,17 @@ func (r *raced) PutAlert(ctx context.Context, a *admin.Alert, notices ...admin.N
 func (r *raced) Keys(ctx context.Context, instanceID string, q admin.KeyQuery) ([]*apikey.Key, error) {
 	page, err := r.Memory.Keys(ctx, instanceID, q)
 	if q.Order == admin.OrderExpiration {
+		r.mu.Lock()
 		r.listed = append(r.listed, page...)
+		r.mu.Unlock()
 	}
 	return page, err
+}
+
+func (r *raced) before(faster func(a *admin.Alert)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.faster = faster
 }
 
 // inRace runs a test with an engine over a raced store; prepare is before it starts.
@@ -65,13 +78,13 @@ func inRace(t *testing.T, prepare func(w *watch), test func(t *testing.T, w *wat
 // the webhook is told by the one that was faster.
 func TestAlertThatAnotherReplicaJustOpened(t *testing.T) {
 	inRace(t, func(*watch) {}, func(t *testing.T, w *watch, store *raced) {
-		store.faster = func(a *admin.Alert) {
+		store.before(func(a *admin.Alert) {
 			other := *a
 			other.ID[0]++
 			if err := store.Memory.PutAlert(t.Context(), &other); err != nil {
 				t.Error(err)
 			}
-		}
+		})
 		w.count(w.refused("", apikey.ID{}, "unknown_key", 500))
 		time.Sleep(tick)
 		w.want("two at once", "all nowhere unknownKeys")
@@ -93,11 +106,11 @@ func TestAlertThatSomebodyJustResolved(t *testing.T) {
 		time.Sleep(tick)
 		w.used(k, cafe)
 		time.Sleep(tick)
-		store.faster = func(a *admin.Alert) {
+		store.before(func(a *admin.Alert) {
 			if err := store.Memory.PutAlert(t.Context(), a); err != nil {
 				t.Error(err)
 			}
-		}
+		})
 		time.Sleep(8 * day)
 		w.want("a week later", "newNetwork "+cafe+" resolved")
 		if due, _ := w.store.DueNotices(t.Context(), time.Now(), 9); len(due) != 1 {
@@ -133,6 +146,8 @@ func TestManyKeysExpire(t *testing.T) {
 		if got := len(w.alerts()); got != n {
 			t.Errorf("%d alerts, want %d", got, n)
 		}
+		store.mu.Lock()
+		defer store.mu.Unlock()
 		if len(store.listed) != n {
 			t.Errorf("%d keys were read, want the %d that expire soon", len(store.listed), n)
 		}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"io"
 	"log/slog"
 	"net"
@@ -86,7 +85,7 @@ func TestTracesWithoutReceiver(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	var log bytes.Buffer
+	var log lockedBuffer
 	made, err := openTraces(t.Context(), Tracing{Enabled: true, Endpoint: "http://" + l.Addr().String(), Ratio: 1}, "replica", newLogger(&log, "json", slog.LevelInfo))
 	if err != nil {
 		t.Fatal(err)
