@@ -24,8 +24,11 @@ func (s *Service) PutInstance(ctx context.Context, caller Caller, instanceID str
 // IfThere is a condition that holds for every version of what there is.
 const IfThere apikey.Revision = math.MaxUint64
 
+// IfAbsent is a condition that holds for what is not there: what somebody else makes at the same time is not replaced.
+const IfAbsent apikey.Revision = math.MaxUint64 - 1
+
 // PutInstanceIf does the same on condition that the instance still has the revision ifMatch, that it is
-// there ([IfThere]), or on none (0). Errors: [ErrPrecondition].
+// there ([IfThere]) or not ([IfAbsent]), or on none (0). Errors: [ErrPrecondition].
 func (s *Service) PutInstanceIf(ctx context.Context, caller Caller, instanceID string, policy apikey.Policy, ifMatch apikey.Revision) (PutResult, error) {
 	// The one place where an id that none can have is the caller's mistake: it chooses the id here.
 	if _, err := apikey.CanonicalInstanceID(instanceID); err != nil {
@@ -57,7 +60,9 @@ func (s *Service) PutInstanceIf(ctx context.Context, caller Caller, instanceID s
 			return err
 		}
 		created = before == nil
-		if ifMatch != 0 && (created || ifMatch != IfThere && ifMatch != old.Revision) {
+		switch {
+		case ifMatch == 0, ifMatch == IfAbsent && created, ifMatch == IfThere && !created:
+		case created || ifMatch != old.Revision:
 			return ErrPrecondition
 		}
 		if err := tx.PutInstance(ctx, in); err != nil {

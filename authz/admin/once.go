@@ -40,8 +40,8 @@ var (
 
 // A replay is what an earlier request made.
 type replay struct {
-	KeyID      apikey.ID `json:"keyId"`
-	Generation int       `json:"generation"`
+	KeyID      apikey.ID `json:"keyId"`      // or a management token's
+	Generation int       `json:"generation"` // 0 for a token
 	Secret     string    `json:"secret"`
 	Body       []byte    `json:"body"`
 }
@@ -123,33 +123,8 @@ func (s *Service) once(ctx context.Context, caller Caller, instanceID string, wa
 // Errors: [ErrReplayBody]; [ErrReplayGone] once the key is revoked, gone, or not the caller's any more, or
 // the secret has ended.
 func (s *Service) replay(ctx context.Context, caller Caller, instanceID string, wait time.Duration) (made CreatedKey, found bool, err error) {
-	o := caller.Once
-	var r replay
-	for _, p := range []*apikey.Pepper{s.cfg.Peppers.Current, s.cfg.Peppers.Previous} {
-		if p == nil {
-			continue
-		}
-		id, key := o.names(p, caller, instanceID)
-		sealed, err := s.store.Replay(ctx, id, now())
-		if isNotFound(err) {
-			continue
-		}
-		if err != nil {
-			return CreatedKey{}, false, err
-		}
-		if r, err = unseal(key, sealed); err != nil {
-			return CreatedKey{}, false, err
-		}
-		found = true
-		break
-	}
-	switch {
-	case !found:
-		return CreatedKey{}, false, nil
-	case !bytes.Equal(r.Body, o.Body[:]):
-		return CreatedKey{}, false, ErrReplayBody
-	}
-	if err := stillGood(ctx, s.store); err != nil { // a secret is told, though nothing is changed
+	r, found, err := s.keptReplay(ctx, caller, instanceID)
+	if !found || err != nil {
 		return CreatedKey{}, false, err
 	}
 	k, err := s.store.Key(ctx, instanceID, r.KeyID)
@@ -167,6 +142,40 @@ func (s *Service) replay(ctx context.Context, caller Caller, instanceID string, 
 		return CreatedKey{}, false, err
 	}
 	return CreatedKey{Key: k, Secret: apikey.NewSecret(r.Secret), Propagation: s.propagate(ctx, rev, wait), Replayed: true}, true, nil
+}
+
+// keptReplay returns what an earlier request of the caller's with the same Idempotency-Key made, whether or not
+// that still works; found is false if there was none. Errors: [ErrReplayBody]; [ErrUnauthenticated].
+func (s *Service) keptReplay(ctx context.Context, caller Caller, instanceID string) (r replay, found bool, err error) {
+	o := caller.Once
+	for _, p := range []*apikey.Pepper{s.cfg.Peppers.Current, s.cfg.Peppers.Previous} {
+		if p == nil {
+			continue
+		}
+		id, key := o.names(p, caller, instanceID)
+		sealed, err := s.store.Replay(ctx, id, now())
+		if isNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return replay{}, false, err
+		}
+		if r, err = unseal(key, sealed); err != nil {
+			return replay{}, false, err
+		}
+		found = true
+		break
+	}
+	switch {
+	case !found:
+		return replay{}, false, nil
+	case !bytes.Equal(r.Body, o.Body[:]):
+		return replay{}, false, ErrReplayBody
+	}
+	if err := stillGood(ctx, s.store); err != nil { // a secret is told, though nothing is changed
+		return replay{}, false, err
+	}
+	return r, true, nil
 }
 
 // works reports whether a generation is there and has not ended.

@@ -121,3 +121,49 @@ func TestRepeatedForTheLastPlaceIsOne(t *testing.T) {
 		}
 	}
 }
+
+// TestRepeatedTokenIsOne: requests for a management token that are one request make one token, however many arrive
+// at once.
+func TestRepeatedTokenIsOne(t *testing.T) {
+	d := open(t)
+	d.instance(t, "a")
+	ctx, in := t.Context(), admin.TokenInput{Name: "n", Role: admin.RoleAuditor, InstanceID: "a"}
+	var all sync.WaitGroup
+	var secrets [20]string
+	for i := range secrets {
+		all.Go(func() {
+			made, err := d.CreateToken(ctx, repeatable("token", "1"), in)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			secrets[i] = made.Secret.Reveal()
+		})
+	}
+	all.Wait()
+	for _, s := range secrets {
+		if s == "" || s != secrets[0] {
+			t.Fatal("two answers have two secrets")
+		}
+	}
+	tokens, err := d.Tokens(ctx, root)
+	if err != nil || len(tokens) != 1 {
+		t.Fatalf("%d tokens, %v", len(tokens), err)
+	}
+	other := repeatable("token", "1")
+	other.Once.Body = [32]byte{2}
+	if _, err := d.CreateToken(ctx, other, in); !errors.Is(err, admin.ErrReplayBody) {
+		t.Errorf("another body: %v", err)
+	}
+	auditor := repeatable("token", "1")
+	auditor.Role = admin.RoleAuditor
+	if _, err := d.CreateToken(ctx, auditor, in); err == nil {
+		t.Error("who may not make tokens was given the secret")
+	}
+	if _, err := d.RevokeToken(ctx, root, tokens[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.CreateToken(ctx, repeatable("token", "1"), in); !errors.Is(err, admin.ErrReplayGone) {
+		t.Errorf("a token that was revoked: %v", err)
+	}
+}

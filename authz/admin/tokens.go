@@ -27,11 +27,47 @@ type CreatedToken struct {
 	Secret apikey.Secret
 }
 
-// CreateToken makes a management token. An owner's for all instances ends the bootstrap token.
+// CreateToken makes a management token. An owner's for all instances ends the bootstrap token. With caller.Once, a
+// repeated request answers what the first one made. Errors: [ErrReplayBody], [ErrReplayGone] of a repeated one.
 func (s *Service) CreateToken(ctx context.Context, caller Caller, in TokenInput) (CreatedToken, error) {
 	if err := caller.may(createToken); err != nil {
 		return CreatedToken{}, err
 	}
+	if caller.Once == nil {
+		return s.createToken(ctx, caller, in)
+	}
+	if made, found, err := s.replayToken(ctx, caller); found || err != nil {
+		return made, err
+	}
+	made, err := s.createToken(ctx, caller, in)
+	if !errors.Is(err, errReplayed) {
+		return made, err
+	}
+	if made, found, err := s.replayToken(ctx, caller); found || err != nil {
+		return made, err
+	}
+	return CreatedToken{}, apikey.ErrConflict // the other one's time ran out at this very moment
+}
+
+// replayToken returns the token that an earlier request of the caller's with the same Idempotency-Key made; found is
+// false if there was none.
+func (s *Service) replayToken(ctx context.Context, caller Caller) (made CreatedToken, found bool, err error) {
+	r, found, err := s.keptReplay(ctx, caller, caller.InstanceID)
+	if !found || err != nil {
+		return CreatedToken{}, false, err
+	}
+	tokens, err := s.store.Tokens(ctx)
+	if err != nil {
+		return CreatedToken{}, false, err
+	}
+	i := slices.IndexFunc(tokens, func(t *Token) bool { return t.ID == r.KeyID })
+	if i < 0 || tokens[i].statusAt(now()) != "active" {
+		return CreatedToken{}, false, ErrReplayGone
+	}
+	return CreatedToken{Token: tokens[i], Secret: apikey.NewSecret(r.Secret)}, true, nil
+}
+
+func (s *Service) createToken(ctx context.Context, caller Caller, in TokenInput) (CreatedToken, error) {
 	t, err := in.token(s.cfg.Format, now())
 	if err != nil {
 		return CreatedToken{}, err
@@ -64,7 +100,10 @@ func (s *Service) CreateToken(ctx context.Context, caller Caller, in TokenInput)
 				}
 			}
 		}
-		return s.keepToken(ctx, tx, caller, t, secret)
+		if err := s.keepToken(ctx, tx, caller, t, secret); err != nil {
+			return err
+		}
+		return s.keepReplay(ctx, tx, caller, caller.InstanceID, t.ID, 0, secret)
 	})
 	if err != nil {
 		return CreatedToken{}, err

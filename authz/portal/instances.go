@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/http"
 
+	"keyward/authz/admin"
 	"keyward/authz/apikey"
 )
 
@@ -72,12 +73,10 @@ func (p *portal) createInstance(w http.ResponseWriter, v *visit) error {
 	id := v.PostForm.Get("id")
 	canonical, err := apikey.CanonicalInstanceID(id)
 	if err == nil {
-		if _, err := p.svc.Instance(v.Context(), v.Caller, canonical); err == nil {
-			return p.showInstances(w, v, http.StatusConflict, instancesView{ID: id, Faults: map[string]string{"id": "is there already"}})
-		} else if !errors.Is(err, apikey.ErrNotFound) {
-			return err
-		}
-		_, err = p.svc.PutInstance(v.Context(), v.Caller, canonical, apikey.Policy{})
+		_, err = p.svc.PutInstanceIf(v.Context(), v.Caller, canonical, apikey.Policy{}, admin.IfAbsent)
+	}
+	if errors.Is(err, admin.ErrPrecondition) {
+		return p.showInstances(w, v, http.StatusConflict, instancesView{ID: id, Faults: map[string]string{"id": "is there already"}})
 	}
 	if bad, rest := faultsOf(err); len(bad) > 0 && len(rest) == 0 {
 		text := ""

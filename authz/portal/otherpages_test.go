@@ -223,8 +223,13 @@ func TestPagesOfRoles(t *testing.T) {
 func TestTokenIsShownOnceAndRevoked(t *testing.T) {
 	d := newDesk(t)
 	b := d.signIn(admin.RoleOwner)
-	resp := b.post("/instances/acme/new-token", url.Values{"name": {"<script>alert(1)</script>"}, "role": {"auditor"}, "instanceId": {instance}, "expiresIn": {"30d"}})
-	page := text(t, resp)
+	_, page := b.get("/instances/acme/new-token")
+	form := fieldsOf(page)
+	for name, value := range map[string]string{"name": "<script>alert(1)</script>", "role": "auditor", "instanceId": instance, "expiresIn": "30d"} {
+		form.Set(name, value)
+	}
+	resp := b.do(http.MethodPost, "/instances/acme/new-token", form)
+	page = text(t, resp)
 	at := strings.Index(page, "kwm_")
 	if resp.StatusCode != http.StatusOK || at < 0 || resp.Header.Get("Cache-Control") != "no-store, max-age=0" || strings.Contains(page, "<script>alert") {
 		t.Fatalf("%d %q:\n%s", resp.StatusCode, resp.Header.Get("Cache-Control"), page)
@@ -233,6 +238,13 @@ func TestTokenIsShownOnceAndRevoked(t *testing.T) {
 	caller, err := d.svc.Authenticate(t.Context(), apikey.NewSecret(secret))
 	if err != nil || caller.Role != admin.RoleAuditor {
 		t.Fatalf("%+v, %v", caller, err)
+	}
+	// The same form once more, by a second click say: the same token, and its one secret.
+	if again := text(t, b.do(http.MethodPost, "/instances/acme/new-token", form)); !strings.Contains(again, secret) {
+		t.Error("the form sent twice does not answer what it made")
+	}
+	if all, err := d.svc.Tokens(t.Context(), d.owner); err != nil || len(all) != len(d.tokens)+1 {
+		t.Errorf("%d tokens, want one more than %d; %v", len(all), len(d.tokens), err)
 	}
 	if _, list := b.get("/instances/acme/tokens"); strings.Contains(list, secret) || !strings.Contains(list, "&lt;script&gt;") {
 		t.Errorf("the list shows the secret, or not the name:\n%s", list)
@@ -247,7 +259,15 @@ func TestTokenIsShownOnceAndRevoked(t *testing.T) {
 	if _, err := d.svc.Authenticate(t.Context(), apikey.NewSecret(secret)); err == nil {
 		t.Error("the revoked token works")
 	}
-	if resp := b.post("/instances/acme/new-token", url.Values{"name": {""}, "role": {"user"}, "instanceId": {"other"}}); resp.StatusCode != http.StatusBadRequest {
+	if resp := b.do(http.MethodPost, "/instances/acme/new-token", form); resp.StatusCode != http.StatusConflict {
+		t.Errorf("the form of a token that is revoked: %d, want 409", resp.StatusCode)
+	}
+	if resp := b.post("/instances/acme/new-token", url.Values{"name": {"x"}, "role": {"auditor"}}); resp.StatusCode != http.StatusBadRequest {
+		t.Errorf("a form without what tells it from another: %d, want 400", resp.StatusCode)
+	}
+	form.Set("once", "3d5f2f4c-5f0c-4b55-93c5-0a4c2b0e9f10")
+	form.Set("instanceId", "other")
+	if resp := b.do(http.MethodPost, "/instances/acme/new-token", form); resp.StatusCode != http.StatusBadRequest {
 		t.Errorf("a token of another instance: %d, want 400", resp.StatusCode)
 	}
 }
@@ -279,5 +299,33 @@ func TestAuditIsFilteredAndPaged(t *testing.T) {
 	// The chain is of all instances, and none of a tenant's business.
 	if resp := b.post("/instances/acme/audit/verify", nil); resp.StatusCode != http.StatusNotFound {
 		t.Errorf("verify by a token of one instance: %d, want 404", resp.StatusCode)
+	}
+}
+
+// TestInstanceIsMadeOnce: of two who make the same instance at once, one makes it, and the other does not reset what
+// was made of it since.
+func TestInstanceIsMadeOnce(t *testing.T) {
+	d := newDesk(t)
+	made, err := d.svc.CreateToken(t.Context(), d.owner, admin.TokenInput{Name: "of all", Role: admin.RoleOwner})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.tokens[admin.RoleOwner] = made
+	b := d.signIn(admin.RoleOwner)
+	theirs := apikey.Policy{Caps: apikey.Caps{Instance: 7}}
+	d.before = func() {
+		if _, err := d.svc.PutInstance(t.Context(), d.owner, "fresh", theirs); err != nil {
+			t.Error(err)
+		}
+	}
+	resp := b.post("/instances", url.Values{"id": {"fresh"}})
+	if page := text(t, resp); resp.StatusCode != http.StatusConflict || !strings.Contains(page, "is there already") {
+		t.Errorf("%d:\n%s", resp.StatusCode, page)
+	}
+	if in, err := d.svc.Instance(t.Context(), d.owner, "fresh"); err != nil || in.Policy.Caps != theirs.Caps {
+		t.Errorf("the policy was reset: %+v, %v", in, err)
+	}
+	if resp := b.post("/instances", url.Values{"id": {"another"}}); resp.StatusCode != http.StatusSeeOther {
+		t.Errorf("an instance that nobody made: %d", resp.StatusCode)
 	}
 }

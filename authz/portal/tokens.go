@@ -5,6 +5,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
+
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
 )
@@ -58,6 +60,7 @@ func (p *portal) tokenRows(v *visit) ([]tokenRow, error) {
 type tokenView struct {
 	Fields fieldList
 	Faults []string
+	Once   string
 }
 
 func tokenFields(v *visit, in admin.TokenInput) fieldList {
@@ -85,10 +88,14 @@ func (p *portal) newToken(w http.ResponseWriter, v *visit) error {
 		return &admin.ForbiddenError{Reason: "the role " + string(v.Caller.Role) + " has no right to token.create"}
 	}
 	in := admin.TokenInput{Role: admin.RoleOperator, InstanceID: v.Instance, ExpiresIn: "90d"}
-	return p.show(w, v, "token", "New management token", tokenView{Fields: tokenFields(v, in)})
+	return p.show(w, v, "token", "New management token", tokenView{Fields: tokenFields(v, in), Once: uuid.NewString()})
 }
 
 func (p *portal) createToken(w http.ResponseWriter, v *visit) error {
+	caller, bad := callerOnce(v)
+	if bad != nil && v.Can("token.create") { // whoever cannot is told that, and the audit as well
+		return bad
+	}
 	form := func(name string) string { return strings.TrimSpace(v.PostForm.Get(name)) }
 	in := admin.TokenInput{
 		Name: form("name"), Role: admin.Role(form("role")), InstanceID: form("instanceId"), ExpiresIn: form("expiresIn"), UserPrincipalName: form("userPrincipalName"),
@@ -99,13 +106,13 @@ func (p *portal) createToken(w http.ResponseWriter, v *visit) error {
 	}
 	var made admin.CreatedToken
 	if err == nil {
-		made, err = p.svc.CreateToken(v.Context(), v.Caller, in)
+		made, err = p.svc.CreateToken(v.Context(), caller, in)
 	}
 	if faults, rest := faultsOf(err); err != nil {
 		if len(rest) > 0 {
 			return err
 		}
-		data := tokenView{Fields: tokenFields(v, in)}
+		data := tokenView{Fields: tokenFields(v, in), Once: uuid.NewString()}
 		data.Faults = data.Fields.blame(faults, "")
 		return p.showAs(w, v, statusOf(err), "token", "New management token", data)
 	}
