@@ -272,6 +272,19 @@ func TestTokenIsShownOnceAndRevoked(t *testing.T) {
 	}
 }
 
+func TestTokenPagesOfAnotherInstanceAreNone(t *testing.T) {
+	d := newDesk(t)
+	if _, err := d.svc.PutInstance(t.Context(), d.owner, "rival", apikey.Policy{}); err != nil {
+		t.Fatal(err)
+	}
+	b := d.signIn(admin.RoleOwner)
+	for _, path := range []string{"rival/tokens", "rival/new-token", "missing/tokens", "missing/new-token"} {
+		if status, _ := b.get("/instances/" + path); status != http.StatusNotFound {
+			t.Errorf("%s: %d, want 404", path, status)
+		}
+	}
+}
+
 func TestAuditIsFilteredAndPaged(t *testing.T) {
 	d := newDesk(t)
 	for range auditPage + 5 {

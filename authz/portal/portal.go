@@ -163,7 +163,7 @@ func (p *portal) ours(r *http.Request) error {
 		return nil
 	}
 	origin := r.Header.Values("Origin")
-	if len(origin) > 1 || len(origin) == 1 && origin[0] == "null" || len(origin) == 0 && r.Header.Get("Sec-Fetch-Site") == "" {
+	if len(origin) > 1 || len(origin) == 1 && (origin[0] == "null" || origin[0] == "") || len(origin) == 0 && r.Header.Get("Sec-Fetch-Site") == "" {
 		return errForeign
 	}
 	if err := p.cross.Check(r); err != nil {

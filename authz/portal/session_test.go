@@ -252,6 +252,7 @@ func TestFormsOfOthersAreRefused(t *testing.T) {
 		"a sandbox":                   {header: http.Header{"Sec-Fetch-Site": {"cross-site"}, "Origin": {"null"}}, want: http.StatusForbidden},
 		"a sandbox, old browser":      {header: http.Header{"Sec-Fetch-Site": nil, "Origin": {"null"}}, want: http.StatusForbidden},
 		"null that claims to be ours": {header: http.Header{"Origin": {"null"}}, want: http.StatusForbidden},
+		"an origin that is empty":     {header: http.Header{"Sec-Fetch-Site": nil, "Origin": {""}}, want: http.StatusForbidden},
 		"two origins":                 {header: http.Header{"Origin": {"http://localhost", "https://evil.example"}}, want: http.StatusForbidden},
 		"no form token":               {form: func(string) url.Values { return url.Values{} }, want: http.StatusForbidden},
 		"an empty form token":         {form: func(string) url.Values { return url.Values{"form": {""}} }, want: http.StatusForbidden},

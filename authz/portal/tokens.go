@@ -41,6 +41,9 @@ func (p *portal) tokenRows(v *visit) ([]tokenRow, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, err := p.svc.Instance(v.Context(), v.Caller, v.Instance); err != nil { // another's, or none
+		return nil, err
+	}
 	var working, over []tokenRow
 	for _, t := range all {
 		if t.InstanceID != "" && t.InstanceID != v.Instance {
@@ -86,6 +89,9 @@ func tokenFields(v *visit, in admin.TokenInput) fieldList {
 func (p *portal) newToken(w http.ResponseWriter, v *visit) error {
 	if !v.Can("token.create") {
 		return &admin.ForbiddenError{Reason: "the role " + string(v.Caller.Role) + " has no right to token.create"}
+	}
+	if _, err := p.svc.Instance(v.Context(), v.Caller, v.Instance); err != nil {
+		return err
 	}
 	in := admin.TokenInput{Role: admin.RoleOperator, InstanceID: v.Instance, ExpiresIn: "90d"}
 	return p.show(w, v, "token", "New management token", tokenView{Fields: tokenFields(v, in), Once: uuid.NewString()})
