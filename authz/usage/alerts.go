@@ -1,6 +1,7 @@
 package usage
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -375,7 +376,10 @@ func (a *Alerts) judgeRefusals(ctx context.Context) error {
 	for at := range refused {
 		places = append(places, at)
 	}
-	slices.SortFunc(places, func(x, y alertPlace) int { return cmp.Compare(refused[y], refused[x]) })
+	slices.SortFunc(places, func(x, y alertPlace) int {
+		// An instance before its keys: all of its refusals may be one key's.
+		return cmp.Or(cmp.Compare(refused[y], refused[x]), cmp.Compare(x.instance, y.instance), bytes.Compare(x.key[:], y.key[:]))
+	})
 	var errs []error
 	for _, at := range places[:min(len(places), maxJudged)] {
 		errs = append(errs, a.judgeSurge(ctx, at))
