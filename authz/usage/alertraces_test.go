@@ -65,6 +65,7 @@ func inRace(t *testing.T, prepare func(w *watch), test func(t *testing.T, w *wat
 		done := make(chan error)
 		go func() { done <- w.engine.Run(ctx) }()
 		synctest.Wait()
+		time.Sleep(3 * time.Second) // not at the very instants at which the engine looks
 		test(t, w, store)
 		cancel()
 		<-done
