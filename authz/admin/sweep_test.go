@@ -22,7 +22,7 @@ func TestSweepForgetsOldUsage(t *testing.T) {
 			admin.UsageMinute: 2 * time.Hour, admin.UsageHour: 26 * time.Hour,
 		}}, nil, slog.New(slog.NewTextHandler(d.log, nil)))
 		begin := time.Now()
-		if err := d.store.AddUsage(t.Context(), []admin.Usage{{InstanceID: "a", Start: begin, UsageCounts: admin.UsageCounts{Allowed: 1}}}); err != nil {
+		if err := d.store.AddUsage(t.Context(), admin.UsageBatch{}, []admin.Usage{{InstanceID: "a", Start: begin, UsageCounts: admin.UsageCounts{Allowed: 1}}}); err != nil {
 			t.Fatal(err)
 		}
 		defer sweeping(t, svc, "one")()

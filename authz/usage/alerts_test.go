@@ -107,7 +107,7 @@ func (w *watch) used(k *apikey.Key, networks ...string) {
 
 func (w *watch) count(u ...admin.Usage) {
 	w.t.Helper()
-	if err := w.store.AddUsage(w.t.Context(), u); err != nil {
+	if err := w.store.AddUsage(w.t.Context(), admin.UsageBatch{}, u); err != nil {
 		w.t.Fatal(err)
 	}
 	w.engine.Counted(w.t.Context(), u)
@@ -307,7 +307,7 @@ func TestSurgeOfRefusals(t *testing.T) {
 func TestSurgeIsTheStoresNotOneReplicas(t *testing.T) {
 	inBubble(t, apikey.Alerts{}, func(t *testing.T, w *watch) {
 		k := w.key(1, nil)
-		if err := w.store.AddUsage(t.Context(), []admin.Usage{w.refused(home, k.ID, "revoked", 99)}); err != nil {
+		if err := w.store.AddUsage(t.Context(), admin.UsageBatch{}, []admin.Usage{w.refused(home, k.ID, "revoked", 99)}); err != nil {
 			t.Fatal(err)
 		}
 		w.count(w.refused(home, k.ID, "revoked", 1))
