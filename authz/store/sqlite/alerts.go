@@ -68,7 +68,11 @@ func (r *reader) Alerts(ctx context.Context, q admin.AlertQuery) ([]*admin.Alert
 	where, args := "1", []any{}
 	and := func(condition string, values ...any) { where, args = where+" AND "+condition, append(args, values...) }
 	if !q.Everywhere {
-		and("a.instance = "+numberSQL, q.InstanceID)
+		instance := "a.instance = "
+		if q.KeyID != (apikey.ID{}) { // then by the index of keys: an instance may have very many
+			instance = "+a.instance = "
+		}
+		and(instance+numberSQL, q.InstanceID)
 	}
 	if q.Kind != "" {
 		and("a.kind = ?", q.Kind)

@@ -1,8 +1,11 @@
 package sqlite
 
 import (
+	"context"
+	"database/sql"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -216,5 +219,54 @@ func TestUsageWritersAreBounded(t *testing.T) {
 	list, err := s.Usage(ctx, admin.UsageQuery{Interval: admin.UsageDay, To: time.Unix(1, 0)})
 	if err != nil || len(list) != 1 || list[0].Allowed != 5 {
 		t.Errorf("got %+v, %v; want 5 allowed", list, err)
+	}
+}
+
+// TestAlertsAndUsageAreReadByAnIndex: the number of an instance costs no list its order.
+func TestAlertsAndUsageAreReadByAnIndex(t *testing.T) {
+	ctx, s := t.Context(), open(t, file(t))
+	var query string
+	var args []any
+	r := s.reader
+	r.query = func(ctx context.Context, q string, a ...any) (*sql.Rows, error) {
+		query, args = q, a
+		return s.reader.query(ctx, q, a...)
+	}
+	after := admin.AlertPlace{OpenedAt: time.Now(), ID: apikey.ID{1}}
+	for name, read := range map[string]struct {
+		read  func() error
+		index string
+	}{
+		"all alerts": {func() error { _, err := r.Alerts(ctx, admin.AlertQuery{Everywhere: true, Limit: 9}); return err }, "alerts_newest_of_all"},
+		"all alerts, next page": {func() error {
+			_, err := r.Alerts(ctx, admin.AlertQuery{Everywhere: true, After: after, Limit: 9})
+			return err
+		}, "alerts_newest_of_all"},
+		"all open alerts": {func() error {
+			_, err := r.Alerts(ctx, admin.AlertQuery{Everywhere: true, Open: true, Limit: 9})
+			return err
+		}, "alerts_open_newest_of_all"},
+		"alerts": {func() error { _, err := r.Alerts(ctx, admin.AlertQuery{InstanceID: "a", Limit: 9}); return err }, "alerts_newest"},
+		"open alerts": {func() error {
+			_, err := r.Alerts(ctx, admin.AlertQuery{InstanceID: "a", Open: true, Limit: 9})
+			return err
+		}, "alerts_open_newest"},
+		"alerts of a key": {func() error {
+			_, err := r.Alerts(ctx, admin.AlertQuery{InstanceID: "a", KeyID: apikey.ID{1}, Limit: 9})
+			return err
+		}, "alerts_of_key"},
+		"how many are open": {func() error { _, err := r.OpenAlerts(ctx); return err }, "alerts_open"},
+		"usage": {func() error {
+			_, err := r.Usage(ctx, admin.UsageQuery{InstanceID: "a", Interval: admin.UsageDay})
+			return err
+		}, "PRIMARY KEY"},
+	} {
+		if err := read.read(); err != nil {
+			t.Fatal(err)
+		}
+		steps := strings.Join(plan(t, s, query, args), "\n")
+		if !strings.Contains(steps, read.index) || strings.Contains(steps, "TEMP B-TREE") || strings.Contains(steps, "SCAN n") {
+			t.Errorf("%s is not read by %s alone:\n%s", name, read.index, steps)
+		}
 	}
 }
