@@ -348,7 +348,7 @@ func (w *Webhook) round(ctx context.Context, store noticeStore, holder string) (
 			}
 			status, err := w.post(ctx, n)
 			if ctx.Err() != nil { // it was cut short, and counts as not tried
-				return true, nil //nolint:nilerr // that the process ends is no failure of the webhook
+				return true, nil // that the process ends is no failure of the webhook
 			}
 			if err := w.settle(ctx, store, n, err); err != nil {
 				return true, err

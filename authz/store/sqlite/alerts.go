@@ -31,8 +31,8 @@ func (s *Store) PutAlert(ctx context.Context, a *admin.Alert, notices ...admin.N
 }
 
 func (t *tx) putAlert(ctx context.Context, a *admin.Alert) error {
-	instance, _, there, err := t.numberOf(ctx, a.InstanceID)
-	if err == nil && !there { // deleted meanwhile
+	instance, err := t.numberOf(ctx, a.InstanceID)
+	if err == nil && !instance.there { // deleted meanwhile
 		err = notFound("instance")
 	}
 	if err != nil {
@@ -44,7 +44,7 @@ func (t *tx) putAlert(ctx context.Context, a *admin.Alert) error {
 			subject = excluded.subject, message = excluded.message, count = excluded.count, opened_at = excluded.opened_at,
 			seen_at = excluded.seen_at, resolved_at = excluded.resolved_at
 		WHERE resolved_at = `+neverSQL+` AND instance = excluded.instance`,
-		a.ID[:], instance, a.Kind, a.KeyID[:], a.Subject, a.Message, a.Count,
+		a.ID[:], instance.number, a.Kind, a.KeyID[:], a.Subject, a.Message, a.Count,
 		micros(a.OpenedAt), micros(a.SeenAt), micros(a.ResolvedAt), micros(a.AckedAt), a.AckedBy)
 	if err == nil && n == 0 {
 		err = fmt.Errorf("keep an alert: it is resolved, or another instance's: %w", apikey.ErrConflict)

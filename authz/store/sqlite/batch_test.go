@@ -230,7 +230,7 @@ func TestAlertsAndUsageAreReadByAnIndex(t *testing.T) {
 	r := s.reader
 	r.query = func(ctx context.Context, q string, a ...any) (*sql.Rows, error) {
 		query, args = q, a
-		return s.reader.query(ctx, q, a...)
+		return s.query(ctx, q, a...)
 	}
 	after := admin.AlertPlace{OpenedAt: time.Now(), ID: apikey.ID{1}}
 	for name, read := range map[string]struct {

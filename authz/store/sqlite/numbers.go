@@ -6,21 +6,27 @@ import (
 	"time"
 )
 
-// numberOf returns the number under which counts and alerts of an instance are kept, and when the instance was made;
-// false if there is none. "" stands for what belongs to no instance.
-func (t *tx) numberOf(ctx context.Context, instanceID string) (number int64, made time.Time, there bool, err error) {
+// An instanceNumber is under what counts and alerts of an instance are kept.
+type instanceNumber struct {
+	number int64
+	made   time.Time // the instance was
+	there  bool      // the instance is
+}
+
+// numberOf returns the number of an instance, and gives it one. "" stands for what belongs to no instance.
+func (t *tx) numberOf(ctx context.Context, instanceID string) (in instanceNumber, err error) {
 	const what = "number of an instance"
 	if instanceID == "" {
-		return 0, time.Time{}, true, nil
+		return instanceNumber{there: true}, nil
 	}
 	var known sql.NullInt64
-	there, err = t.one(ctx, what, `SELECT i.created_at, n.number FROM instances i LEFT JOIN instance_numbers n ON n.instance_id = i.id WHERE i.id = ?`,
-		[]any{instanceID}, instant{&made}, &known)
-	if err != nil || !there || known.Valid {
-		return known.Int64, made, there, err
+	in.there, err = t.one(ctx, what, `SELECT i.created_at, n.number FROM instances i LEFT JOIN instance_numbers n ON n.instance_id = i.id WHERE i.id = ?`,
+		[]any{instanceID}, instant{&in.made}, &known)
+	if in.number = known.Int64; err != nil || !in.there || known.Valid {
+		return in, err
 	}
-	_, err = t.one(ctx, what, `INSERT INTO instance_numbers (instance_id) VALUES (?) RETURNING number`, []any{instanceID}, &number)
-	return number, made, true, err
+	_, err = t.one(ctx, what, `INSERT INTO instance_numbers (instance_id) VALUES (?) RETURNING number`, []any{instanceID}, &in.number)
+	return in, err
 }
 
 // forgetNumber hides what is kept under an instance's number from every reader; ForgetDeleted removes it.

@@ -14,17 +14,22 @@ func (s *Store) AddUsage(ctx context.Context, as admin.UsageBatch, counts []admi
 		if first, err := t.firstTime(ctx, as); err != nil || !first {
 			return err
 		}
+		numbers := map[string]instanceNumber{}
 		for i := range counts {
 			u := &counts[i]
-			number, made, there, err := t.numberOf(ctx, u.InstanceID)
-			if err != nil {
-				return err
+			in, asked := numbers[u.InstanceID]
+			if !asked {
+				var err error
+				if in, err = t.numberOf(ctx, u.InstanceID); err != nil {
+					return err
+				}
+				numbers[u.InstanceID] = in
 			}
-			if !there || !u.InstanceMade.IsZero() && micros(u.InstanceMade) != micros(made) {
+			if !in.there || !u.InstanceMade.IsZero() && micros(u.InstanceMade) != micros(in.made) {
 				continue
 			}
 			for _, interval := range admin.UsageIntervals() {
-				if err := t.addUsage(ctx, number, u, interval); err != nil {
+				if err := t.addUsage(ctx, in.number, u, interval); err != nil {
 					return err
 				}
 			}
