@@ -28,7 +28,7 @@ func TestAdviceTellsWhatWasCounted(t *testing.T) {
 		}
 		count := func(c admin.UsageCounts) {
 			t.Helper()
-			if err := d.store.AddUsage(t.Context(), []admin.Usage{{InstanceID: "a", KeyID: id, Start: time.Now(), UsageCounts: c}}); err != nil {
+			if err := d.store.AddUsage(t.Context(), admin.UsageBatch{}, []admin.Usage{{InstanceID: "a", KeyID: id, Start: time.Now(), UsageCounts: c}}); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -15,7 +15,7 @@ type AlertStore interface {
 	// PutAlert keeps an alert, in place of the one with its ID, and in the same transaction the notices about it.
 	// Of an alert that is there AckedAt and AckedBy stay. Errors: apikey.ErrConflict, and nothing is kept, if
 	// another one of the same InstanceID, Kind, KeyID and Subject is open, and this one is too; or if the one with
-	// its ID is resolved, which it stays. apikey.ErrNotFound if there is no such instance.
+	// its ID is resolved, which it stays, or another instance's. apikey.ErrNotFound if there is no such instance.
 	PutAlert(ctx context.Context, a *Alert, notices ...Notice) error
 	// Alert returns one alert. Errors: apikey.ErrNotFound.
 	Alert(ctx context.Context, id apikey.ID) (*Alert, error)
@@ -33,13 +33,16 @@ type AlertStore interface {
 	RetryNotice(ctx context.Context, n Notice) error
 	// ForgetNotice removes a notice.
 	ForgetNotice(ctx context.Context, id apikey.ID) error
+	// ForgetNotices removes the notices that were made before a time, and of the others the oldest where more than
+	// keep are left. It returns how many there were of both, also of those that it removed before an error.
+	ForgetNotices(ctx context.Context, before time.Time, keep int) (late, over int, err error)
 
 	// KeyNetworks lists the networks that a key is known to be used from, those used last first; at most
 	// [MaxKeyNetworks].
 	KeyNetworks(ctx context.Context, key apikey.ID) ([]KeyNetwork, error)
 	// LearnNetworks adds networks that keys were used from, or notes that they were used from them again: FirstAt
 	// only falls, LastAt only grows. Of more than [MaxKeyNetworks] of one key those used longest ago are forgotten.
-	// Keys that are gone are skipped.
+	// Keys that are gone are skipped. It writes in batches: on error some may be learnt.
 	LearnNetworks(ctx context.Context, networks []KeyNetwork) error
 	// ForgetNetworks removes networks that were last used before a time.
 	ForgetNetworks(ctx context.Context, before time.Time) error

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"math"
 	"slices"
 	"time"
@@ -13,8 +14,12 @@ import (
 type UsageStore interface {
 	// AddUsage adds counts: each to the minute, to the hour and to the day that its Start is in. All are added
 	// in one transaction, or on error none: batches of a hundred keep others from writing for some 10 ms. Start
-	// may be any instant. Counts of a key that is gone are added all the same.
-	AddUsage(ctx context.Context, counts []Usage) error
+	// may be any instant. Counts of a key that is gone are added all the same; of an instance that is gone, or was
+	// made at another time than InstanceMade, they are not.
+	//
+	// An error of the commit leaves unknown whether it happened. A batch that comes again is added once, and
+	// nothing of it is looked at: see [UsageBatch].
+	AddUsage(ctx context.Context, as UsageBatch, counts []Usage) error
 	// Usage lists what was counted, oldest first: Start is the beginning of a minute, hour or day in UTC.
 	// Where nothing was counted there is nothing.
 	Usage(ctx context.Context, q UsageQuery) ([]Usage, error)
@@ -23,6 +28,17 @@ type UsageStore interface {
 	TopUsage(ctx context.Context, instanceID string, q UsageTop) ([]Usage, error)
 	// ForgetUsage removes minutes, hours and days that began before a time.
 	ForgetUsage(ctx context.Context, before map[UsageInterval]time.Time) error
+	// ForgetDeleted removes what is left of deleted instances, counts and alerts. Nobody is shown any of it since
+	// the instance was deleted, not even where it was made again: this gives back its room, a little at a time.
+	ForgetDeleted(ctx context.Context) error
+}
+
+// A UsageBatch names what is added, so that it can be tried again when nobody knows whether it was: with the same
+// counts, before the writer's next one. What a writer adds under a Number that is not above its last one is there.
+// The zero batch has no name, and is added whenever it comes.
+type UsageBatch struct {
+	Writer apikey.ID // a random one, of one process
+	Number int64     // from 1, growing
 }
 
 // A UsageInterval is how long the time is that one Usage counts.
@@ -82,6 +98,9 @@ type Usage struct {
 	InstanceID string
 	KeyID      apikey.ID
 	Start      time.Time
+	// InstanceMade is the CreatedAt of the instance that is meant, of what is added: another one may have its id by
+	// then. Zero: whichever has it. What is listed does not say.
+	InstanceMade time.Time
 	UsageCounts
 }
 
@@ -168,16 +187,17 @@ func addCounts[K comparable](to, from map[K]int64) map[K]int64 {
 	return to
 }
 
-// forgetUsage removes counts that are older than they are to be kept.
+// forgetUsage removes counts that are older than they are to be kept, and what is left of deleted instances.
 func (s *Service) forgetUsage(ctx context.Context) error {
+	errs := []error{s.store.ForgetDeleted(ctx)}
 	before := make(map[UsageInterval]time.Time, len(s.cfg.UsageKeep))
 	for interval, keep := range s.cfg.UsageKeep {
 		before[interval] = now().Add(-keep)
 	}
-	if len(before) == 0 {
-		return nil
+	if len(before) > 0 {
+		errs = append(errs, s.store.ForgetUsage(ctx, before))
 	}
-	return s.store.ForgetUsage(ctx, before)
+	return errors.Join(errs...)
 }
 
 // readUsage is what a caller needs the right to; to one with the role user the keys it owns are all there is.

@@ -17,7 +17,7 @@ import (
 
 func (d *desk) counted(t *testing.T, counts ...admin.Usage) {
 	t.Helper()
-	if err := d.store.AddUsage(t.Context(), counts); err != nil {
+	if err := d.store.AddUsage(t.Context(), admin.UsageBatch{}, counts); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -565,7 +565,7 @@ func TestUsageOnThePage(t *testing.T) {
 	d := newDesk(t)
 	k := d.key(admin.KeyInput{Name: "busy"})
 	hour := time.Now().UTC().Truncate(time.Hour)
-	err := d.store.AddUsage(t.Context(), []admin.Usage{
+	err := d.store.AddUsage(t.Context(), admin.UsageBatch{}, []admin.Usage{
 		{InstanceID: instance, KeyID: k.Key.ID, Start: hour, UsageCounts: admin.UsageCounts{
 			Allowed: 1234, Refused: 7, Reasons: map[string]int64{"burst": 5, "scope": 2}, Generations: map[int]int64{1: 1234}, Networks: map[string]int64{"192.0.2.0/24": 1234},
 			Ended: admin.EndedRequests{Count: 2, Status: [6]int64{0, 0, 1, 0, 0, 1}, RequestBytes: 10, ResponseBytes: 3 << 20, Duration: 3 * time.Second, Longest: 2 * time.Second},
@@ -612,7 +612,7 @@ func TestUsageOfOthers(t *testing.T) {
 	own, bobs := d.key(admin.KeyInput{Name: "a", Type: apikey.TypeUser, UserPrincipalName: ann}), d.key(admin.KeyInput{Name: "b", Type: apikey.TypeUser, UserPrincipalName: "bob@example.com"})
 	now := time.Now()
 	for _, k := range []admin.CreatedKey{own, bobs} {
-		if err := d.store.AddUsage(t.Context(), []admin.Usage{{InstanceID: instance, KeyID: k.Key.ID, Start: now, UsageCounts: admin.UsageCounts{Allowed: 1}}}); err != nil {
+		if err := d.store.AddUsage(t.Context(), admin.UsageBatch{}, []admin.Usage{{InstanceID: instance, KeyID: k.Key.ID, Start: now, UsageCounts: admin.UsageCounts{Allowed: 1}}}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -660,7 +660,7 @@ func TestNothingOfARecordIsMarkup(t *testing.T) {
 		t.Fatal(err)
 	}
 	usage := admin.UsageCounts{Allowed: 1, Refused: 1, Reasons: map[string]int64{evil: 1}, Networks: map[string]int64{evil: 1}}
-	if err := d.store.AddUsage(t.Context(), []admin.Usage{{InstanceID: instance, KeyID: apikey.ID{1, 15: 1}, Start: time.Now(), UsageCounts: usage}}); err != nil {
+	if err := d.store.AddUsage(t.Context(), admin.UsageBatch{}, []admin.Usage{{InstanceID: instance, KeyID: apikey.ID{1, 15: 1}, Start: time.Now(), UsageCounts: usage}}); err != nil {
 		t.Fatal(err)
 	}
 	made, err := d.svc.CreateToken(t.Context(), d.owner, admin.TokenInput{Name: evil, Role: admin.RoleOwner, InstanceID: instance})

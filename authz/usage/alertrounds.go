@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"keyward/authz/admin"
@@ -27,7 +28,7 @@ func (a *Alerts) lead(ctx context.Context) error {
 	}
 	policies[""], _, _ = a.policy(ctx, "")
 	errs := []error{a.look(ctx, policies)}
-	if time.Since(a.visited) >= visitEvery {
+	if begin := time.Now(); begin.Sub(a.visited) >= visitEvery {
 		at := alertTime()
 		for _, in := range instances {
 			// Again: a round over many instances may take longer than the lead.
@@ -37,13 +38,26 @@ func (a *Alerts) lead(ctx context.Context) error {
 			policy := policies[in.ID]
 			errs = append(errs, a.visitExpiring(ctx, in.ID, policy.Expiring, at), a.visitUnused(ctx, in.ID, policy.Unused, at))
 		}
-		errs = append(errs, a.store.ForgetAlerts(ctx, at.Add(-a.cfg.Keep)), a.store.ForgetNetworks(ctx, at.Add(-forgetNetwork)))
+		errs = append(errs, a.store.ForgetAlerts(ctx, at.Add(-a.cfg.Keep)), a.store.ForgetNetworks(ctx, at.Add(-forgetNetwork)), a.forgetNotices(ctx, at))
 		if err := errors.Join(errs...); err != nil {
 			return err
 		}
-		a.visited = at
+		a.visited = begin
 	}
 	return errors.Join(errs...)
+}
+
+// forgetNotices removes what a webhook should have been told that is configured no more. Another replica may have one
+// still, so it stays for its day.
+func (a *Alerts) forgetNotices(ctx context.Context, now time.Time) error {
+	if a.cfg.Notify {
+		return nil // the webhook does it, and tells of it
+	}
+	late, over, err := a.store.ForgetNotices(ctx, now.Add(-WebhookGivesUp), maxNotices)
+	if n := late + over; n > 0 {
+		a.log.LogAttrs(ctx, slog.LevelWarn, "what a webhook had to be told was dropped: none is configured any more", slog.Int("number", n))
+	}
+	return err
 }
 
 // look asks of each open alert whether it is over, of so many in a round.

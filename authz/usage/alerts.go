@@ -66,7 +66,7 @@ type Alerts struct {
 	open  map[admin.AlertsOf]int // as far as this process knows
 
 	after   admin.AlertPlace // where looking after open alerts goes on
-	visited time.Time        // when keys were last looked through
+	visited time.Time        // when keys were last looked through, on the monotonic clock too
 }
 
 // Heard is what this process heard of since it last judged.
@@ -474,6 +474,8 @@ func placeOf(a *admin.Alert) admin.AlertPlace {
 	return admin.AlertPlace{OpenedAt: a.OpenedAt, ID: a.ID}
 }
 
+// alertTime is now as a store keeps it: wall time alone, because it is compared with what was kept, by another process
+// perhaps, and never with what this one waits for.
 func alertTime() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }
 
 // openNew opens an alert; where too many of its kind are open, the one that says so instead.

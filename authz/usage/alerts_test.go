@@ -33,6 +33,7 @@ type watch struct {
 	reg    *prometheus.Registry
 	stop   func()
 	keep   time.Duration // of resolved alerts; 0: as usual
+	quiet  bool          // no webhook is configured
 }
 
 const home = "home"
@@ -48,7 +49,7 @@ func newWatch(t *testing.T, policy apikey.Alerts) *watch {
 
 func (w *watch) start(holder string) {
 	w.log, w.reg = new(bytes.Buffer), prometheus.NewRegistry()
-	w.engine = usage.NewAlerts(w.store, usage.AlertsConfig{Notify: true, Holder: holder, Keep: w.keep}, w.reg, slog.New(slog.NewTextHandler(w.log, nil)))
+	w.engine = usage.NewAlerts(w.store, usage.AlertsConfig{Notify: !w.quiet, Holder: holder, Keep: w.keep}, w.reg, slog.New(slog.NewTextHandler(w.log, nil)))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(w.t.Context()))
 	done := make(chan error)
 	time.Sleep(30 * time.Second)
@@ -107,7 +108,7 @@ func (w *watch) used(k *apikey.Key, networks ...string) {
 
 func (w *watch) count(u ...admin.Usage) {
 	w.t.Helper()
-	if err := w.store.AddUsage(w.t.Context(), u); err != nil {
+	if err := w.store.AddUsage(w.t.Context(), admin.UsageBatch{}, u); err != nil {
 		w.t.Fatal(err)
 	}
 	w.engine.Counted(w.t.Context(), u)
@@ -307,7 +308,7 @@ func TestSurgeOfRefusals(t *testing.T) {
 func TestSurgeIsTheStoresNotOneReplicas(t *testing.T) {
 	inBubble(t, apikey.Alerts{}, func(t *testing.T, w *watch) {
 		k := w.key(1, nil)
-		if err := w.store.AddUsage(t.Context(), []admin.Usage{w.refused(home, k.ID, "revoked", 99)}); err != nil {
+		if err := w.store.AddUsage(t.Context(), admin.UsageBatch{}, []admin.Usage{w.refused(home, k.ID, "revoked", 99)}); err != nil {
 			t.Fatal(err)
 		}
 		w.count(w.refused(home, k.ID, "revoked", 1))
@@ -520,6 +521,40 @@ func TestNoticesOfAlerts(t *testing.T) {
 				t.Errorf("notice: %s", due[i].Body)
 			}
 		}
+	})
+}
+
+// What a webhook should have been told that is configured no more goes after its day, but not before: another replica
+// may still have it.
+func TestNoticesOfAWebhookThatIsNoMore(t *testing.T) {
+	inBubble(t, apikey.Alerts{}, func(t *testing.T, w *watch) {
+		left := func(when string, want int) {
+			t.Helper()
+			due, err := w.store.DueNotices(t.Context(), time.Now(), 10)
+			if err != nil || len(due) != want {
+				t.Errorf("%s: %d are left, error %v; want %d", when, len(due), err, want)
+			}
+		}
+		k := w.key(1, nil)
+		w.used(k, office)
+		time.Sleep(tick)
+		w.used(k, cafe)
+		time.Sleep(2 * day)
+		left("with a webhook, whose they are", 1)
+		w.stop()
+		w.quiet = true
+		w.update(func(tx admin.Tx) error {
+			return tx.QueueNotice(t.Context(), admin.Notice{ID: apikey.ID{5}, MadeAt: time.Now(), NextAt: time.Now()})
+		})
+		w.start("without")
+		left("at the start", 1)
+		if log := w.log.String(); strings.Count(log, "none is configured any more") != 1 || !strings.Contains(log, "number=1") {
+			t.Errorf("log:\n%s", log)
+		}
+		time.Sleep(22 * time.Hour)
+		left("within the other's day", 1)
+		time.Sleep(3*time.Hour + 5*time.Minute)
+		left("after it", 0)
 	})
 }
 

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -25,7 +26,7 @@ import (
 // A Store keeps last uses and counts.
 type Store interface {
 	Touch(ctx context.Context, uses []apikey.Use) error
-	AddUsage(ctx context.Context, counts []admin.Usage) error
+	AddUsage(ctx context.Context, as admin.UsageBatch, counts []admin.Usage) error
 }
 
 // A Listener hears of counts that were written, each once. They are lent: it must not change them.
@@ -38,7 +39,8 @@ type Config struct {
 	// Off counts nothing. Last uses are written all the same, because keys may end when they are idle.
 	Off bool
 	// Instance returns an instance by its canonical id, nil if there is none: of an instance that is gone, or
-	// does not want it, nothing is counted. nil: all are counted.
+	// does not want it, nothing is counted. It is asked within ten seconds of a decision; what is written later is
+	// written only if the same instance is there still. nil: all are counted.
 	Instance func(id string) *apikey.Instance
 	// Listener hears of what was written; nil: nobody.
 	Listener Listener
@@ -63,6 +65,10 @@ type Counter struct {
 	mu   sync.Mutex
 	uses map[apikey.ID][]apikey.Use // one for each generation
 	kept map[place]*admin.UsageCounts
+	// sent is the batch that was given to the store, until that says that it has it. Whether it has is not known
+	// after an error, so it comes again as it was, under its name, before another one.
+	sent   []admin.Usage
+	sentAs admin.UsageBatch
 }
 
 const (
@@ -71,6 +77,9 @@ const (
 	// wait for another's.
 	interval     = 10 * time.Second
 	writeTimeout = 5 * time.Second
+	// endTimeout is for everything that is written when the process ends: with the time that running requests have
+	// then it stays below the 30 s after which orchestrators kill.
+	endTimeout = 10 * time.Second
 	// recentKeys is how many keys that can become idle are remembered; of others the store is asked.
 	recentKeys = 65_536
 	// maxSeries is how many keys are counted apart between two writes, some 40 MB.
@@ -79,11 +88,14 @@ const (
 	maxKept = 2 * maxSeries
 	// batchSize bounds how long a batch keeps the store's writer from others.
 	batchSize = 100
+	// usesSize is how many last uses are written within one writeTimeout.
+	usesSize = 1000
 )
 
 // A place is one Usage's.
 type place struct {
 	instance string
+	made     int64     // when the instance was, Unix time in µs: its id alone may mean another one later
 	key      apikey.ID // zero: the instance as a whole
 	minute   int64     // Unix time / 60
 }
@@ -96,7 +108,7 @@ func NewCounter(store Store, cfg Config, reg prometheus.Registerer, log *slog.Lo
 	}
 	c := &Counter{
 		store: store, cfg: cfg, log: log, recent: recent,
-		uses: map[apikey.ID][]apikey.Use{}, kept: map[place]*admin.UsageCounts{},
+		uses: map[apikey.ID][]apikey.Use{}, kept: map[place]*admin.UsageCounts{}, sentAs: admin.UsageBatch{Writer: apikey.ID(uuid.New())},
 	}
 	c.metrics = newMetrics(reg, c.waiting)
 	return c
@@ -106,7 +118,7 @@ func NewCounter(store Store, cfg Config, reg prometheus.Registerer, log *slog.Lo
 func (c *Counter) waiting() int {
 	c.mu.Lock() // who takes holds it until all is in one of the two
 	defer c.mu.Unlock()
-	return int(c.metrics.series.Load()) + len(c.kept)
+	return int(c.metrics.series.Load()) + len(c.kept) + len(c.sent)
 }
 
 // shardOf chooses by the last byte of a key's UUIDv7, which is random. What belongs to no key is spread: a

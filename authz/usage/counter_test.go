@@ -1,6 +1,7 @@
 package usage_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,6 +21,7 @@ import (
 	"keyward/authz"
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
+	"keyward/authz/store/storetest"
 	"keyward/authz/usage"
 )
 
@@ -30,10 +33,18 @@ type memory struct {
 	heard  map[string]*admin.UsageCounts // the same, by the listener
 	err    error                         // of every call
 	after  int                           // batches until they fail with err too; -1: never
+	names  map[apikey.ID]int64           // of the batches that came last
+	mute   int                           // batches that are added, and the answer is lost
+	slow   time.Duration                 // of a batch
+	uses   []int                         // that came at once
+	touch  int                           // calls until they fail; 0: never
+	log    bytes.Buffer
 }
 
 func newMemory() *memory {
-	return &memory{last: map[apikey.ID]apikey.Use{}, counts: map[string]*admin.UsageCounts{}, heard: map[string]*admin.UsageCounts{}, after: -1}
+	return &memory{
+		last: map[apikey.ID]apikey.Use{}, counts: map[string]*admin.UsageCounts{}, heard: map[string]*admin.UsageCounts{}, after: -1, names: map[apikey.ID]int64{},
+	}
 }
 
 func (m *memory) Touch(_ context.Context, uses []apikey.Use) error {
@@ -42,6 +53,10 @@ func (m *memory) Touch(_ context.Context, uses []apikey.Use) error {
 	if m.err != nil {
 		return m.err
 	}
+	if m.touch--; m.touch == 0 {
+		return errors.New("full")
+	}
+	m.uses = append(m.uses, len(uses))
 	for _, u := range uses {
 		if u.At.After(m.last[u.KeyID].At) {
 			m.last[u.KeyID] = u
@@ -50,9 +65,16 @@ func (m *memory) Touch(_ context.Context, uses []apikey.Use) error {
 	return nil
 }
 
-func (m *memory) AddUsage(_ context.Context, counts []admin.Usage) error {
+func (m *memory) AddUsage(ctx context.Context, as admin.UsageBatch, counts []admin.Usage) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.slow > 0 {
+		select {
+		case <-time.After(m.slow):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	if m.err != nil {
 		return m.err
 	}
@@ -60,7 +82,17 @@ func (m *memory) AddUsage(_ context.Context, counts []admin.Usage) error {
 		return errors.New("full")
 	}
 	m.after--
-	add(m.counts, counts)
+	if as.Writer.IsZero() {
+		return errors.New("a batch without a name")
+	}
+	if as.Number > m.names[as.Writer] {
+		m.names[as.Writer] = as.Number
+		add(m.counts, counts)
+	}
+	if m.mute > 0 {
+		m.mute--
+		return errors.New("connection reset")
+	}
 	return nil
 }
 
@@ -114,7 +146,7 @@ func start(t *testing.T, m *memory, cfg usage.Config) (c *usage.Counter, reg *pr
 	t.Helper()
 	cfg.Listener = m
 	reg = prometheus.NewRegistry()
-	c = usage.NewCounter(m, cfg, reg, slog.New(slog.DiscardHandler))
+	c = usage.NewCounter(m, cfg, reg, slog.New(slog.NewTextHandler(&m.log, nil)))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- c.Run(ctx) }()
@@ -294,6 +326,206 @@ func TestFailedBatchesAreTriedAgain(t *testing.T) {
 		}
 		if n := metric(t, reg, "keyward_usage_failures_total"); n != 2 {
 			t.Errorf("%v failures, want 2", n)
+		}
+	})
+}
+
+// TestBatchWithALostAnswerIsCountedOnce, although more is counted of the same meanwhile.
+func TestBatchWithALostAnswerIsCountedOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		c, _, stop := start(t, store, usage.Config{})
+		minute := time.Now()
+		for range 4 {
+			store.mu.Lock()
+			store.mute = 1
+			store.mu.Unlock()
+			for n := range 250 {
+				k := keyOf(0, 1)
+				k.ID[15] = byte(n)
+				c.Decided(use(k, authz.ReasonKey, "192.0.2.1"))
+			}
+			time.Sleep(12 * time.Second)
+		}
+		stop()
+		for n := range 250 {
+			if got := store.counts[place("demo", apikey.ID{1, 15: byte(n)}, minute)]; got == nil || got.Allowed != 4 || got.Networks["192.0.2.0/24"] != 4 {
+				t.Fatalf("key %d: %+v, want 4", n, got)
+			}
+		}
+		if got := store.counts[place("demo", apikey.ID{}, minute)]; got.Allowed != 1000 {
+			t.Errorf("in all: %d, want 1000", got.Allowed)
+		}
+		if d := cmp.Diff(store.counts, store.heard); d != "" {
+			t.Errorf("heard (-written +heard):\n%s", d)
+		}
+	})
+}
+
+// TestCountsOfADeletedInstance: what waited for the store is not written when its instance is gone, nor to the one
+// that has its name then.
+func TestCountsOfADeletedInstance(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &awayCounts{Memory: storetest.NewMemory(admin.AuditKeys{})}
+		defer store.Close()
+		update := func(fn func(tx admin.Tx) error) {
+			t.Helper()
+			if _, err := store.Update(t.Context(), func(tx admin.Tx) error { return errors.Join(tx.Audit(t.Context(), admin.Event{}), fn(tx)) }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		put := func(tx admin.Tx) error {
+			return tx.PutInstance(t.Context(), &apikey.Instance{ID: "demo", CreatedAt: time.Now()})
+		}
+		remove := func(tx admin.Tx) error { return tx.DeleteInstance(t.Context(), "demo") }
+		want := func(when string, want int64) {
+			t.Helper()
+			list, err := store.Usage(t.Context(), admin.UsageQuery{InstanceID: "demo", Interval: admin.UsageDay, From: time.Now().Add(-48 * time.Hour), To: time.Now()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got admin.UsageCounts
+			for _, u := range list {
+				got.Add(&u.UsageCounts)
+			}
+			if got.Allowed != want {
+				t.Errorf("%s: %d allowed, want %d", when, got.Allowed, want)
+			}
+		}
+		c := usage.NewCounter(store, usage.Config{Instance: func(id string) *apikey.Instance {
+			in, err := store.Instance(t.Context(), id)
+			if err != nil {
+				return nil
+			}
+			return in
+		}}, nil, slog.New(slog.DiscardHandler))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- c.Run(ctx) }()
+
+		update(put)
+		time.Sleep(3 * time.Second) // not at the very instants at which the counter writes
+		decide := func(n int) {
+			for range n {
+				c.Decided(use(keyOf(1, 1), authz.ReasonKey, ""))
+			}
+			time.Sleep(20 * time.Second)
+		}
+		decide(1)
+		want("there", 1)
+		store.away.Store(true)
+		decide(2)
+		update(remove)
+		store.away.Store(false)
+		time.Sleep(20 * time.Second)
+		update(put)
+		want("deleted while the store was away", 0)
+		decide(4)
+		want("made again", 4)
+		store.away.Store(true)
+		decide(8)
+		update(remove)
+		time.Sleep(time.Second)
+		update(put)
+		decide(16)
+		store.away.Store(false)
+		time.Sleep(20 * time.Second)
+		want("deleted and made again while the store was away", 16)
+		cancel()
+		<-done
+	})
+}
+
+// awayCounts is a store to which counts cannot be written.
+type awayCounts struct {
+	*storetest.Memory
+	away atomic.Bool
+}
+
+func (s *awayCounts) AddUsage(ctx context.Context, as admin.UsageBatch, counts []admin.Usage) error {
+	if s.away.Load() {
+		return apikey.ErrUndecided
+	}
+	return s.Memory.AddUsage(ctx, as, counts)
+}
+
+// TestManyLastUsesAreWrittenBitByBit: what was written once is not written again because of what was not.
+func TestManyLastUsesAreWrittenBitByBit(t *testing.T) {
+	const keys, generations = 700, 3 // a thousand end between two generations of a key
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		c, _, stop := start(t, store, usage.Config{})
+		time.Sleep(time.Second)
+		for n := range keys {
+			for g := range generations {
+				c.Decided(use(&apikey.Key{ID: apikey.ID{1, 14: byte(n >> 8), 15: byte(n)}, InstanceID: "demo", Generation: g + 1}, authz.ReasonKey, ""))
+			}
+		}
+		store.mu.Lock()
+		store.touch = 2
+		store.mu.Unlock()
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		if d := cmp.Diff([]int{1000}, store.uses); d != "" {
+			t.Errorf("before the second failed (-want +got)\n%s", d)
+		}
+		stop()
+		if d := cmp.Diff([]int{1000, 1000, 100}, store.uses); d != "" {
+			t.Errorf("in all (-want +got)\n%s", d)
+		}
+		if len(store.last) != keys {
+			t.Errorf("last uses of %d keys, want %d", len(store.last), keys)
+		}
+	})
+}
+
+// TestTheEndIsBounded: a slow store does not hold up the end of the process, and what is lost is told.
+func TestTheEndIsBounded(t *testing.T) {
+	const keys = 5000
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		c, reg, stop := start(t, store, usage.Config{})
+		time.Sleep(time.Second)
+		store.slow = 4 * time.Second
+		for n := range keys {
+			c.Decided(use(&apikey.Key{ID: apikey.ID{1, 14: byte(n >> 8), 15: byte(n)}, InstanceID: "demo", Generation: 1}, authz.ReasonKey, ""))
+		}
+		begin := time.Now()
+		stop()
+		if took := time.Since(begin); took > 10*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		// Two batches of a hundred, one of which is the instance's.
+		if n := store.written(); n != 200 {
+			t.Errorf("%d counts were written, want 200", n)
+		}
+		if n := metric(t, reg, "keyward_usage_dropped_total"); n != keys-199 {
+			t.Errorf("%v dropped, want %d", n, keys-199)
+		}
+		if log := store.log.String(); strings.Count(log, "level=ERROR") != 1 || !strings.Contains(log, fmt.Sprintf("requests=%d last_uses=0", keys-199)) {
+			t.Errorf("log:\n%s", log)
+		}
+	})
+}
+
+// TestTheEndWithoutAStore: each request that is lost counts once, although it is in two counts.
+func TestTheEndWithoutAStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		c, reg, stop := start(t, store, usage.Config{})
+		store.fail(errors.New("disk full"))
+		for range 3 {
+			c.Decided(use(keyOf(1, 1), authz.ReasonKey, ""))
+			c.Decided(use(keyOf(2, 1), authz.ReasonLimitBurst, ""))
+			c.Decided(use(nil, authz.ReasonUnknownKey, ""))
+			time.Sleep(25 * time.Second)
+		}
+		stop()
+		if n := metric(t, reg, "keyward_usage_dropped_total"); n != 9 {
+			t.Errorf("%v dropped, want 9", n)
+		}
+		if log := store.log.String(); !strings.Contains(log, "requests=9 last_uses=1") {
+			t.Errorf("log:\n%s", log)
 		}
 	})
 }

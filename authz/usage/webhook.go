@@ -58,6 +58,8 @@ const (
 	webhookPause     = time.Minute // at most, after tries that nobody answered
 	// WebhookGivesUp is how long a notice is tried.
 	WebhookGivesUp = 24 * time.Hour
+	// maxNotices wait at most, some 10 MB; it is looked at before every batch.
+	maxNotices = 10_000
 )
 
 // webhookWaits are how long the next try waits after each one that failed, the last one again and again; each is made
@@ -65,7 +67,7 @@ const (
 var webhookWaits = []time.Duration{10 * time.Second, 30 * time.Second, 2 * time.Minute, 10 * time.Minute, 30 * time.Minute, time.Hour, 2 * time.Hour}
 
 // A Webhook tells somebody of alerts by HTTP POST. Notices wait in the store, so they survive a crash: each is
-// delivered at least once, or tried for [WebhookGivesUp]. Safe for concurrent use.
+// delivered at least once, or tried for [WebhookGivesUp]; of more than maxNotices the oldest are dropped. Safe for concurrent use.
 type Webhook struct {
 	cfg        WebhookConfig
 	client     *http.Client
@@ -89,9 +91,9 @@ func NewWebhook(cfg WebhookConfig, reg prometheus.Registerer, log *slog.Logger) 
 	}
 	w := &Webhook{cfg: cfg, log: log, deliveries: promauto.With(reg).NewCounterVec(prometheus.CounterOpts{
 		Name: "keyward_webhook_deliveries_total",
-		Help: "Tries to tell the webhook of an alert: delivered, failed and to be tried again, or given up.",
+		Help: "Tries to tell the webhook of an alert: delivered, failed and to be tried again, or given up after a day; and what was dropped because too much waits.",
 	}, []string{"outcome"})}
-	for _, outcome := range []string{"delivered", "failed", "given_up"} {
+	for _, outcome := range []string{"delivered", "failed", "given_up", "dropped"} {
 		w.deliveries.WithLabelValues(outcome)
 	}
 	target, err := url.Parse(cfg.URL)
@@ -278,6 +280,7 @@ type noticeStore interface {
 	DueNotices(ctx context.Context, now time.Time, limit int) ([]admin.Notice, error)
 	RetryNotice(ctx context.Context, n admin.Notice) error
 	ForgetNotice(ctx context.Context, id apikey.ID) error
+	ForgetNotices(ctx context.Context, before time.Time, keep int) (late, over int, err error)
 	Lead(ctx context.Context, job, holder string, ttl time.Duration) (leads bool, err error)
 }
 
@@ -314,9 +317,23 @@ func (w *Webhook) Run(ctx context.Context, store noticeStore, holder string) err
 // round delivers what is due, the longest due first. It ends early where nobody answers: who does not answer one
 // does not answer the next.
 func (w *Webhook) round(ctx context.Context, store noticeStore, holder string) (answered bool, err error) {
+	var late, over int
+	defer func() {
+		if late+over > 0 {
+			w.log.LogAttrs(ctx, slog.LevelError, "what the webhook had to be told was dropped: it was not taken within a day, or too much waited",
+				slog.Int("late", late), slog.Int("too_many", over), slog.Int("most", maxNotices))
+		}
+	}()
 	for {
 		leads, err := store.Lead(ctx, webhookJob, holder, max(webhookTTL, 2*w.cfg.Timeout))
 		if err != nil || !leads {
+			return true, err
+		}
+		tooLate, tooMany, err := store.ForgetNotices(ctx, time.Now().Add(-WebhookGivesUp), maxNotices)
+		late, over = late+tooLate, over+tooMany
+		w.deliveries.WithLabelValues("given_up").Add(float64(tooLate))
+		w.deliveries.WithLabelValues("dropped").Add(float64(tooMany))
+		if err != nil {
 			return true, err
 		}
 		due, err := store.DueNotices(ctx, time.Now(), webhookBatch)

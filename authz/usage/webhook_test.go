@@ -19,6 +19,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
 	"keyward/authz/store/storetest"
@@ -374,6 +376,95 @@ func TestQueueIsTriedForADay(t *testing.T) {
 		if left, _ := store.DueNotices(t.Context(), time.Now().Add(1000*time.Hour), 9); len(left) != 0 {
 			t.Errorf("given up, and still there: %v", left)
 		}
+	})
+}
+
+// deliveries returns what was counted, by outcome.
+func deliveries(t *testing.T, reg *prometheus.Registry) map[string]float64 {
+	t.Helper()
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	counted := map[string]float64{}
+	for _, m := range families[0].GetMetric() {
+		counted[m.GetLabel()[0].GetValue()] = m.GetCounter().GetValue()
+	}
+	return counted
+}
+
+// TestQueueIsBounded: while nobody answers the oldest are dropped where there are too many, and each is when its day is
+// over, tried or not.
+func TestQueueIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, _ := queueOf(t, 0)
+		queue := func(n int) (ids []apikey.ID) {
+			t.Helper()
+			_, err := store.Update(t.Context(), func(tx admin.Tx) error {
+				for range n {
+					one := notice(t)
+					ids = append(ids, one.ID)
+					if err := tx.QueueNotice(t.Context(), one); err != nil {
+						return err
+					}
+				}
+				return tx.Audit(t.Context(), admin.Event{})
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return ids
+		}
+		left := func(when string, want []apikey.ID) {
+			t.Helper()
+			due, err := store.DueNotices(t.Context(), time.Now().Add(1000*time.Hour), 2*maxNotices)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []apikey.ID
+			for _, n := range due {
+				got = append(got, n.ID)
+			}
+			less := func(a, b apikey.ID) int { return bytes.Compare(a[:], b[:]) }
+			slices.SortFunc(got, less)
+			slices.SortFunc(want, less)
+			if !slices.Equal(got, want) {
+				t.Errorf("%s: %d are left, not the %d that should be", when, len(got), len(want))
+			}
+		}
+		var log bytes.Buffer
+		reg := prometheus.NewRegistry()
+		w, err := NewWebhook(WebhookConfig{URL: "https://alerts.example.com", Secret: webhookSecret}, reg, slog.New(slog.NewTextHandler(&log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.client.Transport = fakeRound(func(admin.NoticeBody) (int, error) { return 0, net.ErrClosed })
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- w.Run(ctx, store, "one") }()
+		time.Sleep(3 * time.Second)
+		first := queue(300)
+		time.Sleep(20 * time.Hour)
+		second := queue(100)
+		time.Sleep(time.Hour)
+		left("long before a day is over", append(first, second...))
+		time.Sleep(3*time.Hour + 10*time.Minute)
+		left("the day of the first is over", second)
+		if n := deliveries(t, reg)["given_up"]; n != 300 {
+			t.Errorf("%v were counted as given up, want 300", n)
+		}
+		log.Reset()
+		third := queue(maxNotices - 70)
+		time.Sleep(2 * time.Minute)
+		left("too many", append(second[30:], third...))
+		if n := deliveries(t, reg)["dropped"]; n != 30 {
+			t.Errorf("%v were counted as dropped, want 30", n)
+		}
+		if n := strings.Count(log.String(), "level=ERROR"); n != 1 || !strings.Contains(log.String(), "late=0 too_many=30") {
+			t.Errorf("%d lines tell of it:\n%.3000s", n, log.String())
+		}
+		cancel()
+		<-done
 	})
 }
 

@@ -29,7 +29,7 @@ func newMetrics(reg prometheus.Registerer, waiting func() int) *metrics {
 		}),
 		dropped: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "keyward_usage_dropped_total",
-			Help: "Requests that are missing in what their key, or with the store away for long their instance, is said to have done: there were too many to remember.",
+			Help: "Requests that are missing in what their key, or with the store away for long their instance, is said to have done: there were too many to remember, or the process ended.",
 		}),
 		failures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "keyward_usage_failures_total", Help: "Times that last uses or counts could not be written. They are kept and tried again.",
@@ -43,8 +43,8 @@ func newMetrics(reg prometheus.Registerer, waiting func() int) *metrics {
 	return m
 }
 
-// Run writes until ctx is done, and then once more. It writes at whole multiples of its interval, so that a
-// minute is over when its counts are written last.
+// Run writes until ctx is done, and then once more, for [endTimeout] at most. It writes at whole multiples of its
+// interval, so that a minute is over when its counts are written last.
 func (c *Counter) Run(ctx context.Context) error {
 	for {
 		next := time.NewTimer(interval - time.Duration(time.Now().UnixNano())%interval)
@@ -53,7 +53,10 @@ func (c *Counter) Run(ctx context.Context) error {
 			c.write(ctx)
 		case <-ctx.Done():
 			next.Stop()
-			c.write(context.WithoutCancel(ctx)) // what happened before the end still counts
+			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+			defer cancel()
+			c.write(end) // what happened before the end still counts
+			c.lose()
 			return nil
 		}
 	}
@@ -62,36 +65,107 @@ func (c *Counter) Run(ctx context.Context) error {
 // write writes what there is. What cannot be written waits for the next time.
 func (c *Counter) write(ctx context.Context) {
 	uses, counts := c.take()
-	if len(uses) > 0 {
+	for some := range slices.Chunk(uses, usesSize) {
 		within, cancel := context.WithTimeout(ctx, writeTimeout)
-		err := c.store.Touch(within, uses)
+		err := c.store.Touch(within, some)
 		cancel()
 		if err != nil {
-			c.failed(err, "last uses could not be written; they are kept and tried again", len(uses))
-		} else {
-			c.touched(uses)
+			c.failed(err, "last uses could not be written; they are kept and tried again", len(some))
+			break
 		}
+		c.touched(some)
+	}
+	if len(c.sent) > 0 && !c.send(ctx) {
+		return
 	}
 	for batch := range slices.Chunk(counts, batchSize) {
-		within, cancel := context.WithTimeout(ctx, writeTimeout)
-		err := c.store.AddUsage(within, batch)
-		cancel()
-		if err != nil {
-			c.failed(err, "counts of requests could not be written; they are kept and tried again", len(batch))
+		c.next(batch)
+		if !c.send(ctx) {
 			return
 		}
-		c.metrics.written.Add(float64(len(batch)))
-		c.added(batch)
-		if c.cfg.Listener != nil {
-			c.cfg.Listener.Counted(ctx, batch)
-		}
 	}
+}
+
+// next makes counts the batch that is sent.
+func (c *Counter) next(counts []admin.Usage) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range counts {
+		u := &counts[i]
+		delete(c.kept, place{u.InstanceID, u.InstanceMade.UnixMicro(), u.KeyID, u.Start.Unix() / 60})
+	}
+	c.sent = slices.Clone(counts) // not the whole list, while the store is away
+	c.sentAs.Number++
+}
+
+// send gives the batch to the store, and reports whether that has it.
+func (c *Counter) send(ctx context.Context) bool {
+	within, cancel := context.WithTimeout(ctx, writeTimeout)
+	err := c.store.AddUsage(within, c.sentAs, c.sent)
+	cancel()
+	if err != nil {
+		c.failed(err, "counts of requests could not be written; they are kept and tried again", len(c.sent))
+		return false
+	}
+	c.metrics.written.Add(float64(len(c.sent)))
+	if c.cfg.Listener != nil {
+		c.cfg.Listener.Counted(ctx, c.sent)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.sent = nil
+	return true
 }
 
 func (c *Counter) failed(err error, what string, n int) {
 	c.metrics.failures.Inc()
 	c.log.Warn(what, slog.Int("number", n), slog.Any("error", err))
 }
+
+// lose tells what is lost because the process ends. Of the batch that is sent it is not known.
+func (c *Counter) lose() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	uses := 0
+	for _, of := range c.uses {
+		uses += len(of)
+	}
+	type minute struct { // of an instance
+		instance     string
+		made, minute int64
+	}
+	missing := map[minute]struct{ all, keys int64 }{} // a request is in its instance's counts, and may be in a key's
+	add := func(at place, n *admin.UsageCounts) {
+		m := minute{at.instance, at.made, at.minute}
+		sums := missing[m]
+		if at.key.IsZero() {
+			sums.all += requests(n)
+		} else {
+			sums.keys += requests(n)
+		}
+		missing[m] = sums
+	}
+	for at, n := range c.kept {
+		add(at, n)
+	}
+	for i := range c.sent {
+		u := &c.sent[i]
+		add(place{u.InstanceID, u.InstanceMade.UnixMicro(), u.KeyID, u.Start.Unix() / 60}, &u.UsageCounts)
+	}
+	lost := int64(0)
+	for _, sums := range missing {
+		lost += max(sums.all, sums.keys)
+	}
+	if uses == 0 && lost == 0 {
+		return
+	}
+	c.metrics.dropped.Add(float64(lost))
+	c.log.Error("the process ends, and what was counted last is not written: the store could not take it in time",
+		slog.Int64("requests", lost), slog.Int("last_uses", uses), slog.Duration("within", endTimeout))
+}
+
+// requests is how many requests counts are of.
+func requests(n *admin.UsageCounts) int64 { return max(n.Allowed+n.Refused, n.Ended.Count) }
 
 // take takes what the shards hold to what waits to be written, and lists all that does.
 func (c *Counter) take() (uses []apikey.Use, counts []admin.Usage) {
@@ -111,7 +185,9 @@ func (c *Counter) take() (uses []apikey.Use, counts []admin.Usage) {
 		uses = append(uses, of...)
 	}
 	for at, n := range c.kept {
-		counts = append(counts, admin.Usage{InstanceID: at.instance, KeyID: at.key, Start: time.Unix(60*at.minute, 0).UTC(), UsageCounts: *n})
+		counts = append(counts, admin.Usage{
+			InstanceID: at.instance, InstanceMade: time.UnixMicro(at.made).UTC(), KeyID: at.key, Start: time.Unix(60*at.minute, 0).UTC(), UsageCounts: *n,
+		})
 	}
 	slices.SortFunc(counts, func(a, b admin.Usage) int { // as they lie in the store
 		return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.InstanceID, b.InstanceID), bytes.Compare(a.KeyID[:], b.KeyID[:]))
@@ -150,11 +226,12 @@ func (c *Counter) keepUse(u apikey.Use) {
 
 // keepCounts adds a record to its key's counts and to its instance's.
 func (c *Counter) keepCounts(minute int64, key apikey.ID, r *record) {
-	if !c.wanted(r.instance) {
+	made, wanted := c.wanted(r.instance)
+	if !wanted {
 		return
 	}
 	counts := r.counts()
-	for _, at := range []place{{r.instance, key, minute}, {r.instance, apikey.ID{}, minute}} {
+	for _, at := range []place{{r.instance, made, key, minute}, {r.instance, made, apikey.ID{}, minute}} {
 		kept := c.kept[at]
 		if kept == nil {
 			kept = new(admin.UsageCounts)
@@ -167,16 +244,21 @@ func (c *Counter) keepCounts(minute int64, key apikey.ID, r *record) {
 	}
 }
 
-// wanted reports whether an instance's requests are to be counted.
-func (c *Counter) wanted(id string) bool {
+// wanted reports whether an instance's requests are to be counted, and when it was made: in µs, and the zero time where
+// that does not matter.
+func (c *Counter) wanted(id string) (made int64, ok bool) {
+	made = time.Time{}.UnixMicro()
 	if c.cfg.Off {
-		return false
+		return made, false
 	}
 	if c.cfg.Instance == nil || id == "" {
-		return true
+		return made, true
 	}
 	instance := c.cfg.Instance(id)
-	return instance != nil && instance.Policy.Usage.On()
+	if instance == nil || !instance.Policy.Usage.On() {
+		return made, false
+	}
+	return instance.CreatedAt.UnixMicro(), true
 }
 
 // bound drops counts of keys, and if that is not enough of instances, that there are too many of.
@@ -187,7 +269,7 @@ func (c *Counter) bound() {
 				return
 			}
 			if all || !at.key.IsZero() {
-				c.metrics.dropped.Add(float64(max(n.Allowed+n.Refused, n.Ended.Count)))
+				c.metrics.dropped.Add(float64(requests(n)))
 				delete(c.kept, at)
 			}
 		}
@@ -199,16 +281,11 @@ func (c *Counter) touched(uses []apikey.Use) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, u := range uses {
-		delete(c.uses, u.KeyID)
-	}
-}
-
-// added forgets what was written of counts.
-func (c *Counter) added(counts []admin.Usage) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for i := range counts {
-		u := &counts[i]
-		delete(c.kept, place{u.InstanceID, u.KeyID, u.Start.Unix() / 60})
+		left := slices.DeleteFunc(c.uses[u.KeyID], func(of apikey.Use) bool { return of.Generation == u.Generation })
+		if len(left) == 0 {
+			delete(c.uses, u.KeyID)
+		} else {
+			c.uses[u.KeyID] = left
+		}
 	}
 }

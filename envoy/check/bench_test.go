@@ -73,8 +73,8 @@ func (s *stack) waits(t testing.TB) (n uint64) {
 // touch forgets last uses, which are written behind a Check's back.
 type touch struct{}
 
-func (touch) Touch(context.Context, []apikey.Use) error     { return nil }
-func (touch) AddUsage(context.Context, []admin.Usage) error { return nil }
+func (touch) Touch(context.Context, []apikey.Use) error                       { return nil }
+func (touch) AddUsage(context.Context, admin.UsageBatch, []admin.Usage) error { return nil }
 
 // facts of keys for the authorizer: the cache, and a store that is not asked.
 type cached struct{ *cache.Cache }

@@ -364,7 +364,7 @@ func TestEventsOfTheFirstSchemaAreChained(t *testing.T) {
 		t.Fatal(err)
 	}
 	undo := slices.Concat([]string{
-		"DROP TABLE usage", "ALTER TABLE keys DROP COLUMN last_used_network", "ALTER TABLE keys DROP COLUMN last_used_path",
+		"DROP TABLE usage", "DROP TABLE usage_writers", "DROP TABLE instance_numbers", "ALTER TABLE keys DROP COLUMN last_used_network", "ALTER TABLE keys DROP COLUMN last_used_path",
 		"DROP TABLE alerts", "DROP TABLE notices", "DROP TABLE key_networks", "DROP TABLE sessions",
 		"DROP TABLE quota_states", "ALTER TABLE instances DROP COLUMN quotas", "ALTER TABLE keys DROP COLUMN quotas",
 		"DROP TABLE agent_hashes", "DROP TABLE audit_segments", "ALTER TABLE meta DROP COLUMN leapt", "DROP TABLE idempotency", "ALTER TABLE tokens DROP COLUMN user_principal_name", "ALTER TABLE tokens DROP COLUMN last_used_at",

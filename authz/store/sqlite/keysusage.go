@@ -22,7 +22,7 @@ func (r *reader) KeysUsage(ctx context.Context, keys []apikey.ID, q admin.UsageQ
 	args = append(args, int64(q.Interval.Duration().Seconds()), micros(q.From), micros(q.To))
 	var list []admin.Usage
 	for row, err := range r.rows(ctx, what, `SELECT key_id, start, allowed, refused FROM usage
-		WHERE instance_id = ? AND key_id IN (?`+strings.Repeat(", ?", len(keys)-1)+`) AND interval = ? AND start >= ? AND start < ?
+		WHERE instance = `+numberSQL+` AND key_id IN (?`+strings.Repeat(", ?", len(keys)-1)+`) AND interval = ? AND start >= ? AND start < ?
 		ORDER BY key_id, start`, args...) {
 		if err != nil {
 			return nil, err

@@ -57,7 +57,7 @@ var _ admin.Store = (*Store)(nil)
 const (
 	// keepChanges bounds what a replica can catch up with: hours of a busy day, some 15 MB.
 	keepChanges = 100_000
-	// batch bounds how long Touch and Redigest keep a revocation waiting.
+	// batch bounds how long writes of many rows keep a revocation waiting.
 	batch = 500
 	// maxReaders: reads beyond it are bound by memory bandwidth, not by connections.
 	maxReaders = 8
@@ -234,10 +234,25 @@ func (s *Store) SaveQuotaStates(ctx context.Context, states []limits.QuotaState)
 
 // ForgetQuotaStates implements admin.Store.
 func (s *Store) ForgetQuotaStates(ctx context.Context, now time.Time) error {
-	return s.write(ctx, "forget the states of quotas", func(t *tx) error {
-		_, err := t.exec(ctx, "forget the states of quotas", `DELETE FROM quota_states WHERE until <= ?`, micros(now))
-		return err
-	})
+	_, err := s.forget(ctx, "forget the states of quotas", `DELETE FROM quota_states WHERE (owner, class) IN
+		(SELECT owner, class FROM quota_states WHERE until <= ? LIMIT ?)`, micros(now))
+	return err
+}
+
+// forget removes what a statement names, a few at a time, because others want to write as well: LIMIT is its last
+// argument. It returns how many there were, also where it could not remove all.
+func (s *Store) forget(ctx context.Context, what, query string, args ...any) (removed int, err error) {
+	args = append(args, batch)
+	for n := int64(batch); n == batch; removed += int(n) {
+		err := s.write(ctx, what, func(t *tx) (err error) {
+			n, err = t.exec(ctx, what, query, args...)
+			return err
+		})
+		if err != nil {
+			return removed, err
+		}
+	}
+	return removed, nil
 }
 
 // write runs fn in a transaction on the one writing connection. It commits only what is whole: an error

@@ -180,10 +180,8 @@ func (t *tx) DeleteInstance(ctx context.Context, id string) error {
 	if _, err := t.exec(ctx, "count keys", `DELETE FROM key_counts WHERE instance_id = ?`, id); err != nil {
 		return err
 	}
-	for _, statement := range []string{`DELETE FROM usage WHERE instance_id = ?`, `DELETE FROM alerts WHERE instance_id = ?`} {
-		if _, err := t.exec(ctx, "instance", statement, id); err != nil {
-			return err
-		}
+	if err := t.forgetNumber(ctx, id); err != nil {
+		return err
 	}
 	if err := t.execOne(ctx, "instance", `DELETE FROM instances WHERE id = ?`, id); err != nil { // takes its keys along
 		return err

@@ -190,6 +190,49 @@ func testNotices(t *testing.T, s admin.Store) {
 	due(noon.Add(time.Hour), 10, notice(2), later)
 }
 
+func testForgetNotices(t *testing.T, s admin.Store) {
+	ctx := t.Context()
+	const n = 1200 // more than a store would remove in one go
+	update(t, s, func(tx admin.Tx) error {
+		for i := range n { // the longest due is not the oldest
+			if err := tx.QueueNotice(ctx, admin.Notice{
+				ID: id(i), Type: admin.NoticeTest, Body: []byte(`{}`), MadeAt: noon.Add(time.Duration(i) * time.Second), NextAt: noon.Add(time.Duration(-i) * time.Hour),
+			}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	for _, c := range []struct {
+		before     time.Time
+		keep       int
+		late, over int
+		oldest     int
+	}{
+		{noon, n, 0, 0, 0}, // the time itself is not before it
+		{noon.Add(time.Second), n, 1, 0, 1},
+		{noon.Add(10 * time.Second), 1185, 9, 5, 15},
+		{noon, 1185, 0, 0, 15},
+		{noon, 1000, 0, 185, 200},
+		{noon.Add(time.Hour), 10, 1000, 0, -1},
+	} {
+		late, over, err := s.ForgetNotices(ctx, c.before, c.keep)
+		if err != nil || late != c.late || over != c.over {
+			t.Errorf("%+v: got %d late and %d over, error %v", c, late, over, err)
+		}
+		left, err := s.DueNotices(ctx, noon.Add(time.Hour), n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.oldest < 0 && len(left) == 0 {
+			continue
+		}
+		if len(left) != n-c.oldest || left[len(left)-1].ID != id(c.oldest) {
+			t.Errorf("%+v: %d are left, the oldest %v", c, len(left), left[len(left)-1].ID)
+		}
+	}
+}
+
 func testNetworks(t *testing.T, s admin.Store) {
 	ctx := t.Context()
 	instance(t, s, "tenant", "other")

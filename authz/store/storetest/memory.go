@@ -46,8 +46,9 @@ func NewMemory(audit admin.AuditKeys) *Memory {
 		tokens: newTable[apikey.ID, *memoryToken](), tokenDigests: newTable[apikey.Digest, apikey.ID](),
 		peppers: newTable[uint32, [16]byte](), marks: newTable[string, struct{}](),
 		replays: newTable[admin.ReplayID, memoryReplay](), hashes: newTable[apikey.ID, apikey.AgentHash](),
-		quotaStates: newTable[limits.Cell, limits.QuotaState](),
-		usage:       newTable[usagePlace, admin.UsageCounts](), alerts: newTable[apikey.ID, admin.Alert](),
+		quotaStates:  newTable[limits.Cell, limits.QuotaState](),
+		usageWriters: newTable[apikey.ID, int64](),
+		usage:        newTable[usagePlace, admin.UsageCounts](), alerts: newTable[apikey.ID, admin.Alert](),
 		notices: newTable[apikey.ID, admin.Notice](), networks: newTable[networkPlace, admin.KeyNetwork](),
 		sessions: newTable[admin.SessionID, admin.Session](),
 	}
@@ -354,6 +355,7 @@ type memoryView struct {
 	hashes       table[apikey.ID, apikey.AgentHash]
 	quotaStates  table[limits.Cell, limits.QuotaState]
 	usage        table[usagePlace, admin.UsageCounts]
+	usageWriters table[apikey.ID, int64] // the number of the last batch
 	alerts       table[apikey.ID, admin.Alert]
 	notices      table[apikey.ID, admin.Notice]
 	networks     table[networkPlace, admin.KeyNetwork]
@@ -373,7 +375,7 @@ func (v *memoryView) begin() memoryView {
 	next.peppers, next.marks, next.replays = v.peppers.begin(), v.marks.begin(), v.replays.begin()
 	next.hashes = v.hashes.begin()
 	next.quotaStates = v.quotaStates.begin()
-	next.usage, next.alerts, next.sessions = v.usage.begin(), v.alerts.begin(), v.sessions.begin()
+	next.usageWriters, next.usage, next.alerts, next.sessions = v.usageWriters.begin(), v.usage.begin(), v.alerts.begin(), v.sessions.begin()
 	next.notices, next.networks = v.notices.begin(), v.networks.begin()
 	return next
 }
@@ -385,7 +387,7 @@ func (v *memoryView) commit() memoryView {
 	next.peppers, next.marks, next.replays = v.peppers.commit(), v.marks.commit(), v.replays.commit()
 	next.hashes = v.hashes.commit()
 	next.quotaStates = v.quotaStates.commit()
-	next.usage, next.alerts, next.sessions = v.usage.commit(), v.alerts.commit(), v.sessions.commit()
+	next.usageWriters, next.usage, next.alerts, next.sessions = v.usageWriters.commit(), v.usage.commit(), v.alerts.commit(), v.sessions.commit()
 	next.notices, next.networks = v.notices.commit(), v.networks.commit()
 	return next
 }

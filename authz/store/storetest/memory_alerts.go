@@ -24,7 +24,7 @@ func (s *Memory) PutAlert(ctx context.Context, a *admin.Alert, notices ...admin.
 			return notThere("instance of an alert")
 		}
 		old, there := t.alerts.get(a.ID)
-		if there && !old.ResolvedAt.IsZero() {
+		if there && (!old.ResolvedAt.IsZero() || old.InstanceID != a.InstanceID) {
 			return taken("alert")
 		}
 		for _, other := range t.alerts.all() {
@@ -184,6 +184,30 @@ func (s *Memory) ForgetNotice(ctx context.Context, id apikey.ID) error {
 		t.notices.drop(id)
 		return nil
 	})
+}
+
+// ForgetNotices implements admin.Store.
+func (s *Memory) ForgetNotices(ctx context.Context, before time.Time, keep int) (late, over int, err error) {
+	err = s.write(ctx, func(t *memoryTx) error {
+		var left []admin.Notice
+		for id, n := range t.notices.all() {
+			if n.MadeAt.Before(micros(before)) {
+				t.notices.drop(id)
+				late++
+			} else {
+				left = append(left, n)
+			}
+		}
+		slices.SortFunc(left, func(a, b admin.Notice) int {
+			return cmp.Or(a.MadeAt.Compare(b.MadeAt), bytes.Compare(a.ID[:], b.ID[:]))
+		})
+		over = max(0, len(left)-keep)
+		for _, n := range left[:over] {
+			t.notices.drop(n.ID)
+		}
+		return nil
+	})
+	return late, over, err
 }
 
 // KeyNetworks implements admin.Store.

@@ -21,9 +21,20 @@ type usagePlace struct {
 }
 
 // AddUsage implements admin.Store.
-func (s *Memory) AddUsage(ctx context.Context, counts []admin.Usage) error {
+func (s *Memory) AddUsage(ctx context.Context, as admin.UsageBatch, counts []admin.Usage) error {
 	return s.write(ctx, func(t *memoryTx) error {
+		if !as.Writer.IsZero() {
+			if last, known := t.usageWriters.get(as.Writer); known && as.Number <= last {
+				return nil
+			}
+			t.usageWriters.put(as.Writer, as.Number)
+		}
 		for _, u := range counts {
+			if u.InstanceID != "" {
+				if in, ok := t.instances.get(u.InstanceID); !ok || !u.InstanceMade.IsZero() && !in.CreatedAt.Equal(micros(u.InstanceMade)) {
+					continue
+				}
+			}
 			for _, interval := range admin.UsageIntervals() {
 				place := usagePlace{u.InstanceID, u.KeyID, interval, u.Start.UTC().Truncate(interval.Duration())}
 				kept, _ := t.usage.get(place)
@@ -34,6 +45,11 @@ func (s *Memory) AddUsage(ctx context.Context, counts []admin.Usage) error {
 		}
 		return nil
 	})
+}
+
+// ForgetDeleted implements admin.Store: what is deleted is gone at once.
+func (s *Memory) ForgetDeleted(ctx context.Context) error {
+	return s.write(ctx, func(*memoryTx) error { return nil })
 }
 
 func cloneCounts(c admin.UsageCounts) admin.UsageCounts {

@@ -98,12 +98,13 @@ func testSessions(t *testing.T, s admin.Store) {
 func testKeysUsage(t *testing.T, s admin.Store) {
 	ctx, day := t.Context(), time.Date(2026, 11, 20, 0, 0, 0, 0, time.UTC)
 	one, two, other := apikey.ID{1, 15: 1}, apikey.ID{2, 15: 2}, apikey.ID{3, 15: 3}
-	counts := func(instance string, key apikey.ID, at time.Time, allowed int64) admin.Usage {
-		return admin.Usage{InstanceID: instance, KeyID: key, Start: at, UsageCounts: admin.UsageCounts{
+	counts := func(in string, key apikey.ID, at time.Time, allowed int64) admin.Usage {
+		return admin.Usage{InstanceID: in, KeyID: key, Start: at, UsageCounts: admin.UsageCounts{
 			Allowed: allowed, Refused: 1, Reasons: map[string]int64{"revoked": 1}, Generations: map[int]int64{1: allowed},
 		}}
 	}
-	err := s.AddUsage(ctx, []admin.Usage{
+	instance(t, s, "acme", "other")
+	err := s.AddUsage(ctx, admin.UsageBatch{}, []admin.Usage{
 		counts("acme", two, day.Add(26*time.Hour), 5), counts("acme", one, day.Add(time.Hour), 1), counts("acme", one, day.Add(2*time.Hour), 2),
 		counts("acme", one, day.Add(25*time.Hour), 4), counts("acme", one, day.Add(-time.Minute), 8), counts("acme", one, day.Add(48*time.Hour), 16),
 		counts("acme", other, day.Add(time.Hour), 32), counts("other", one, day.Add(time.Hour), 64),

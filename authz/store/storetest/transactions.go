@@ -509,12 +509,16 @@ func everyCall(s admin.Store) map[string]func(ctx context.Context) error {
 			return s.QuotaStates(ctx, noon, func(limits.QuotaState) bool { return true })
 		},
 		"ForgetQuotaStates": func(ctx context.Context) error { return s.ForgetQuotaStates(ctx, noon) },
-		"AddUsage":          func(ctx context.Context) error { return s.AddUsage(ctx, []admin.Usage{{Start: noon}}) },
-		"Usage":             func(ctx context.Context) error { _, err := s.Usage(ctx, admin.UsageQuery{}); return err },
-		"TopUsage":          func(ctx context.Context) error { _, err := s.TopUsage(ctx, "", admin.UsageTop{}); return err },
+		"AddUsage": func(ctx context.Context) error {
+			return s.AddUsage(ctx, admin.UsageBatch{}, []admin.Usage{{Start: noon}})
+		},
+		"Usage":    func(ctx context.Context) error { _, err := s.Usage(ctx, admin.UsageQuery{}); return err },
+		"TopUsage": func(ctx context.Context) error { _, err := s.TopUsage(ctx, "", admin.UsageTop{}); return err },
 		"ForgetUsage": func(ctx context.Context) error {
 			return s.ForgetUsage(ctx, map[admin.UsageInterval]time.Time{admin.UsageDay: noon})
 		},
+		"ForgetDeleted":  func(ctx context.Context) error { return s.ForgetDeleted(ctx) },
+		"ForgetNotices":  func(ctx context.Context) error { _, _, err := s.ForgetNotices(ctx, noon, 1); return err },
 		"PutAlert":       func(ctx context.Context) error { return s.PutAlert(ctx, &admin.Alert{ID: id(1)}) },
 		"Alert":          func(ctx context.Context) error { _, err := s.Alert(ctx, id(1)); return err },
 		"OpenAlerts":     func(ctx context.Context) error { _, err := s.OpenAlerts(ctx); return err },

@@ -38,7 +38,7 @@ func used(t *testing.T, s admin.Store, instance string, key apikey.ID, interval 
 
 func addUsage(t *testing.T, s admin.Store, counts ...admin.Usage) {
 	t.Helper()
-	if err := s.AddUsage(t.Context(), counts); err != nil {
+	if err := s.AddUsage(t.Context(), admin.UsageBatch{}, counts); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -62,6 +62,7 @@ func testUsage(t *testing.T, s admin.Store) {
 	of := func(key int, at time.Time, c admin.UsageCounts) admin.Usage {
 		return admin.Usage{InstanceID: "tenant", KeyID: usageKey(key), Start: at, UsageCounts: c}
 	}
+	instance(t, s, "tenant", "other")
 	// A minute, the next, which is another hour, and one of the next day in UTC.
 	addUsage(t, s, of(1, start, full), of(2, start, full), of(0, start, full))
 	addUsage(t, s, of(1, start, full), of(1, start.Add(30*time.Second), full), of(1, start.Add(2*time.Hour+time.Minute), full))
@@ -106,6 +107,7 @@ func sum(a, b admin.UsageCounts) admin.UsageCounts {
 // testUsageAgrees: whatever is added, in whatever batches and by however many at once, minutes, hours and days say the same.
 func testUsageAgrees(t *testing.T, s admin.Store) {
 	const writers, rounds = 4, 25
+	instance(t, s, "tenant")
 	var all sync.WaitGroup
 	for w := range writers {
 		all.Go(func() {
@@ -117,7 +119,7 @@ func testUsageAgrees(t *testing.T, s admin.Store) {
 						UsageCounts: admin.UsageCounts{Allowed: 1, Generations: map[int]int64{w: 1}},
 					})
 				}
-				if err := s.AddUsage(t.Context(), batch); err != nil {
+				if err := s.AddUsage(t.Context(), admin.UsageBatch{}, batch); err != nil {
 					t.Error(err)
 				}
 			}
@@ -148,6 +150,7 @@ func testUsageNetworks(t *testing.T, s admin.Store) {
 		}
 		return u
 	}
+	instance(t, s, "tenant")
 	addUsage(t, s, counts(0, admin.MaxNetworks-1))
 	addUsage(t, s, counts(0, 30))
 	addUsage(t, s, counts(100, 50))
@@ -168,11 +171,12 @@ func testUsageNetworks(t *testing.T, s admin.Store) {
 
 func testUsageTop(t *testing.T, s admin.Store) {
 	var batch []admin.Usage
-	add := func(instance string, key int, at time.Time, allowed, refused int64) {
-		batch = append(batch, admin.Usage{InstanceID: instance, KeyID: usageKey(key), Start: at, UsageCounts: admin.UsageCounts{
+	add := func(in string, key int, at time.Time, allowed, refused int64) {
+		batch = append(batch, admin.Usage{InstanceID: in, KeyID: usageKey(key), Start: at, UsageCounts: admin.UsageCounts{
 			Allowed: allowed, Refused: refused, Reasons: map[string]int64{"limit_burst": refused},
 		}})
 	}
+	instance(t, s, "tenant", "other")
 	add("tenant", 1, fullHour, 10, 0)
 	add("tenant", 1, fullHour.Add(time.Hour), 10, 1)
 	add("tenant", 2, fullHour, 15, 5)
@@ -211,6 +215,7 @@ func testUsageTop(t *testing.T, s admin.Store) {
 }
 
 func testForgetUsage(t *testing.T, s admin.Store) {
+	instance(t, s, "tenant")
 	var batch []admin.Usage
 	for i := range 1200 { // more than a store would remove in one go
 		batch = append(batch, admin.Usage{InstanceID: "tenant", KeyID: usageKey(i % 2), Start: fullHour.Add(time.Duration(i) * time.Minute), UsageCounts: admin.UsageCounts{Allowed: 1}})
@@ -236,6 +241,7 @@ func testForgetUsage(t *testing.T, s admin.Store) {
 
 // testUsageGoesWithItsInstance, and stays when a key goes.
 func testUsageGoesWithItsInstance(t *testing.T, s admin.Store) {
+	alertOf := func(in string) apikey.ID { return id(len(in) + int(in[1])) }
 	instance(t, s, "tenant")
 	instance(t, s, "target")
 	keyOf(t, s, "target", 1)
@@ -244,9 +250,7 @@ func testUsageGoesWithItsInstance(t *testing.T, s admin.Store) {
 		for key := range 3 {
 			addUsage(t, s, admin.Usage{InstanceID: in, KeyID: usageKey(key), Start: fullHour, UsageCounts: fullCounts()})
 		}
-		if err := s.PutAlert(t.Context(), &admin.Alert{ID: id(len(in) + int(in[1])), InstanceID: in, Kind: admin.AlertUnused, OpenedAt: fullHour}); err != nil {
-			t.Fatal(err)
-		}
+		putAlert(t, s, &admin.Alert{ID: alertOf(in), InstanceID: in, Kind: admin.AlertUnused, KeyID: id(1), OpenedAt: fullHour}, nil)
 	}
 	left := func() (n int) {
 		for key := range 3 {
@@ -274,9 +278,37 @@ func testUsageGoesWithItsInstance(t *testing.T, s admin.Store) {
 		t.Errorf("an instance was not removed after all: %d left, want 10", n)
 	}
 	update(t, s, func(tx admin.Tx) error { return tx.DeleteInstance(t.Context(), "target") })
-	if n := left(); n != 0 {
-		t.Errorf("an instance was removed: %d left", n)
+	gone := func(when string) {
+		t.Helper()
+		if n := left(); n != 0 {
+			t.Errorf("%s: %d left", when, n)
+		}
+		top, err := s.TopUsage(t.Context(), "target", admin.UsageTop{Interval: admin.UsageDay, From: always[0], To: always[1], By: admin.ByRequests, Limit: 9})
+		keys, keysErr := s.KeysUsage(t.Context(), []apikey.ID{id(1)}, admin.UsageQuery{InstanceID: "target", Interval: admin.UsageDay, From: always[0], To: always[1]})
+		if err != nil || keysErr != nil || len(top)+len(keys) > 0 {
+			t.Errorf("%s: top %v, keys %v; %v, %v", when, top, keys, err, keysErr)
+		}
+		everywhere, err := s.Alerts(t.Context(), admin.AlertQuery{Everywhere: true, Limit: 10})
+		ofKey, keyErr := s.Alerts(t.Context(), admin.AlertQuery{InstanceID: "target", KeyID: id(1), Open: true, Limit: 10})
+		open, openErr := s.OpenAlerts(t.Context())
+		if err != nil || openErr != nil || keyErr != nil || len(everywhere) != 1 || len(ofKey) != 0 || len(open) != 1 {
+			t.Errorf("%s: alerts %v, of its key %v, open %v; %v, %v, %v", when, everywhere, ofKey, open, err, keyErr, openErr)
+		}
+		if _, err := s.Alert(t.Context(), alertOf("target")); !errors.Is(err, apikey.ErrNotFound) {
+			t.Errorf("%s: its alert: %v", when, err)
+		}
 	}
+	gone("an instance was removed")
+	instance(t, s, "target")
+	gone("it was made again")
+	again := &admin.Alert{ID: id(77), InstanceID: "target", Kind: admin.AlertUnused, KeyID: id(1), OpenedAt: fullHour}
+	putAlert(t, s, again, nil) // the one that was open is no obstacle
+	update(t, s, func(tx admin.Tx) error { return tx.DeleteInstance(t.Context(), "target") })
+	instance(t, s, "target")
+	if err := s.ForgetDeleted(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	gone("what was left of it is removed")
 	if alerts, err := s.Alerts(t.Context(), admin.AlertQuery{InstanceID: "tenant", Limit: 10}); err != nil || len(alerts) != 1 || len(used(t, s, "tenant", usageKey(1), admin.UsageDay)) != 1 {
 		t.Errorf("another instance lost its own: %v, %v", alerts, err)
 	}
@@ -284,13 +316,14 @@ func testUsageGoesWithItsInstance(t *testing.T, s admin.Store) {
 
 // testUsageAllOrNothing: a batch that was not written is tried again, so nothing of it may have been added.
 func testUsageAllOrNothing(t *testing.T, s admin.Store) {
+	instance(t, s, "tenant")
 	var batch []admin.Usage
 	for i := range 3000 {
 		batch = append(batch, admin.Usage{InstanceID: "tenant", KeyID: usageKey(i), Start: fullHour, UsageCounts: fullCounts()})
 	}
 	for _, after := range []time.Duration{0, time.Millisecond, 20 * time.Millisecond} {
 		ctx, cancel := context.WithTimeout(t.Context(), after)
-		err := s.AddUsage(ctx, batch)
+		err := s.AddUsage(ctx, admin.UsageBatch{Writer: id(1), Number: 1}, batch)
 		cancel()
 		first, last := used(t, s, "tenant", usageKey(0), admin.UsageDay), used(t, s, "tenant", usageKey(2999), admin.UsageDay)
 		if err == nil {
@@ -300,4 +333,88 @@ func testUsageAllOrNothing(t *testing.T, s admin.Store) {
 			t.Fatalf("a batch failed (%v), and some of it was added", err)
 		}
 	}
+	// Nothing was added, so it is still to come.
+	if err := s.AddUsage(t.Context(), admin.UsageBatch{Writer: id(1), Number: 1}, batch[:1]); err != nil || len(used(t, s, "tenant", usageKey(0), admin.UsageDay)) != 1 {
+		t.Errorf("a batch that failed could not be added any more: %v", err)
+	}
+}
+
+// testUsageBatches: a batch that comes again is added once.
+func testUsageBatches(t *testing.T, s admin.Store) {
+	instance(t, s, "tenant")
+	want := int64(0)
+	for _, c := range []struct {
+		what   string
+		as     admin.UsageBatch
+		adding int64
+	}{
+		{"the first one", admin.UsageBatch{Writer: id(1), Number: 1}, 1},
+		{"again", admin.UsageBatch{Writer: id(1), Number: 1}, 0},
+		{"another writer's", admin.UsageBatch{Writer: id(2), Number: 1}, 1},
+		{"the next", admin.UsageBatch{Writer: id(1), Number: 2}, 1},
+		{"much later", admin.UsageBatch{Writer: id(1), Number: 1 << 40}, 1},
+		{"that again", admin.UsageBatch{Writer: id(1), Number: 1 << 40}, 0},
+		{"an old one", admin.UsageBatch{Writer: id(1), Number: 2}, 0},
+		{"the other writer's again", admin.UsageBatch{Writer: id(2), Number: 1}, 0},
+		{"one without a name", admin.UsageBatch{}, 1},
+		{"and again", admin.UsageBatch{}, 1},
+	} {
+		if err := s.AddUsage(t.Context(), c.as, []admin.Usage{{InstanceID: "tenant", Start: fullHour, UsageCounts: admin.UsageCounts{Allowed: 1}}}); err != nil {
+			t.Fatal(err)
+		}
+		want += c.adding
+		for _, interval := range admin.UsageIntervals() {
+			if list := used(t, s, "tenant", apikey.ID{}, interval); len(list) != 1 || list[0].Allowed != want {
+				t.Fatalf("%s, by %s: %+v, want %d", c.what, interval, list, want)
+			}
+		}
+	}
+}
+
+// testUsageOfAnotherInstance: counts may come late, when their instance is gone, or another one has its name.
+func testUsageOfAnotherInstance(t *testing.T, s admin.Store) {
+	made := noon.Add(1234 * time.Nanosecond)
+	put := func(at time.Time) {
+		update(t, s, func(tx admin.Tx) error {
+			return tx.PutInstance(t.Context(), &apikey.Instance{ID: "target", CreatedAt: at})
+		})
+	}
+	counts := func(allowed int64, made time.Time) admin.Usage {
+		return admin.Usage{InstanceID: "target", KeyID: usageKey(1), Start: fullHour, InstanceMade: made, UsageCounts: admin.UsageCounts{Allowed: allowed}}
+	}
+	want := func(what string, want int64) {
+		t.Helper()
+		for _, interval := range admin.UsageIntervals() {
+			var got admin.UsageCounts
+			for _, u := range used(t, s, "target", usageKey(1), interval) {
+				got.Add(&u.UsageCounts)
+			}
+			if got.Allowed != want {
+				t.Errorf("%s, by %s: %d, want %d", what, interval, got.Allowed, want)
+			}
+		}
+	}
+	addUsage(t, s, counts(1, time.Time{}), counts(1, made))
+	want("before it was made", 0)
+	put(made)
+	in, err := s.Instance(t.Context(), "target")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addUsage(t, s, counts(1, time.Time{}), counts(2, made), counts(4, in.CreatedAt), counts(8, made.Add(time.Millisecond)))
+	want("there", 7)
+	update(t, s, func(tx admin.Tx) error { return tx.DeleteInstance(t.Context(), "target") })
+	addUsage(t, s, counts(16, time.Time{}), counts(32, made), admin.Usage{Start: fullHour, UsageCounts: admin.UsageCounts{Allowed: 1}})
+	want("deleted", 0)
+	if len(used(t, s, "", apikey.ID{}, admin.UsageDay)) != 1 {
+		t.Error("what belongs to no instance was not added, because of one that is gone")
+	}
+	put(made.Add(time.Hour))
+	want("made again", 0)
+	addUsage(t, s, counts(64, made), counts(128, made.Add(time.Hour)))
+	want("made again, and counted", 128)
+	if err := s.ForgetDeleted(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	want("tidied", 128)
 }
