@@ -100,7 +100,7 @@ func (h *handler) alerts(ctx context.Context, c *call, in *alertList) (*out[list
 	if len(alerts) > size {
 		alerts = alerts[:size]
 		last := alerts[size-1]
-		next = nextLink(c.r, h.cursors.encode(of, admin.KeyPlace{At: last.OpenedAt, ID: last.ID}))
+		next = nextLink(c.r, h.cursors.Seal(of, admin.KeyPlace{At: last.OpenedAt, ID: last.ID}))
 	}
 	page := listOf(alerts, admin.AlertRecordOf)
 	page.NextLink = next

@@ -1,15 +1,10 @@
 package manage
 
 import (
-	"crypto/aes"
-	"crypto/cipher"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/base64"
 	"encoding/binary"
-	"encoding/json"
-	"time"
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
@@ -19,72 +14,32 @@ import (
 // together with the list that it is for, so that one of another instance, filter or order is no cursor
 // here. Everything that differs is the same error.
 //
-// That of keys is encrypted: a short page ends at a key that need not be in the list, and that its reader may
-// not be allowed to see.
-//
-// Shape: base64url of the time that orders in µs (8 bytes) ‖ key id (16) ‖ the name that orders, by AES-256-GCM
-// with a random nonce before (12) and the tag after it (16). Names are short: [maxCursorName].
+// That of keys, and of what is listed as they are, is sealed: see [admin.KeyPlaces].
 type cursors struct {
-	key    [32]byte    // of those of events, which have HMAC-SHA-256 (16)
-	places cipher.AEAD // of those of keys
+	admin.KeyPlaces
+
+	key [32]byte // of those of events, which have HMAC-SHA-256 (16)
 }
 
 func newCursors(pepper *apikey.Pepper) cursors {
-	var c cursors
-	var places [32]byte
+	c := cursors{KeyPlaces: admin.NewKeyPlaces(pepper, admin.PlacesOfAPI)}
 	if pepper != nil {
-		c.key, places = pepper.Derive("management cursor"), pepper.Derive("management cursor of keys")
+		c.key = pepper.Derive("management cursor")
 	} else {
 		_, _ = rand.Read(c.key[:])
-		_, _ = rand.Read(places[:])
-	}
-	block, err := aes.NewCipher(places[:])
-	if err == nil {
-		c.places, err = cipher.NewGCMWithRandomNonce(block)
-	}
-	if err != nil {
-		panic(err) // of a key of 32 bytes
 	}
 	return c
 }
 
-const (
-	placeLen      = 8 + 16
-	cursorMACLen  = 16
-	maxCursorName = 1 << 10 // more than any name of a key has
-)
+const cursorMACLen = 16
 
-// keysOf names the list of keys that a cursor is for. Filter and order are as the caller wrote them, not
-// as they are meant now: "unused for 90 days" means another day on every page.
-func keysOf(instanceID string, in admin.KeyListInput) string {
-	filter, err := json.Marshal(in)
-	if err != nil {
-		panic(err) // of a struct of strings
-	}
-	return "keys of " + instanceID + " " + string(filter)
-}
-
-func (c cursors) encode(list string, p admin.KeyPlace) string {
-	b := binary.BigEndian.AppendUint64(make([]byte, 0, placeLen+len(p.Name)), uint64(p.At.UnixMicro()))
-	b = append(b, p.ID[:]...)
-	b = append(b, p.Name...)
-	return base64.RawURLEncoding.EncodeToString(c.places.Seal(nil, nil, b, []byte(list))) //nolint:gosec // G407: it takes none and makes one at random
-}
-
+// decode reads what Seal wrote for the same list.
 func (c cursors) decode(list, s string) (admin.KeyPlace, error) {
-	sealed, err := base64.RawURLEncoding.Strict().DecodeString(s)
-	var b []byte
-	if err == nil && len(sealed) <= placeLen+maxCursorName+c.places.Overhead() {
-		b, err = c.places.Open(nil, nil, sealed, []byte(list))
+	place, ok := c.Open(list, s)
+	if !ok {
+		return place, apikey.Invalid("cursor", "is not one that this list gave: begin again without it")
 	}
-	if err != nil || len(b) < placeLen {
-		return admin.KeyPlace{}, apikey.Invalid("cursor", "is not one that this list gave: begin again without it")
-	}
-	return admin.KeyPlace{
-		At:   time.UnixMicro(int64(binary.BigEndian.Uint64(b))).UTC(),
-		ID:   apikey.ID(b[8:placeLen]),
-		Name: string(b[placeLen:]),
-	}, nil
+	return place, nil
 }
 
 func (c cursors) mac(list string, place []byte) []byte {

@@ -73,7 +73,7 @@ func (h *handler) listKeys(ctx context.Context, c *call, in *keyList) (*out[list
 		return nil, err
 	}
 	if c.r.URL.Query().Has("cursor") {
-		if query.After, err = h.cursors.decode(keysOf(id, asked), in.Cursor); err != nil {
+		if query.After, err = h.cursors.decode(asked.In(id), in.Cursor); err != nil {
 			return nil, err
 		}
 	}
@@ -84,7 +84,7 @@ func (h *handler) listKeys(ctx context.Context, c *call, in *keyList) (*out[list
 	}
 	next := ""
 	if found.Next != (admin.KeyPlace{}) {
-		next = nextLink(c.r, h.cursors.encode(keysOf(id, asked), found.Next))
+		next = nextLink(c.r, h.cursors.Seal(asked.In(id), found.Next))
 	}
 	page := listOf(found.Keys, func(k *apikey.Key) admin.KeyRecord { return admin.RecordOf(k, at) })
 	page.NextLink = next

@@ -1,7 +1,6 @@
 package portal
 
 import (
-	"encoding/base64"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -48,8 +47,9 @@ type keysView struct {
 	Counts  admin.KeyCounts
 	Room    admin.Room // of the instance's keys, or of the caller's own
 	Own     bool       // only the caller's keys are counted and listed
-	Next    string     // address of the next page; "" on the last
+	Next    string     // address of the next page, also of a short or empty one; "" on the last
 	First   string     // address of the first page; "" there
+	Astray  bool       // the address goes on in a list that is not this one
 	None    bool       // there are no keys at all
 	Filters bool       // something is asked for
 	Choices keyChoices
@@ -114,6 +114,18 @@ func (f keyFilter) values() url.Values {
 	return q
 }
 
+// address is where the list is; after says where in it a page begins, "" at its beginning.
+func (f keyFilter) address(v *visit, after string) string {
+	q := f.values()
+	if after != "" {
+		q.Set("after", after)
+	}
+	if len(q) == 0 {
+		return v.Path("keys")
+	}
+	return v.Path("keys") + "?" + q.Encode()
+}
+
 // input is the filter in the words of authz/admin. An owner of no known type is a user if it looks like one.
 func (f keyFilter) input() (admin.KeyListInput, error) {
 	in := admin.KeyListInput{
@@ -164,34 +176,33 @@ func (p *portal) listKeys(w http.ResponseWriter, v *visit) error {
 	if fault == nil {
 		fault = bad
 	}
-	query.Limit = pageSize + 1
+	query.Limit = pageSize
 	if after := q.Get("after"); after != "" && fault == nil {
-		data.First = v.Path("keys") + "?" + data.Filter.values().Encode()
-		query.After, fault = readPlace(after)
+		data.First = data.Filter.address(v, "")
+		place, ok := p.places.Open(in.In(v.Instance), after)
+		query.After, data.Astray = place, !ok
 	}
-	if fault != nil {
+	if fault != nil || data.Astray {
 		var rest []error
 		if data.Faults, rest = faultsOf(fault); len(rest) > 0 {
 			return fault
 		}
 		return p.showAs(w, v, http.StatusBadRequest, "keys", "Keys", data)
 	}
-	keys, err := p.svc.Keys(ctx, v.Caller, v.Instance, query)
+	// Not Keys: a filter that finds little would have it read every key that there is.
+	page, err := p.svc.KeyPage(ctx, v.Caller, v.Instance, query)
 	if err != nil {
 		return err
 	}
-	if len(keys) > pageSize {
-		keys = keys[:pageSize]
-		next := data.Filter.values()
-		next.Set("after", placeText(query.Order.PlaceOf(keys[pageSize-1])))
-		data.Next = v.Path("keys") + "?" + next.Encode()
+	if page.Next != (admin.KeyPlace{}) {
+		data.Next = data.Filter.address(v, p.places.Seal(in.In(v.Instance), page.Next))
 	}
 	from := now.UTC().Truncate(24*time.Hour).AddDate(0, 0, 1-sparkDays)
-	used, err := p.svc.KeysUsage(ctx, v.Caller, v.Instance, keys, admin.UsageQuery{Interval: admin.UsageDay, From: from, To: now})
+	used, err := p.svc.KeysUsage(ctx, v.Caller, v.Instance, page.Keys, admin.UsageQuery{Interval: admin.UsageDay, From: from, To: now})
 	if err != nil {
 		return err
 	}
-	for _, k := range keys {
+	for _, k := range page.Keys {
 		r := admin.RecordOf(k, now)
 		data.Rows = append(data.Rows, keyRow{
 			KeyRecord: r, Owner: ownerOf(&r), URL: v.Path("keys", k.ID.String()), Badges: badgesOf(k, &r, now), Spark: sparkOf(used[k.ID], from),
@@ -235,33 +246,6 @@ func badgesOf(k *apikey.Key, r *admin.KeyRecord, now time.Time) []badge {
 		list = append(list, badge{"old secret still in use", true})
 	}
 	return list
-}
-
-// placeText writes a place in the list for an address. Nobody needs to be kept from making one: it says no more
-// than where in one's own list to begin.
-func placeText(at admin.KeyPlace) string {
-	return strconv.FormatInt(at.At.UnixMicro(), 36) + "." + at.ID.String() + "." + base64.RawURLEncoding.EncodeToString([]byte(at.Name))
-}
-
-func readPlace(s string) (admin.KeyPlace, error) {
-	bad := apikey.Invalid("after", "is not a place in this list: begin again at its first page")
-	parts := strings.Split(s, ".")
-	if len(parts) != 3 || len(s) > 1<<10 {
-		return admin.KeyPlace{}, bad
-	}
-	micros, err := strconv.ParseInt(parts[0], 36, 64)
-	if err != nil {
-		return admin.KeyPlace{}, bad
-	}
-	id, err := apikey.ParseID(parts[1])
-	if err != nil {
-		return admin.KeyPlace{}, bad
-	}
-	name, err := base64.RawURLEncoding.DecodeString(parts[2])
-	if err != nil {
-		return admin.KeyPlace{}, bad
-	}
-	return admin.KeyPlace{At: time.UnixMicro(micros).UTC(), ID: id, Name: string(name)}, nil
 }
 
 // A spark is a small line of usage: points of an SVG of sparkWidth × sparkHeight.

@@ -1,6 +1,7 @@
 package portal
 
 import (
+	"encoding/base64"
 	"fmt"
 	"html"
 	"io/fs"
@@ -379,44 +380,157 @@ func TestListInPages(t *testing.T) {
 	if _, page := d.signIn(admin.RoleOwner).get(keysPath); !strings.Contains(page, "Create the first key") {
 		t.Error("an empty list does not say what to do")
 	}
-	const many = 2*pageSize + 3
+	const many = 2*memoryLook + 3
+	var made []*apikey.Key
 	for i := range many {
 		in := admin.KeyInput{Name: fmt.Sprintf("key %03d", i)}
-		if i%2 == 1 {
+		switch {
+		case i%50 == 3: // few of all: most pages have none, and end at a key of somebody else
+			in.Type, in.UserPrincipalName = apikey.TypeUser, ann
+		case i%2 == 1:
 			in.Type, in.UserPrincipalName = apikey.TypeUser, fmt.Sprintf("u%d@example.com", i)
 		}
-		d.key(in)
+		made = append(made, d.key(in).Key)
 	}
-	for query, want := range map[string]int{
-		"": many, "?order=name": many, "?order=name+desc": many, "?type=user": many / 2, "?status=active&order=createdAt": many,
-		"?name=key+00": 10, "?owner=u1@example.com": 1, "?type=user&owner=u3@example.com": 1, "?owner=nobody": 0, "?status=revoked": 0, "?show=never": many, "?show=endless": many,
-		"?show=expiring": 0, "?environment=prod": 0,
+	all := func(*apikey.Key) bool { return true }
+	none := func(*apikey.Key) bool { return false }
+	for query, want := range map[string]struct {
+		passes func(*apikey.Key) bool
+		order  string // "": the newest first
+	}{
+		"":                                    {all, ""},
+		"?order=name":                         {all, "rising"},
+		"?order=name+desc":                    {all, "falling"},
+		"?type=user":                          {func(k *apikey.Key) bool { return k.Type == apikey.TypeUser }, ""},
+		"?status=active&order=createdAt":      {all, "rising"},
+		"?name=key+00":                        {func(k *apikey.Key) bool { return strings.HasPrefix(k.Name, "key 00") }, "rising"},
+		"?owner=" + ann:                       {func(k *apikey.Key) bool { return k.UserPrincipalName == ann }, ""},
+		"?type=user&owner=u5@example.com":     {func(k *apikey.Key) bool { return k.UserPrincipalName == "u5@example.com" }, ""},
+		"?owner=nobody":                       {none, ""},
+		"?status=revoked":                     {none, ""},
+		"?show=never":                         {all, ""},
+		"?show=endless":                       {all, ""},
+		"?show=expiring":                      {none, "rising"},
+		"?environment=prod&order=name":        {none, "rising"},
+		"?owner=" + ann + "&order=name":       {func(k *apikey.Key) bool { return k.UserPrincipalName == ann }, "rising"},
+		"?owner=" + ann + "&order=createdAt":  {func(k *apikey.Key) bool { return k.UserPrincipalName == ann }, "rising"},
+		"?owner=" + ann + "&order=name+desc":  {func(k *apikey.Key) bool { return k.UserPrincipalName == ann }, "falling"},
+		"?owner=" + ann + "&status=active":    {func(k *apikey.Key) bool { return k.UserPrincipalName == ann }, ""},
+		"?owner=" + ann + "&environment=prod": {none, ""},
 	} {
-		seen, target, pages := map[string]bool{}, keysPath+query, 0
-		for target != "" {
-			status, page := b.get(target)
-			if status != http.StatusOK {
-				t.Fatalf("%s: %d", target, status)
-			}
-			names := regexp.MustCompile(`>(key \d{3})</a>`).FindAllStringSubmatch(page, -1)
-			for _, m := range names {
-				if seen[m[1]] {
-					t.Errorf("%s: %s is there twice", query, m[1])
+		for role := range d.tokens {
+			var names []string
+			for _, k := range made {
+				if want.passes(k) && (role != admin.RoleUser || k.UserPrincipalName == ann) {
+					names = append(names, k.Name) // made in the order of their names
 				}
-				seen[m[1]] = true
 			}
-			pages++
-			target = ""
-			if m := regexp.MustCompile(`<a href="([^"]+)" rel="next">`).FindStringSubmatch(page); m != nil {
-				target = html.UnescapeString(m[1])
+			if want.order != "rising" {
+				slices.Reverse(names)
 			}
-		}
-		if len(seen) != want || pages != max((want+pageSize-1)/pageSize, 1) {
-			t.Errorf("%s: %d keys on %d pages, want %d", query, len(seen), pages, want)
+			if got := d.signIn(role).walk(keysPath + query); !slices.Equal(got, names) {
+				t.Errorf("%q as %s: got %q, want %q", query, role, got, names)
+			}
 		}
 	}
-	if _, page := b.get(keysPath); !strings.Contains(page, "<strong>103</strong> of 1000 used") {
+	if _, page := b.get(keysPath); !strings.Contains(page, fmt.Sprintf("<strong>%d</strong> of 1000 used", many)) {
 		t.Error("how many are used is not told")
+	}
+}
+
+// memoryLook is how many keys a page of the store in memory looks at.
+const memoryLook = 100
+
+// walk reads a list of keys from its first page to its last, and returns their names in its order. A page is told
+// to be the end, or to have found nothing, only where it is so.
+func (b *browser) walk(target string) []string {
+	b.d.t.Helper()
+	var names []string
+	for n := 0; target != ""; n++ {
+		status, page := b.get(target)
+		if status != http.StatusOK || n > 2*memoryLook {
+			b.d.t.Fatalf("%s: status %d on page %d", target, status, n+1)
+		}
+		found := regexp.MustCompile(`>(key \d{3})</a>`).FindAllStringSubmatch(page, -1)
+		for _, m := range found {
+			names = append(names, m[1])
+		}
+		next := regexp.MustCompile(`<a href="([^"]+)" rel="next">`).FindStringSubmatch(page)
+		for text, want := range map[string]bool{
+			"No key is so": len(found) == 0 && next == nil && n == 0, "No further key is so": len(found) == 0 && next == nil && n > 0,
+			"More may be on the": len(found) == 0 && next != nil, ">First page</a>": n > 0,
+		} {
+			if strings.Contains(page, text) != want {
+				b.d.t.Errorf("page %d of %s with %d keys: %q is there: %v, want %v", n+1, target, len(found), text, !want, want)
+			}
+		}
+		if target = ""; next != nil {
+			target = html.UnescapeString(next[1])
+		}
+	}
+	return names
+}
+
+// TestLinkOfAnotherListIsRefused: where a list goes on holds for that list alone, and nobody can read it or make it.
+func TestLinkOfAnotherListIsRefused(t *testing.T) {
+	d := newDesk(t)
+	policy := apikey.Policy{Creation: apikey.Creation{PerHour: apikey.Unlimited}}
+	for _, id := range []string{instance, "rival"} {
+		if _, err := d.svc.PutInstance(t.Context(), d.owner, id, policy); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all, err := d.svc.CreateToken(t.Context(), d.owner, admin.TokenInput{Name: "of all", Role: admin.RoleOwner})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.tokens[admin.RoleOwner] = all
+	var last admin.CreatedKey
+	for range pageSize + 1 {
+		last = d.key(admin.KeyInput{Name: "the name that orders"})
+	}
+	b := d.signIn(admin.RoleOwner)
+	_, page := b.get(keysPath + "?order=name")
+	m := regexp.MustCompile(`after=([A-Za-z0-9_-]+)`).FindStringSubmatch(page)
+	if m == nil {
+		t.Fatalf("no link to the next page: %s", page)
+	}
+	after := m[1]
+	if status, _ := b.get(keysPath + "?order=name&after=" + after); status != http.StatusOK {
+		t.Fatalf("the link itself: %d", status)
+	}
+	if plain, err := base64.RawURLEncoding.DecodeString(after); err != nil || strings.Contains(string(plain), "name that orders") {
+		t.Errorf("%q, %v: the link can be read", plain, err)
+	}
+	in := admin.KeyListInput{OrderBy: admin.OrderName}
+	place := admin.OrderName.PlaceOf(last.Key)
+	targets := map[string]string{
+		"another instance's": "/instances/rival/keys?order=name&after=" + after,
+		"another filter's":   keysPath + "?order=name&type=instance&after=" + after,
+		"another order's":    keysPath + "?order=name+desc&after=" + after,
+		"no order's":         keysPath + "?after=" + after,
+		"the API's":          keysPath + "?order=name&after=" + d.svc.KeyPlaces(admin.PlacesOfAPI).Seal(in.In(instance), place),
+		"another server's":   keysPath + "?order=name&after=" + admin.NewKeyPlaces(nil, admin.PlacesOfPortal).Seal(in.In(instance), place),
+		"of an old version":  keysPath + "?order=name&after=0." + last.Key.ID.String() + ".bmFtZQ",
+		"garbage":            keysPath + "?order=name&after=%00%ff",
+		"long":               keysPath + "?order=name&after=" + strings.Repeat("A", 1<<12),
+		"cut":                keysPath + "?order=name&after=" + after[:len(after)-2],
+	}
+	for i := range after {
+		edited := []byte(after)
+		if edited[i] = 'A'; after[i] == 'A' {
+			edited[i] = 'B'
+		}
+		targets[fmt.Sprint("edited at ", i)] = keysPath + "?order=name&after=" + string(edited)
+	}
+	for name, target := range targets {
+		status, page := b.get(target)
+		first, _, _ := strings.Cut(target, "after=")
+		link := html.UnescapeString(fmt.Sprint(regexp.MustCompile(`<a href="([^"]*)">Begin at the first page</a>`).FindStringSubmatch(page)))
+		if status != http.StatusBadRequest || !strings.Contains(page, "goes on in another list of keys") || strings.Contains(page, "No key is so") ||
+			!strings.HasSuffix(link, " "+strings.TrimRight(first, "?&")+"]") {
+			t.Errorf("%s: status %d, to the first page %q, want %q", name, status, link, first)
+		}
 	}
 }
 

@@ -69,7 +69,7 @@ var wrongTokens = limits.Rate{Interval: 2 * time.Second, Burst: 30}
 
 // New returns the portal. Timeouts belong to the http.Server around it. Safe for concurrent use.
 func New(svc *admin.Service, cfg Config) http.Handler {
-	p := &portal{svc: svc, cfg: cfg, mux: http.NewServeMux(), wrong: admin.NewSources(wrongTokens)}
+	p := &portal{svc: svc, cfg: cfg, mux: http.NewServeMux(), wrong: admin.NewSources(wrongTokens), places: svc.KeyPlaces(admin.PlacesOfPortal)}
 	if p.cfg.Log == nil {
 		p.cfg.Log = slog.Default()
 	}
@@ -96,6 +96,7 @@ type portal struct {
 	cfg    Config
 	mux    *http.ServeMux
 	wrong  *admin.Sources
+	places admin.KeyPlaces
 	assets *assets
 	pages  map[string]*template.Template
 	cross  http.CrossOriginProtection
