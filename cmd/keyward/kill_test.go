@@ -170,8 +170,9 @@ func TestKillLoop(t *testing.T) {
 	if got := slices.Sorted(maps.Keys(made)); rounds >= 30 && !slices.Equal(got, killMutations) {
 		t.Errorf("too little was done to prove anything: %v, want each of %v", got, killMutations)
 	}
-	if rounds >= 30 && (done == 0 || not == 0) {
-		t.Errorf("every change that was not acknowledged went the same way: %d were made, %d were not", done, not)
+	// Which way those went is chance: on a busy machine none may be killed between its commit and its answer.
+	if rounds >= 30 && done+not == 0 {
+		t.Error("no kill came while a change was on its way")
 	}
 }
 
