@@ -36,9 +36,10 @@ type server struct {
 
 // A config is what a test says of keyward, besides files and ports.
 type config struct {
-	unix bool   // Checks come over a Unix socket
-	tls  string // listen.check.tls as a YAML flow mapping; "": none
-	yaml string // the rest of keyward.yaml
+	unix bool     // Checks come over a Unix socket
+	tls  string   // listen.check.tls as a YAML flow mapping; "": none
+	yaml string   // the rest of keyward.yaml
+	env  []string // more of the environment
 }
 
 // serve starts a keyward that is stopped when the test has ended.
@@ -141,6 +142,7 @@ func (s *server) command(args ...string) *exec.Cmd {
 			cmd.Env = append(cmd.Env, v)
 		}
 	}
+	cmd.Env = append(cmd.Env, s.config.env...)
 	return cmd
 }
 
