@@ -164,13 +164,16 @@ func (p *portal) fail(w http.ResponseWriter, r *http.Request, v *visit, err erro
 		}
 	}
 	if f.retry > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(f.retry.Seconds()))))
+		w.Header().Set("Retry-After", retryAfter(f.retry))
 	}
 	if err := p.showAs(w, v, f.Status, "error", f.Title, f); err != nil {
 		p.logCause(r, err)
 		http.Error(w, f.Title+". "+f.Text, f.Status)
 	}
 }
+
+// retryAfter is a wait in whole seconds, never too short.
+func retryAfter(wait time.Duration) string { return strconv.Itoa(int(math.Ceil(wait.Seconds()))) }
 
 // signInFirst sends somebody who is not signed in to where that is done, and afterwards back.
 func (p *portal) signInFirst(w http.ResponseWriter, r *http.Request) {

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"html"
 	"io"
 	"log/slog"
 	"net/http"
@@ -413,6 +414,45 @@ func TestOIDCSendsNobodyElsewhere(t *testing.T) {
 	c := d.browser().do(http.MethodGet, "/sign-in/oidc", nil).Cookies()[0]
 	if c.Name != loginCookie || !c.Secure || !c.HttpOnly || c.Path != "/" || c.Domain != "" || c.SameSite != http.SameSiteLaxMode || c.MaxAge != 600 {
 		t.Errorf("the cookie is %v", c)
+	}
+}
+
+// TestAnIssuerThatIsAwayIsNoDeadEnd: the page says what to do, and where somebody wanted to go is not lost.
+func TestAnIssuerThatIsAwayIsNoDeadEnd(t *testing.T) {
+	i := newIssuer(t)
+	d := withIssuer(t, i)
+	b := d.browser()
+	const next = "/instances/" + instance + "/keys?status=active"
+	back := b.leave(i, next)
+	i.mu.Lock()
+	i.away = true
+	i.mu.Unlock()
+	fresh := withIssuer(t, i) // which does not know the issuer yet
+	for name, test := range map[string]struct {
+		d  *desk
+		b  *browser
+		to string
+	}{
+		"on the way there": {fresh, fresh.browser(), "/sign-in/oidc?next=" + url.QueryEscape(next)},
+		"on the way back":  {d, b, back},
+	} {
+		t.Run(name, func(t *testing.T) {
+			resp := test.b.do(http.MethodGet, test.to, nil)
+			page := text(t, resp)
+			wait := resp.Header.Get("Retry-After")
+			if resp.StatusCode != http.StatusServiceUnavailable || wait == "" || wait == "0" {
+				t.Errorf("status %d, Retry-After %q", resp.StatusCode, wait)
+			}
+			for _, want := range []string{test.d.cfg.Login.Host() + " cannot be reached", "try again in " + wait + " s", `name="token"`, `value="` + html.EscapeString(next) + `"`} {
+				if !strings.Contains(page, want) {
+					t.Errorf("%q is not in the page: %s", want, page)
+				}
+			}
+		})
+	}
+	// And the token signs in.
+	if resp := fresh.browser().do(http.MethodPost, "/sign-in", url.Values{"token": {fresh.tokens[admin.RoleOwner].Secret.Reveal()}}); resp.StatusCode != http.StatusSeeOther {
+		t.Errorf("with a token: %d", resp.StatusCode)
 	}
 }
 
