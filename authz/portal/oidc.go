@@ -64,13 +64,15 @@ func flowOf(r *http.Request) (flow admin.OIDCFlow, next string) {
 // fromIssuer signs in who comes back.
 func (p *portal) fromIssuer(w http.ResponseWriter, r *http.Request) {
 	flow, next := flowOf(r)
-	http.SetCookie(w, cookieOf(loginCookie, "", -1)) // one answer is all it was for
+	back := r.URL.Query()
+	if flow.State != "" && sameText(back.Get("state"), flow.State) { // else the answer that it waits for is still to come
+		http.SetCookie(w, cookieOf(loginCookie, "", -1)) // one is all it was for
+	}
 	from := sourceOf(r)
 	if wait := p.wrong.Take(from); wait > 0 { // each may cost the issuer a call
 		p.fail(w, r, nil, &admin.RateError{What: "attempts to sign in came from this address", Limit: int(wrongTokens.Burst), Per: time.Minute, RetryAfter: max(wait, time.Second)})
 		return
 	}
-	back := r.URL.Query()
 	caller, err := p.svc.FinishLogin(r.Context(), p.cfg.Login, flow, back)
 	caller.RequestID, caller.RemoteAddr = requestID(r), r.RemoteAddr
 	if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {

@@ -417,6 +417,22 @@ func TestOIDCSendsNobodyElsewhere(t *testing.T) {
 	}
 }
 
+// TestAnAnswerToNobodyEndsNoSignIn: a link of somebody else's, or another tab, is not what the browser waits for.
+func TestAnAnswerToNobodyEndsNoSignIn(t *testing.T) {
+	i := newIssuer(t)
+	b := withIssuer(t, i).browser()
+	first := b.leave(i, "/")
+	back := b.leave(i, "/")
+	for _, other := range []string{admin.LoginPath, admin.LoginPath + "?state=&code=x", admin.LoginPath + "?state=x&error=y", first} {
+		if resp := b.do(http.MethodGet, other, nil); resp.StatusCode != http.StatusUnauthorized {
+			t.Errorf("%.40s: %d", other, resp.StatusCode)
+		}
+	}
+	if resp := b.do(http.MethodGet, back, nil); resp.StatusCode != http.StatusSeeOther || b.cookies[sessionCookie] == "" {
+		t.Errorf("its own answer: %d", resp.StatusCode)
+	}
+}
+
 // TestAnIssuerThatIsAwayIsNoDeadEnd: the page says what to do, and where somebody wanted to go is not lost.
 func TestAnIssuerThatIsAwayIsNoDeadEnd(t *testing.T) {
 	i := newIssuer(t)
