@@ -29,12 +29,36 @@ type OIDCLoginConfig struct {
 // An OIDCLogin lets people sign in with an issuer: OpenID Connect's authorization code flow, with PKCE. What an
 // issuer says of itself is fetched when it is needed first. Safe for concurrent use.
 type OIDCLogin struct {
-	cfg      OIDCLoginConfig
-	issuer   oidcIssuer // whose verifier takes tokens made for the client
-	client   *http.Client
+	cfg    OIDCLoginConfig
+	issuer oidcIssuer // whose verifier takes tokens made for the client
+	client *http.Client
+
 	mu       sync.Mutex
 	endpoint *loginEndpoint // nil: not known yet
+	fetching chan struct{}  // closed when the fetch that runs is over; nil: none runs
+	err      error          // of the last fetch
+	pause    time.Duration  // after it, before the next one
+	again    time.Time      // when that may be
 }
+
+// An IssuerAwayError is an [apikey.ErrUndecided] of somebody who wants to sign in: the issuer cannot be reached, or
+// does not answer as it should.
+type IssuerAwayError struct {
+	Host       string        // what people know the issuer by
+	RetryAfter time.Duration // at least a second: before that, nothing is tried
+	Cause      error         // for the log; nil where that has it of another who asked at the same time, or a moment ago
+}
+
+func (e *IssuerAwayError) Error() string {
+	text := fmt.Sprintf("the issuer %s cannot be reached, or does not answer as it should", e.Host)
+	if e.Cause != nil {
+		text += ": " + e.Cause.Error()
+	}
+	return text
+}
+
+// Unwrap makes errors.Is(e, ErrUndecided) true.
+func (e *IssuerAwayError) Unwrap() error { return apikey.ErrUndecided }
 
 // A loginEndpoint is what the discovery document says.
 type loginEndpoint struct {
@@ -51,6 +75,10 @@ type OIDCFlow struct{ State, Nonce, Verifier string }
 
 // loginTimeout bounds what an issuer is asked while somebody waits.
 const loginTimeout = 10 * time.Second
+
+// Who is asked for may be anybody, so an issuer that is away is asked seldom: after a second, then twice as long
+// each time, at most this.
+const longestPause = 30 * time.Second
 
 // NewOIDCLogin returns how people sign in with one of the issuers of o, which may be nil.
 // Errors: *apikey.InvalidError, several joined, with fields such as portal.oidc.issuer.
@@ -91,8 +119,7 @@ func (l *OIDCLogin) Host() string {
 	return u.Host
 }
 
-// Begin returns where to send a browser, and what it is to keep until it is back.
-// Errors: apikey.ErrUndecided while the issuer is away.
+// Begin returns where to send a browser, and what it is to keep until it is back. Errors: *[IssuerAwayError].
 func (l *OIDCLogin) Begin(ctx context.Context) (to string, flow OIDCFlow, err error) {
 	ctx, cancel := context.WithTimeout(ctx, loginTimeout)
 	defer cancel()
@@ -104,23 +131,65 @@ func (l *OIDCLogin) Begin(ctx context.Context) (to string, flow OIDCFlow, err er
 	return client.AuthCodeURL(flow.State, oidc.Nonce(flow.Nonce), oauth2.S256ChallengeOption(flow.Verifier)), flow, nil
 }
 
-// oauth returns the client for what the issuer says of itself.
-func (l *OIDCLogin) oauth(ctx context.Context) (*oauth2.Config, *loginEndpoint, error) {
+// known returns what the issuer says of itself: fetched once, for all who ask meanwhile, and after a failure not
+// before a pause is over. Errors: *[IssuerAwayError].
+func (l *OIDCLogin) known(ctx context.Context) (*loginEndpoint, error) {
 	l.mu.Lock()
-	found := l.endpoint
-	l.mu.Unlock()
-	if found == nil {
-		found = new(loginEndpoint)
-		keys := l.issuer.keys
-		if err := keys.get(ctx, keys.discovery(), found); err != nil {
-			return nil, nil, fmt.Errorf("issuer %s: %w: discovery document: %w", l.cfg.Issuer, apikey.ErrUndecided, err)
-		}
-		if found.Issuer != l.cfg.Issuer || !secureURL(withoutQuery(found.AuthURL)) || !secureURL(found.TokenURL) {
-			return nil, nil, fmt.Errorf("issuer %s: %w: its discovery document is of another issuer, or names no https URLs to sign in at", l.cfg.Issuer, apikey.ErrUndecided)
+	defer l.mu.Unlock()
+	first := l.endpoint == nil && l.fetching == nil && !time.Now().Before(l.again)
+	if first {
+		l.fetching = make(chan struct{})
+		go l.discover() //nolint:gosec // G118: it outlives the request on purpose, as discover says
+	}
+	if over := l.fetching; over != nil {
+		l.mu.Unlock()
+		select {
+		case <-over:
+		case <-ctx.Done():
 		}
 		l.mu.Lock()
-		l.endpoint = found
-		l.mu.Unlock()
+	}
+	if l.endpoint != nil {
+		return l.endpoint, nil
+	}
+	away := l.away(time.Until(l.again), nil)
+	if first {
+		away.Cause = l.err
+	}
+	return nil, away
+}
+
+// discover fetches what the issuer says of itself. Its context is its own: who asked first may leave, others wait too.
+func (l *OIDCLogin) discover() {
+	ctx, cancel := context.WithTimeout(context.Background(), loginTimeout)
+	defer cancel()
+	found, keys := new(loginEndpoint), l.issuer.keys
+	err := keys.get(ctx, keys.discovery(), found)
+	if err == nil && (found.Issuer != l.cfg.Issuer || !secureURL(withoutQuery(found.AuthURL)) || !secureURL(found.TokenURL)) {
+		err = errors.New("it is of another issuer, or names no https URLs to sign in at")
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err == nil {
+		l.endpoint, l.err = found, nil
+	} else {
+		l.err = fmt.Errorf("discovery document: %w", err)
+		l.pause = min(max(2*l.pause, time.Second), longestPause)
+		l.again = time.Now().Add(l.pause)
+	}
+	close(l.fetching)
+	l.fetching = nil
+}
+
+func (l *OIDCLogin) away(retry time.Duration, cause error) *IssuerAwayError {
+	return &IssuerAwayError{Host: l.Host(), RetryAfter: max(retry, time.Second), Cause: cause}
+}
+
+// oauth returns the client for what the issuer says of itself.
+func (l *OIDCLogin) oauth(ctx context.Context) (*oauth2.Config, *loginEndpoint, error) {
+	found, err := l.known(ctx)
+	if err != nil {
+		return nil, nil, err
 	}
 	style := oauth2.AuthStyleInHeader // which is the default, and tried twice a code would be spent
 	if l.cfg.ClientSecret.Reveal() == "" || len(found.AuthMethods) > 0 && !slices.Contains(found.AuthMethods, "client_secret_basic") {
@@ -143,7 +212,7 @@ func withoutQuery(address string) string {
 // those that the issuer's rules give; they end when the id_token does.
 //
 // Errors: [ErrUnauthenticated] for whatever is not the answer to that very flow, or is not believed; *ForbiddenError
-// where the caller has no role, with its name; apikey.ErrUndecided while the issuer is away.
+// where the caller has no role, with its name; *[IssuerAwayError].
 func (s *Service) FinishLogin(ctx context.Context, l *OIDCLogin, flow OIDCFlow, back url.Values) (Caller, error) {
 	ctx, cancel := context.WithTimeout(ctx, loginTimeout)
 	defer cancel()
@@ -168,11 +237,11 @@ func (s *Service) FinishLogin(ctx context.Context, l *OIDCLogin, flow OIDCFlow, 
 			return Caller{}, ErrUnauthenticated
 		}
 		// Its text repeats the issuer's whole answer.
-		return Caller{}, fmt.Errorf("issuer %s: %w: it does not exchange a code (status %d, %q): look at clientID and clientSecretFile",
-			l.cfg.Issuer, apikey.ErrUndecided, no.Response.StatusCode, no.ErrorCode)
+		return Caller{}, l.away(keysPause, fmt.Errorf("it does not exchange a code (status %d, %q): look at clientID and clientSecretFile",
+			no.Response.StatusCode, no.ErrorCode))
 	}
 	if err != nil {
-		return Caller{}, fmt.Errorf("issuer %s: %w: it does not exchange a code: %w", l.cfg.Issuer, apikey.ErrUndecided, err)
+		return Caller{}, l.away(keysPause, fmt.Errorf("it does not exchange a code: %w", err))
 	}
 	signed, _ := token.Extra("id_token").(string)
 	if !isJWT(signed) || unverifiedIssuer(signed) != l.cfg.Issuer {
@@ -184,6 +253,9 @@ func (s *Service) FinishLogin(ctx context.Context, l *OIDCLogin, flow OIDCFlow, 
 		audiences, several := claims["aud"].([]any)
 		return sameSecret(nonce, flow.Nonce) && (!there && (!several || len(audiences) == 1) || azp == l.cfg.ClientID)
 	})
+	if errors.Is(err, apikey.ErrUndecided) {
+		return Caller{}, l.away(keysPause, err)
+	}
 	if s.cfg.Format.Within(caller.Name) {
 		return Caller{}, ErrUnauthenticated // the audit would have it in clear
 	}

@@ -38,7 +38,7 @@ func NewClient(baseURL string, token apikey.Secret, httpClient *http.Client) *Cl
 	return &Client{base: strings.TrimRight(baseURL, "/"), token: token, http: &own}
 }
 
-// PutInstance creates an instance or replaces its policy.
+// PutInstance creates an instance or replaces its policy; see [WithIfMatch] and [WithIfAbsent].
 func (c *Client) PutInstance(ctx context.Context, instanceID string, policy admin.PolicyInput) (ChangedInstance, error) {
 	return send[ChangedInstance](ctx, c, http.MethodPut, instancePath(instanceID), nil, InstanceInput{&policy})
 }
@@ -190,6 +190,9 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 	}
 	if seen, ok := ctx.Value(ifMatchKey{}).(string); ok && method != http.MethodGet {
 		req.Header.Set(ifMatchHeader, seen)
+	}
+	if ctx.Value(ifAbsentKey{}) != nil && method == http.MethodPut {
+		req.Header.Set(ifNoneMatchHeader, "*")
 	}
 	if once, ok := ctx.Value(onceKey{}).(string); ok && method == http.MethodPost {
 		req.Header.Set(onceHeader, once)

@@ -58,7 +58,7 @@ var Codes = []CodeMeaning{
 	{CodeNoWebhook, http.StatusConflict, "The server has no webhook configured (`alerts.webhook`), so there is nothing to test."},
 	{CodeConfirmationNeeded, http.StatusConflict, "It would revoke many keys, or keys that are in use. Repeat it with the count that the message tells."},
 	{CodeIdempotencyResultGone, http.StatusConflict, "What the first request with this `Idempotency-Key` made is revoked, has ended or is gone. Send a new request with a new key."},
-	{CodePreconditionFailed, http.StatusPreconditionFailed, "It has changed since it was read. Read it again, and decide anew."},
+	{CodePreconditionFailed, http.StatusPreconditionFailed, "It has changed since it was read, or is there already (`If-None-Match: *`). Read it again, and decide anew."},
 	{CodePayloadTooLarge, http.StatusRequestEntityTooLarge, "The body has more than 1 MiB."},
 	{CodeUnsupportedMediaType, http.StatusUnsupportedMediaType, "The body is not `application/json` in UTF-8, or is compressed."},
 	{CodeIdempotencyKeyReused, http.StatusUnprocessableEntity, "The `Idempotency-Key` was used with another body within the last ten minutes."},
@@ -130,6 +130,7 @@ func fail(status int, code, message string) *failure {
 
 var (
 	errTooLarge  = errors.New("the body is larger than 1 MiB")
+	errThere     = errors.New("it is there already, and stays as it is")
 	errMediaType = errors.New("the body must be application/json in UTF-8, not compressed; for an import, application/x-ndjson")
 )
 
@@ -174,6 +175,8 @@ func statusOf(err error) *failure {
 	switch {
 	case errors.Is(err, admin.ErrPrecondition):
 		return fail(http.StatusPreconditionFailed, CodePreconditionFailed, "it has changed since you read it: read it again, and decide anew")
+	case errors.Is(err, errThere):
+		return fail(http.StatusPreconditionFailed, CodePreconditionFailed, errThere.Error())
 	case errors.Is(err, errTooLarge):
 		return fail(http.StatusRequestEntityTooLarge, CodePayloadTooLarge, errTooLarge.Error())
 	case errors.Is(err, errMediaType):

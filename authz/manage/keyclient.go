@@ -21,6 +21,14 @@ func WithIfMatch(ctx context.Context, etag string) context.Context {
 	return context.WithValue(ctx, ifMatchKey{}, etag)
 }
 
+type ifAbsentKey struct{}
+
+// WithIfAbsent makes [Client.PutInstance], with the context that it returns, fail with [CodePreconditionFailed]
+// where there is such an instance already: it is not replaced.
+func WithIfAbsent(ctx context.Context) context.Context {
+	return context.WithValue(ctx, ifAbsentKey{}, true)
+}
+
 // A VersionedKey is a key with its ETag.
 type VersionedKey struct {
 	admin.KeyRecord

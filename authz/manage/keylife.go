@@ -69,7 +69,19 @@ var (
 	}
 )
 
-const ifMatchHeader = "If-Match"
+const (
+	ifMatchHeader     = "If-Match"
+	ifNoneMatchHeader = "If-None-Match"
+)
+
+// creating is the one operation that heeds If-None-Match. Other PUTs refuse it: who sends it does not want to
+// replace anything, and what is ignored would.
+const creating = "putInstance"
+
+var ifNoneMatchParameter = &huma.Param{
+	Name: ifNoneMatchHeader, In: "header", Schema: &huma.Schema{Type: huma.TypeString, Enum: []any{"*"}},
+	Description: "*: make the instance if there is none, and leave one that is there as it is: 412. Not together with If-Match.",
+}
 
 var ifMatchParameter = &huma.Param{
 	Name: ifMatchHeader, In: "header", Schema: &huma.Schema{Type: huma.TypeString},
@@ -141,6 +153,28 @@ func (c *call) ifMatch() (apikey.Revision, error) {
 	}
 	n, err := strconv.ParseInt(tag[1], 10, 64)
 	return apikey.Revision(n), err
+}
+
+// ifMatchOrAbsent is ifMatch where a thing may be made too: [admin.IfAbsent] is what the caller wants to be new.
+func (c *call) ifMatchOrAbsent() (apikey.Revision, error) {
+	sent := c.r.Header.Values(ifNoneMatchHeader)
+	switch {
+	case len(sent) == 0:
+		return c.ifMatch()
+	case len(sent) > 1 || sent[0] != "*":
+		return 0, apikey.Invalid(ifNoneMatchHeader, "must be *")
+	case len(c.r.Header.Values(ifMatchHeader)) > 0:
+		return 0, apikey.Invalid(ifNoneMatchHeader, "does not go with If-Match: nothing is both there and not")
+	}
+	return admin.IfAbsent, nil
+}
+
+// refuseIfNoneMatch refuses the header where it would be ignored and something replaced.
+func refuseIfNoneMatch(op *huma.Operation, r *http.Request) error {
+	if op.Method == http.MethodPut && op.OperationID != creating && len(r.Header.Values(ifNoneMatchHeader)) > 0 {
+		return apikey.Invalid(ifNoneMatchHeader, "is not supported here")
+	}
+	return nil
 }
 
 func (h *handler) keyLimits(ctx context.Context, c *call, in *limitsOfKeys) (*out[admin.KeyLimits], error) {

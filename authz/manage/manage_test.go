@@ -1114,3 +1114,32 @@ func TestPutInstanceIfMatch(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// What is to be made is not replaced, whoever was faster.
+func TestPutInstanceIfNoneMatch(t *testing.T) {
+	d := open(t)
+	const at = "/instances/a"
+	made := d.send(d.owner, "PUT", at, `{"policy":{"caps":{"user":3}}}`, "If-None-Match", "*")
+	if made.Code != 201 || made.Header().Get("ETag") == "" {
+		t.Fatalf("got %d: %s", made.Code, made.Body)
+	}
+	again := d.send(d.owner, "PUT", at, `{"policy":{}}`, "If-None-Match", "*")
+	wantError(t, again, 412, CodePreconditionFailed, "")
+	if !strings.Contains(again.Body.String(), "there already") {
+		t.Errorf("it does not say why: %s", again.Body)
+	}
+	for _, bad := range [][]string{{"If-None-Match", made.Header().Get("ETag")}, {"If-None-Match", ""}, {"If-None-Match", "*", "If-Match", "*"}} {
+		wantError(t, d.send(d.owner, "PUT", at, `{"policy":{}}`, bad...), 400, CodeInvalidRequest, "If-None-Match")
+	}
+	wantError(t, d.send(d.owner, "PUT", at+"/quotas/q", `{}`, "If-None-Match", "*"), 400, CodeInvalidRequest, "If-None-Match")
+	c := NewClient(serve(t, d), d.owner, nil)
+	if _, err := c.PutInstance(WithIfAbsent(t.Context()), "a", admin.PolicyInput{}); !isCode(err, CodePreconditionFailed) {
+		t.Errorf("the client: %v", err)
+	}
+	if got := read[Instance](t, d.send(d.owner, "GET", at, "", "If-None-Match", "*"), 200); got.Policy.Caps.User != 3 {
+		t.Errorf("caps %+v: a refused change changed them", got.Policy.Caps)
+	}
+	if in, err := c.PutInstance(WithIfAbsent(t.Context()), "b", admin.PolicyInput{}); err != nil || in.ID != "b" {
+		t.Errorf("the client: %+v, %v", in, err)
+	}
+}

@@ -3,6 +3,7 @@ package manage
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -163,6 +164,9 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 	if conditional[id] {
 		op.Parameters = append(op.Parameters, ifMatchParameter)
 	}
+	if id == creating {
+		op.Parameters = append(op.Parameters, ifNoneMatchParameter)
+	}
 	params := queryParams(reflect.TypeFor[I]())
 	huma.Register(api, op, func(ctx context.Context, in *I) (*out[T], error) {
 		c := ctx.Value(callKey{}).(*call)
@@ -170,6 +174,9 @@ func route[I, T any](h *handler, api huma.API, method, path, id, summary string,
 		err := checkQuery(c.r.URL.RawQuery, params, version)
 		if err == nil {
 			err = refuseOnce(&op, c.r)
+		}
+		if err == nil {
+			err = refuseIfNoneMatch(&op, c.r)
 		}
 		if err == nil {
 			answer, err = do(ctx, c, in)
@@ -305,11 +312,14 @@ func (h *handler) putInstance(ctx context.Context, c *call, in *atInstance) (*ou
 	if err != nil {
 		return nil, err
 	}
-	seen, err := c.ifMatch()
+	seen, err := c.ifMatchOrAbsent()
 	if err != nil {
 		return nil, err
 	}
 	put, err := h.svc.PutInstanceIf(ctx, c.Caller, in.InstanceID, policy, seen)
+	if seen == admin.IfAbsent && errors.Is(err, admin.ErrPrecondition) {
+		return nil, errThere
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -164,7 +164,7 @@ func (p *portal) fail(w http.ResponseWriter, r *http.Request, v *visit, err erro
 		}
 	}
 	if f.retry > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(f.retry.Seconds()))))
+		w.Header().Set("Retry-After", retryAfter(f.retry))
 	}
 	if err := p.showAs(w, v, f.Status, "error", f.Title, f); err != nil {
 		p.logCause(r, err)
@@ -172,14 +172,16 @@ func (p *portal) fail(w http.ResponseWriter, r *http.Request, v *visit, err erro
 	}
 }
 
-// signInFirst sends somebody who is not signed in to where that is done, and afterwards back.
+// retryAfter is a wait in whole seconds, never too short.
+func retryAfter(wait time.Duration) string { return strconv.Itoa(int(math.Ceil(wait.Seconds()))) }
+
+// signInFirst sends somebody who is not signed in to where that is done, and afterwards back. The cookie stays as it
+// is: this answer may come late, when the browser has signed in anew and keeps another one, which it would lose.
+// One that is of no use is replaced there, and goes by itself at the latest when its session would have ended.
 func (p *portal) signInFirst(w http.ResponseWriter, r *http.Request) {
 	to := "/sign-in"
 	if r.Method == http.MethodGet && r.URL.Path != "/" && r.Header.Get("HX-Request") == "" {
 		to += "?next=" + url.QueryEscape(r.URL.RequestURI())
-	}
-	if _, had := sessionOf(r); had {
-		http.SetCookie(w, cookieOf(sessionCookie, "", -1))
 	}
 	p.redirect(w, r, to)
 }

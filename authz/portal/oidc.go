@@ -29,14 +29,14 @@ func (p *portal) oidcPages() {
 
 // toIssuer sends a browser to the issuer. It changes nothing but a cookie, so it may be a link.
 func (p *portal) toIssuer(w http.ResponseWriter, r *http.Request) {
-	to, flow, err := p.cfg.Login.Begin(r.Context())
-	if err != nil {
-		p.fail(w, r, nil, err)
-		return
-	}
 	next := ownPath(r.FormValue("next"))
 	if len(next) > maxNext {
 		next = "/"
+	}
+	to, flow, err := p.cfg.Login.Begin(r.Context())
+	if err != nil {
+		p.notByIssuer(w, r, next, err)
+		return
 	}
 	kept := strings.Join([]string{flow.State, flow.Nonce, flow.Verifier, base64.RawURLEncoding.EncodeToString([]byte(next))}, ".")
 	http.SetCookie(w, cookieOf(loginCookie, kept, loginLife))
@@ -64,13 +64,15 @@ func flowOf(r *http.Request) (flow admin.OIDCFlow, next string) {
 // fromIssuer signs in who comes back.
 func (p *portal) fromIssuer(w http.ResponseWriter, r *http.Request) {
 	flow, next := flowOf(r)
-	http.SetCookie(w, cookieOf(loginCookie, "", -1)) // one answer is all it was for
+	back := r.URL.Query()
+	if flow.State != "" && sameText(back.Get("state"), flow.State) { // else the answer that it waits for is still to come
+		http.SetCookie(w, cookieOf(loginCookie, "", -1)) // one is all it was for
+	}
 	from := sourceOf(r)
 	if wait := p.wrong.Take(from); wait > 0 { // each may cost the issuer a call
 		p.fail(w, r, nil, &admin.RateError{What: "attempts to sign in came from this address", Limit: int(wrongTokens.Burst), Per: time.Minute, RetryAfter: max(wait, time.Second)})
 		return
 	}
-	back := r.URL.Query()
 	caller, err := p.svc.FinishLogin(r.Context(), p.cfg.Login, flow, back)
 	caller.RequestID, caller.RemoteAddr = requestID(r), r.RemoteAddr
 	if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
@@ -90,9 +92,24 @@ func (p *portal) fromIssuer(w http.ResponseWriter, r *http.Request) {
 			caller.Attempt = &admin.Attempt{Action: "authenticate"}
 			p.svc.Refused(r.Context(), caller, "", failureOf(no).code)
 		}
-		p.fail(w, r, nil, err)
+		p.notByIssuer(w, r, next, err)
 		return
 	}
 	p.wrong.GiveBack(from)
 	p.begin(w, r, caller, next)
+}
+
+// notByIssuer answers an error of the issuer's. Where that is away, it asks to sign in otherwise, or later.
+func (p *portal) notByIssuer(w http.ResponseWriter, r *http.Request, next string, err error) {
+	away, ok := errors.AsType[*admin.IssuerAwayError](err)
+	if !ok {
+		p.fail(w, r, nil, err)
+		return
+	}
+	if away.Cause != nil {
+		p.logCause(r, err)
+	}
+	wait := retryAfter(away.RetryAfter)
+	w.Header().Set("Retry-After", wait)
+	p.askToSignIn(w, r, http.StatusServiceUnavailable, signInView{Next: next, Away: away.Host, Wait: wait})
 }

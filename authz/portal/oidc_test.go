@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"html"
 	"io"
 	"log/slog"
 	"net/http"
@@ -425,6 +426,61 @@ func TestOIDCSendsNobodyElsewhere(t *testing.T) {
 	c := d.browser().do(http.MethodGet, "/sign-in/oidc", nil).Cookies()[0]
 	if c.Name != loginCookie || !c.Secure || !c.HttpOnly || c.Path != "/" || c.Domain != "" || c.SameSite != http.SameSiteLaxMode || c.MaxAge != 600 {
 		t.Errorf("the cookie is %v", c)
+	}
+}
+
+// TestAnAnswerToNobodyEndsNoSignIn: a link of somebody else's, or another tab, is not what the browser waits for.
+func TestAnAnswerToNobodyEndsNoSignIn(t *testing.T) {
+	i := newIssuer(t)
+	b := withIssuer(t, i).browser()
+	first := b.leave(i, "/")
+	back := b.leave(i, "/")
+	for _, other := range []string{admin.LoginPath, admin.LoginPath + "?state=&code=x", admin.LoginPath + "?state=x&error=y", first} {
+		if resp := b.do(http.MethodGet, other, nil); resp.StatusCode != http.StatusUnauthorized {
+			t.Errorf("%.40s: %d", other, resp.StatusCode)
+		}
+	}
+	if resp := b.do(http.MethodGet, back, nil); resp.StatusCode != http.StatusSeeOther || b.cookies[sessionCookie] == "" {
+		t.Errorf("its own answer: %d", resp.StatusCode)
+	}
+}
+
+// TestAnIssuerThatIsAwayIsNoDeadEnd: the page says what to do, and where somebody wanted to go is not lost.
+func TestAnIssuerThatIsAwayIsNoDeadEnd(t *testing.T) {
+	i := newIssuer(t)
+	d := withIssuer(t, i)
+	b := d.browser()
+	const next = "/instances/" + instance + "/keys?status=active"
+	back := b.leave(i, next)
+	i.mu.Lock()
+	i.away = true
+	i.mu.Unlock()
+	fresh := withIssuer(t, i) // which does not know the issuer yet
+	for name, test := range map[string]struct {
+		d  *desk
+		b  *browser
+		to string
+	}{
+		"on the way there": {fresh, fresh.browser(), "/sign-in/oidc?next=" + url.QueryEscape(next)},
+		"on the way back":  {d, b, back},
+	} {
+		t.Run(name, func(t *testing.T) {
+			resp := test.b.do(http.MethodGet, test.to, nil)
+			page := text(t, resp)
+			wait := resp.Header.Get("Retry-After")
+			if resp.StatusCode != http.StatusServiceUnavailable || wait == "" || wait == "0" {
+				t.Errorf("status %d, Retry-After %q", resp.StatusCode, wait)
+			}
+			for _, want := range []string{test.d.cfg.Login.Host() + " cannot be reached", "try again in " + wait + " s", `name="token"`, `value="` + html.EscapeString(next) + `"`} {
+				if !strings.Contains(page, want) {
+					t.Errorf("%q is not in the page: %s", want, page)
+				}
+			}
+		})
+	}
+	// And the token signs in.
+	if resp := fresh.browser().do(http.MethodPost, "/sign-in", url.Values{"token": {fresh.tokens[admin.RoleOwner].Secret.Reveal()}}); resp.StatusCode != http.StatusSeeOther {
+		t.Errorf("with a token: %d", resp.StatusCode)
 	}
 }
 

@@ -84,6 +84,35 @@ func TestWhatEndsASession(t *testing.T) {
 	}
 }
 
+// TestALateAnswerSignsNobodyOut: what an ended session asked for may be answered when the browser has signed in anew,
+// and would take the new cookie away.
+func TestALateAnswerSignsNobodyOut(t *testing.T) {
+	d := newDesk(t)
+	b := d.signIn(admin.RoleOwner)
+	old := map[string]string{sessionCookie: b.cookies[sessionCookie]}
+	b.do(http.MethodPost, "/sign-in", url.Values{"token": {d.tokens[admin.RoleOwner].Secret.Reveal()}}) // which ends the one before
+	late := &browser{d: d, cookies: old, header: http.Header{}}
+	for _, unattendedly := range []bool{false, true} {
+		if unattendedly {
+			late.header = http.Header{unattended: {"1"}, "Hx-Request": {"true"}}
+		}
+		for method, target := range map[string]string{http.MethodGet: "/instances/" + instance + "/keys", http.MethodPost: "/sign-out"} {
+			var form url.Values
+			if method == http.MethodPost {
+				form = url.Values{"form": {late.formToken()}}
+			}
+			resp := late.do(method, target, form)
+			if to := resp.Header.Get("Location") + resp.Header.Get("Hx-Redirect"); !strings.HasPrefix(to, "/sign-in") {
+				t.Errorf("%s: sent to %q", method, to)
+			}
+			if set := resp.Header["Set-Cookie"]; set != nil {
+				t.Errorf("%s by a session that is over changes cookies: %q", method, set)
+			}
+		}
+	}
+	signedIn(t, b)
+}
+
 func TestSignInTakesNoSessionThatIsThere(t *testing.T) {
 	d := newDesk(t)
 	b := d.browser()

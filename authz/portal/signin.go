@@ -57,14 +57,16 @@ type signInView struct {
 	Fault    string
 	Insecure bool   // the browser will not keep the cookie
 	Issuer   string // who signs people in as well; "": nobody
+	Away     string // an issuer that cannot be reached, Wait for how many seconds it is not asked
+	Wait     string
 }
 
 func (p *portal) signInPage(w http.ResponseWriter, r *http.Request) {
-	p.askToSignIn(w, r, http.StatusOK, "")
+	p.askToSignIn(w, r, http.StatusOK, signInView{Next: ownPath(r.FormValue("next"))})
 }
 
-func (p *portal) askToSignIn(w http.ResponseWriter, r *http.Request, status int, fault string) {
-	data := signInView{Next: ownPath(r.FormValue("next")), Fault: fault, Insecure: insecure(r)}
+func (p *portal) askToSignIn(w http.ResponseWriter, r *http.Request, status int, data signInView) {
+	data.Insecure = insecure(r)
 	if p.cfg.Login != nil {
 		data.Issuer = p.cfg.Login.Host()
 	}
@@ -122,7 +124,7 @@ func (p *portal) signIn(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case errors.Is(err, admin.ErrUnauthenticated):
 		p.svc.Unauthenticated(caller.RemoteAddr)
-		p.askToSignIn(w, r, http.StatusUnauthorized, noToken)
+		p.askToSignIn(w, r, http.StatusUnauthorized, signInView{Next: ownPath(r.FormValue("next")), Fault: noToken})
 		return
 	case err != nil:
 		p.fail(w, r, nil, err)

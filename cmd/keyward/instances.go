@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 
 	"github.com/spf13/cobra"
 	"sigs.k8s.io/yaml"
@@ -45,10 +46,11 @@ func (a *app) instancesPut() *cobra.Command {
 			}
 			return a.withClient(cmd.Context(), func(ctx context.Context, client *manage.Client) error {
 				if file == "" {
-					// Without a policy the command makes an instance; it must not reset one that is there.
-					if in, err := client.Instance(ctx, args[0]); err == nil {
-						return a.printInstance(in)
+					in, err := ensureInstance(ctx, client, args[0])
+					if err != nil {
+						return err
 					}
+					return a.printInstance(in)
 				}
 				changed, err := client.PutInstance(ctx, args[0], policy)
 				if err != nil {
@@ -60,6 +62,27 @@ func (a *app) instancesPut() *cobra.Command {
 	}
 	c.Flags().StringVar(&file, "policy", "", "file with the whole policy; - for standard input; without it an instance that exists stays as it is")
 	return c
+}
+
+// ensureInstance makes an instance where there is none. One that is there stays as it is, whoever made it, and when.
+func ensureInstance(ctx context.Context, client *manage.Client, id string) (manage.Instance, error) {
+	in, err := client.Instance(ctx, id) // which the audit has no refusal of where it is there, as mostly
+	if refusedAs(err) != http.StatusNotFound {
+		return in, err
+	}
+	made, err := client.PutInstance(manage.WithIfAbsent(ctx), id, admin.PolicyInput{})
+	if refusedAs(err) == http.StatusPreconditionFailed { // somebody was faster
+		return client.Instance(ctx, id)
+	}
+	return made.Instance, err
+}
+
+// refusedAs is the status that a server refused with; 0 where it did not.
+func refusedAs(err error) int {
+	if answer, ok := errors.AsType[*manage.Error](err); ok {
+		return answer.Status
+	}
+	return 0
 }
 
 func (a *app) printInstance(in manage.Instance) error {
