@@ -25,6 +25,7 @@ const auditPage = 50 // events on a page
 // An auditView is a page of events.
 type auditView struct {
 	Filter   fieldList
+	Faults   []fault
 	Events   []auditEvent
 	Older    string // address of the next page; "": there is none
 	First    string // address of the first one; "": this is it
@@ -104,7 +105,7 @@ func (p *portal) auditEvents(w http.ResponseWriter, v *visit) error {
 		return v.Path("audit") + "?" + query.Encode()
 	}
 	if len(faults) > 0 {
-		data.Filter.blame(faults, "")
+		data.Faults = data.Filter.blame(faults, "")
 		return p.showAs(w, v, http.StatusBadRequest, "audit", "Audit", data)
 	}
 	events, err := p.svc.AuditEvents(v.Context(), v.Caller, filter, after, auditPage+1)

@@ -2,6 +2,8 @@ package portal
 
 import (
 	"errors"
+	"maps"
+	"slices"
 	"strconv"
 
 	"keyward/authz/apikey"
@@ -48,20 +50,39 @@ func (f field) DescribedBy() string {
 // fieldList puts faults where they belong, and keeps those that belong to no field of the form.
 type fieldList []field
 
-// blame shows each fault at its field, which is named by its path below under. What is left is for the top of the form.
-func (l fieldList) blame(faults map[string]string, under string) (left []string) {
+// A fault is something that is wrong with a form, for the list above it.
+type fault struct {
+	ID, Label string // of the field; "": it belongs to none
+	Text      string
+}
+
+// blame shows each fault at its field, which is named by its path below under. It returns all of them, those of
+// fields first, in the form's order.
+func (l fieldList) blame(faults map[string]string, under string) []fault {
 	at := make(map[string]*field, len(l))
 	for i := range l {
 		at[under+l[i].Name] = &l[i]
 	}
-	for name, reason := range faults {
+	var left []fault
+	for _, name := range slices.Sorted(maps.Keys(faults)) {
 		if f := at[name]; f != nil {
-			f.Fault = upper(reason) + "."
+			f.Fault = upper(faults[name]) + "."
 		} else {
-			left = append(left, (&apikey.InvalidError{Field: name, Reason: reason}).Error())
+			left = append(left, fault{Text: (&apikey.InvalidError{Field: name, Reason: faults[name]}).Error()})
 		}
 	}
-	return left
+	return append(l.faults(), left...)
+}
+
+// faults are what is wrong with fields of the list.
+func (l fieldList) faults() []fault {
+	var all []fault
+	for _, f := range l {
+		if f.Fault != "" {
+			all = append(all, fault{f.ID(), f.Label, f.Fault})
+		}
+	}
+	return all
 }
 
 // faultList collects errors.

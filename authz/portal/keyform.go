@@ -98,6 +98,17 @@ type fieldFaults map[string]string
 
 func (f fieldFaults) say(field, reason string) { f[field] = join(f[field], reason) }
 
+// Listed are the faults in the form's order.
+func (f fieldFaults) Listed() []fault {
+	var all []fault
+	for _, at := range formFields {
+		if reason := f[at.name]; reason != "" {
+			all = append(all, fault{at.name, at.label, upper(reason) + "."})
+		}
+	}
+	return all
+}
+
 // count reads a whole number; nil for an empty field.
 func (f fieldFaults) count(field, s string) *int {
 	if s == "" {
@@ -269,10 +280,12 @@ var fieldNames = map[string]string{
 	"limits.burst": "burst", "limits.maxConcurrent": "maxConcurrent", "limits": "burst", "expiresIn": "expirationDate",
 }
 
-// formFields are the fields that a form shows faults at.
-var formFields = []string{
-	"name", "description", "type", "agentName", "userPrincipalName", "environment", "scopesMode", "scopes", "allowedIps", "metadata",
-	"rateRequests", "ratePer", "burst", "maxConcurrent", "expirationPolicy", "expirationDate", "inactivityDays",
+// formFields are the fields that a form shows faults at, in its order.
+var formFields = []struct{ name, label string }{
+	{"name", "Name"}, {"description", "Description"}, {"type", "Type"}, {"agentName", "Agent"}, {"userPrincipalName", "User"},
+	{"scopesMode", "Scopes"}, {"scopes", "Scopes"}, {"expirationPolicy", "Expiration"}, {"expirationDate", "Date"}, {"inactivityDays", "Days without use"},
+	{"rateRequests", "Requests"}, {"ratePer", "in"}, {"burst", "Burst"}, {"maxConcurrent", "At once"},
+	{"environment", "Environment"}, {"allowedIps", "Allowed addresses"}, {"metadata", "Metadata"},
 }
 
 var entryOf = regexp.MustCompile(`^([a-zA-Z]+)\[(\d+)\]$`)
@@ -291,7 +304,7 @@ func addTo(bad fieldFaults, err error) error {
 		if name, ok := fieldNames[field]; ok {
 			field = name
 		}
-		if !slices.Contains(formFields, field) {
+		if !slices.ContainsFunc(formFields, func(f struct{ name, label string }) bool { return f.name == field }) {
 			return err
 		}
 		bad.say(field, reason)

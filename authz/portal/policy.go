@@ -2,7 +2,9 @@ package portal
 
 import (
 	"errors"
+	"maps"
 	"net/http"
+	"slices"
 
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
@@ -19,7 +21,7 @@ func (p *portal) policyPages() {
 type policyView struct {
 	Revision apikey.Revision
 	Groups   []policyGroupView
-	Faults   []string
+	Faults   []fault
 	Conflict []policyChange // what somebody else changed meanwhile
 	Changed  bool           // by somebody else
 	MayPut   bool
@@ -168,8 +170,11 @@ func (p *portal) policyAgain(w http.ResponseWriter, v *visit, status int, revisi
 		}
 		left = rest
 	}
-	for field, reason := range left {
-		data.Faults = append(data.Faults, (&apikey.InvalidError{Field: field, Reason: reason}).Error())
+	for i := range data.Groups {
+		data.Faults = append(data.Faults, data.Groups[i].Fields.faults()...)
+	}
+	for _, field := range slices.Sorted(maps.Keys(left)) {
+		data.Faults = append(data.Faults, fault{Text: (&apikey.InvalidError{Field: field, Reason: left[field]}).Error()})
 	}
 	return p.showAs(w, v, status, "policy", "Policy", data)
 }

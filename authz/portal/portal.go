@@ -69,7 +69,7 @@ var wrongTokens = limits.Rate{Interval: 2 * time.Second, Burst: 30}
 
 // New returns the portal. Timeouts belong to the http.Server around it. Safe for concurrent use.
 func New(svc *admin.Service, cfg Config) http.Handler {
-	p := &portal{svc: svc, cfg: cfg, mux: http.NewServeMux(), wrong: admin.NewSources(wrongTokens), places: svc.KeyPlaces(admin.PlacesOfPortal)}
+	p := &portal{svc: svc, cfg: cfg, mux: &routes{ServeMux: http.NewServeMux()}, wrong: admin.NewSources(wrongTokens), places: svc.KeyPlaces(admin.PlacesOfPortal)}
 	if p.cfg.Log == nil {
 		p.cfg.Log = slog.Default()
 	}
@@ -81,7 +81,7 @@ func New(svc *admin.Service, cfg Config) http.Handler {
 	}
 	p.assets = loadAssets()
 	p.pages = p.loadPages()
-	p.assets.routes(p.mux)
+	p.assets.routes(p.mux.ServeMux)
 	p.signInPages()
 	p.oidcPages()
 	p.instancePages()
@@ -94,12 +94,24 @@ func New(svc *admin.Service, cfg Config) http.Handler {
 type portal struct {
 	svc    *admin.Service
 	cfg    Config
-	mux    *http.ServeMux
+	mux    *routes
 	wrong  *admin.Sources
 	places admin.KeyPlaces
 	assets *assets
 	pages  map[string]*template.Template
 	cross  http.CrossOriginProtection
+}
+
+// routes are the addresses of pages, and know which there are: a test has every one of them looked at.
+type routes struct {
+	*http.ServeMux
+
+	patterns []string
+}
+
+func (r *routes) HandleFunc(pattern string, page func(http.ResponseWriter, *http.Request)) {
+	r.patterns = append(r.patterns, pattern)
+	r.ServeMux.HandleFunc(pattern, page)
 }
 
 // policy lets a browser load what this server serves, and nothing inside a page. The data: of images is Pico's.

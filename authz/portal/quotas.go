@@ -111,7 +111,7 @@ type quotaView struct {
 	Name     string // "": a new one
 	Revision apikey.Revision
 	Fields   fieldList
-	Faults   []string // that belong to no field
+	Faults   []fault
 	Conflict bool     // somebody else changed the quotas meanwhile
 	MayPut   bool
 	Record   *admin.QuotaRecord // as it is now; nil: there is none

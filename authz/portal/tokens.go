@@ -62,7 +62,7 @@ func (p *portal) tokenRows(v *visit) ([]tokenRow, error) {
 // A tokenView is the form for a token.
 type tokenView struct {
 	Fields fieldList
-	Faults []string
+	Faults []fault
 	Once   string
 }
 

@@ -11,7 +11,7 @@
   const chart = (box) => {
     const rows = [...document.getElementById(box.dataset.chart).tBodies[0].rows];
     const style = getComputedStyle(document.documentElement);
-    const color = (name) => style.getPropertyValue(name).trim();
+    const color = (name) => () => style.getPropertyValue(name).trim(); // as it is when it is drawn
     const data = [
       rows.map((r) => Date.parse(r.querySelector("time").dateTime) / 1000),
       rows.map((r) => Number(r.cells[1].dataset.n)),
@@ -20,7 +20,7 @@
     const day = uPlot.fmtDate("{D} {MMM}"), time = uPlot.fmtDate("{HH}:{mm}");
     const utc = (seconds) => uPlot.tzDate(new Date(seconds * 1000), "UTC");
     const label = (seconds) => (box.dataset.interval === "day" || seconds % 86400 === 0 ? day : time)(utc(seconds));
-    const axis = { stroke: color("--pico-muted-color"), grid: { stroke: color("--pico-muted-border-color"), width: 1 }, ticks: { show: false } };
+    const axis = { stroke: color("--chart-text"), grid: { stroke: color("--chart-grid"), width: 1 }, ticks: { show: false } };
     const size = () => ({ width: Math.max(box.clientWidth, 200), height: 200 });
     const plot = new uPlot({
       ...size(),
@@ -30,11 +30,14 @@
       axes: [{ ...axis, values: (_, splits) => splits.map(label) }, { ...axis, size: 55 }],
       series: [
         { value: "{YYYY}-{MM}-{DD} {HH}:{mm}", label: "UTC" },
-        { label: "Allowed", stroke: color("--pico-primary"), width: 2 },
-        { label: "Refused", stroke: color("--pico-del-color"), width: 2, dash: [4, 3] },
+        { label: "Allowed", stroke: color("--chart-allowed"), width: 2 },
+        { label: "Refused", stroke: color("--chart-refused"), width: 2, dash: [4, 3] },
       ],
     }, data, box);
     new ResizeObserver(() => box.isConnected ? plot.setSize(size()) : plot.destroy()).observe(box);
+    for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"]) {
+      matchMedia(query).addEventListener("change", () => box.isConnected && plot.redraw());
+    }
   };
 
   // Fields that say something only while something else is chosen.
@@ -57,7 +60,6 @@
       shown = yes;
       field.value = yes ? value : "•".repeat(value.length);
       button("mask").textContent = yes ? "Hide" : "Show";
-      button("mask").setAttribute("aria-pressed", String(yes));
     };
     box.querySelector(".tools").hidden = false;
     show(false);
@@ -96,15 +98,15 @@
 
   // A button that copies what its page shows elsewhere.
   const copy = (button) => {
-    const from = document.querySelector(button.dataset.copy);
+    const from = document.querySelector(button.dataset.copy), said = button.nextElementSibling;
     button.hidden = false;
     button.addEventListener("click", async () => {
       try {
         await navigator.clipboard.writeText(from.textContent);
-        button.textContent = "Copied";
+        said.textContent = "Copied.";
       } catch {
         window.getSelection().selectAllChildren(from);
-        button.textContent = "Selected: copy it by hand";
+        said.textContent = "It is selected: copy it by hand.";
       }
     });
   };

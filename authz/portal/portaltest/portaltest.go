@@ -81,6 +81,7 @@ func Start(t testing.TB) *Browser {
 type View struct {
 	Width, Height int
 	Dark          bool
+	ForcedColors  bool // as people choose in their system, such as Windows' contrast themes
 	NoScript      bool
 }
 
@@ -129,7 +130,10 @@ func (b *Browser) Open(t testing.TB, v View) *Page {
 func (p *Page) Look(v View) {
 	p.t.Helper()
 	p.view = v
-	scheme := "light"
+	scheme, forced := "light", "none"
+	if v.ForcedColors {
+		forced = "active"
+	}
 	if v.Dark {
 		scheme = "dark"
 	}
@@ -142,6 +146,7 @@ func (p *Page) Look(v View) {
 		call(emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{
 			{Name: "prefers-color-scheme", Value: scheme},
 			{Name: "prefers-reduced-motion", Value: "reduce"},
+			{Name: "forced-colors", Value: forced},
 		}}),
 		call(emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: v.NoScript}),
 	)
