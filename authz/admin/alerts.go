@@ -180,6 +180,15 @@ func (s *Service) Alerts(ctx context.Context, caller Caller, instanceID string, 
 	return s.store.Alerts(ctx, q)
 }
 
+// AlertsOfNone lists alerts that belong to no instance, those opened last first, to a caller of all.
+func (s *Service) AlertsOfNone(ctx context.Context, caller Caller, q AlertQuery) ([]*Alert, error) {
+	if err := caller.mayAll(readAlerts); err != nil {
+		return nil, err
+	}
+	q.InstanceID, q.Everywhere = "", false
+	return s.store.Alerts(ctx, q)
+}
+
 // Alert returns one alert of an instance; with instanceID "" any one, to a caller of all.
 func (s *Service) Alert(ctx context.Context, caller Caller, instanceID string, id apikey.ID) (*Alert, error) {
 	instance, err := caller.mayOfAlert(instanceID, readAlerts)

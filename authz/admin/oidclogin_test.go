@@ -122,7 +122,7 @@ func TestAnIssuerThatIsAwayIsAskedSeldom(t *testing.T) {
 			time.Sleep(70 * time.Millisecond)
 		}
 		asked := i.times()
-		pauses := []int{1, 2, 4, 8, 16, 30, 30, 30} // seconds
+		pauses := []int{1, 2, 4, 8, 16, 30, 30, 30}
 		for n := 1; n < len(asked) && n <= len(pauses); n++ {
 			// Each question takes a second, and somebody comes every 70 ms.
 			if gap, least := asked[n].Sub(asked[n-1]), time.Duration(pauses[n-1]+1)*time.Second; gap < least || gap > least+100*time.Millisecond {

@@ -77,10 +77,12 @@ type Caller struct {
 	shown *credential // nil: nothing that could be over
 }
 
-// A credential is what a caller showed: a management token, by its digest, or something that ends by itself.
+// A credential is what a caller showed: a management token, by its digest, or something that ends by itself; and the
+// session that began with it.
 type credential struct {
-	token apikey.Digest
-	until time.Time // zero with a token
+	token   apikey.Digest
+	until   time.Time // zero with a token
+	session SessionID // zero outside the portal
 }
 
 // An Attempt is what a caller tried, as far as that was found out before it was refused.
@@ -150,6 +152,7 @@ var may = map[string][]Role{
 	revokeToken:    {RoleOwner},
 	readPeppers:    {RoleOwner, RoleAuditor},
 	retirePepper:   {RoleOwner},
+	endSessions:    {RoleOwner},
 	readInFlight:   {RoleOwner, RoleOperator, RoleAuditor},
 	endInFlight:    {RoleOwner, RoleOperator},
 	readAudit:      {RoleOwner, RoleAuditor},
@@ -308,9 +311,19 @@ func WithCredential(ctx context.Context, caller Caller) context.Context {
 // stillGood returns ErrUnauthenticated if what the caller of [WithCredential] showed is good no more.
 func stillGood(ctx context.Context, from Reader) error {
 	shown, _ := ctx.Value(credentialKey{}).(*credential)
+	if shown == nil {
+		return nil
+	}
+	if shown.session != (SessionID{}) {
+		if _, err := from.Session(ctx, shown.session); isNotFound(err) {
+			return ErrUnauthenticated
+		} else if err != nil {
+			return err
+		}
+	}
 	at := time.Now()
 	switch {
-	case shown == nil, !shown.until.IsZero() && !at.After(shown.until):
+	case !shown.until.IsZero() && !at.After(shown.until):
 		return nil
 	case !shown.until.IsZero():
 		return ErrUnauthenticated

@@ -172,6 +172,10 @@ func TestWhoMayDoWhat(t *testing.T) {
 			}
 			return err
 		}, [3]string{yes, no, no}, [3]string{hidden, hidden, hidden}, [3]string{hidden, hidden, hidden}},
+		{"end sessions", func(ctx context.Context, d *desk, c admin.Caller, _ admin.CreatedKey) error {
+			_, err := d.EndSessions(ctx, c, admin.WhoseSessions{All: true})
+			return err
+		}, [3]string{yes, no, no}, [3]string{hidden, hidden, hidden}, [3]string{hidden, hidden, hidden}},
 	}
 	d := open(t)
 	if err := admin.OpenPeppers(t.Context(), d.store, apikey.Peppers{Current: d.pepper}, "test"); err != nil {

@@ -20,8 +20,6 @@ import (
 type SessionStore interface {
 	// PutSession keeps a session, in place of the one with its ID.
 	PutSession(ctx context.Context, s *Session) error
-	// Session returns a session, whether or not it is over. Errors: apikey.ErrNotFound.
-	Session(ctx context.Context, id SessionID) (*Session, error)
 	// TouchSession notes that a session was used: SeenAt and IdleAt only grow. One that is gone stays gone, and
 	// that is no error: who signs out must not be signed in again by a page that was still on its way.
 	TouchSession(ctx context.Context, id SessionID, seen, idle time.Time) error
@@ -75,6 +73,8 @@ type Visitor struct {
 const (
 	signIn  = "session.begin"
 	signOut = "session.end"
+	// endSessions is what an owner does to others'.
+	endSessions = "session.revoke"
 	// cookieBytes is what a session's cookie has of chance.
 	cookieBytes = 32
 )
@@ -138,7 +138,7 @@ func (s *Service) Visitor(ctx context.Context, cookie apikey.Secret) (Visitor, e
 		who := session.Subject
 		v.Title = subjectOf(Caller{Name: who.Name})
 		v.Caller = Caller{
-			Name: who.Name, Role: who.Role, InstanceID: who.InstanceID, UserPrincipalName: who.UserPrincipalName, shown: &credential{until: session.EndsAt},
+			Name: who.Name, Role: who.Role, InstanceID: who.InstanceID, UserPrincipalName: who.UserPrincipalName, shown: &credential{until: session.EndsAt, session: session.ID},
 		}
 		return v, nil
 	}
@@ -151,7 +151,7 @@ func (s *Service) Visitor(ctx context.Context, cookie apikey.Secret) (Visitor, e
 	}
 	s.uses.note(t.ID, at)
 	v.Title, v.Caller = t.Name, Caller{
-		Name: "token:" + t.ID.String(), Role: t.Role, InstanceID: t.InstanceID, UserPrincipalName: t.UserPrincipalName, shown: &credential{token: session.Token},
+		Name: "token:" + t.ID.String(), Role: t.Role, InstanceID: t.InstanceID, UserPrincipalName: t.UserPrincipalName, shown: &credential{token: session.Token, session: session.ID},
 	}
 	return v, nil
 }
@@ -177,6 +177,40 @@ func (s *Service) SignOut(ctx context.Context, caller Caller, cookie apikey.Secr
 		return caller.audit(ctx, tx, signOut, caller.InstanceID, subjectOf(caller), nil, nil)
 	})
 	return err
+}
+
+// WhoseSessions says whose sessions are to end: one of the two.
+type WhoseSessions struct {
+	Actor string // who signed in by OIDC, as Caller.Name and the audit have it
+	All   bool   // everybody, however they signed in
+}
+
+// EndSessions ends sessions at once, and returns how many there were. Whom the issuer still gives a role can sign in
+// again. One person's that began with a management token end with that: see [Service.RevokeToken].
+func (s *Service) EndSessions(ctx context.Context, caller Caller, whose WhoseSessions) (ended int, err error) {
+	if err := caller.mayAll(endSessions); err != nil {
+		return 0, err
+	}
+	switch oidc := strings.HasPrefix(whose.Actor, "oidc:"); {
+	case whose.All && whose.Actor != "":
+		return 0, apikey.Invalid("actor", "cannot be set together with all")
+	case !whose.All && !oidc:
+		return 0, apikey.Invalid("actor", "must be oidc:, the issuer, # and the subject, as in the audit, unless all are meant; the sessions of a management token end when it is revoked")
+	}
+	_, err = s.update(ctx, func(ctx context.Context, tx Tx) error {
+		var err error
+		if ended, err = tx.EndSessions(ctx, whose.Actor); err != nil {
+			return err
+		}
+		if ended == 0 {
+			return errNothing // nor is what was sent, which may be anything, in the audit
+		}
+		return caller.audit(ctx, tx, endSessions, "", subjectOf(Caller{Name: whose.Actor}), nil, map[string]int{"ended": ended})
+	})
+	if err != nil && !errors.Is(err, errNothing) {
+		return 0, err
+	}
+	return ended, nil
 }
 
 func (s *Service) endSession(ctx context.Context, cookie apikey.Secret) error {

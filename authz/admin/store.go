@@ -131,6 +131,8 @@ type Reader interface {
 
 	// Token returns the management token that a digest finds, whatever its status.
 	Token(ctx context.Context, d apikey.Digest) (*Token, error)
+	// Session returns a session of the portal, whether or not it is over. Errors: apikey.ErrNotFound.
+	Session(ctx context.Context, id SessionID) (*Session, error)
 	// Tokens lists all management tokens, newest first.
 	Tokens(ctx context.Context) ([]*Token, error)
 
@@ -204,6 +206,8 @@ type Tx interface {
 	// RevokeToken ends a token. Revoking it twice is no error; the first time stays.
 	// Errors: apikey.ErrNotFound.
 	RevokeToken(ctx context.Context, id apikey.ID, at time.Time) error
+	// EndSessions forgets the sessions of who signed in by OIDC under a name, "": all sessions, and returns how many.
+	EndSessions(ctx context.Context, name string) (int, error)
 
 	// PutPepper remembers the check value of a pepper version. Errors: apikey.ErrConflict if the version
 	// is known with another check value.

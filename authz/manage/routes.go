@@ -129,6 +129,7 @@ func (h *handler) routes(api huma.API) {
 	route(h, api, http.MethodGet, tokens, "listTokens", "List management tokens, newest first", nil, h.listTokens)
 	route(h, api, http.MethodPost, tokens, "createToken", "Create a management token", admin.TokenInput{}, h.createToken)
 	route(h, api, http.MethodDelete, token, "revokeToken", "Revoke a management token, at once", nil, h.revokeToken)
+	route(h, api, http.MethodDelete, "/sessions", "endSessions", "End sessions of the portal, at once", nil, h.endSessions)
 	route(h, api, http.MethodGet, peppers, "listPeppers", "List the peppers, and how many keys and tokens only each of them finds", nil, h.listPeppers)
 	route(h, api, http.MethodDelete, pepper, "retirePepper", "Retire an earlier pepper that nothing needs any more", nil, h.retirePepper)
 }

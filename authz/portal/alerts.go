@@ -21,7 +21,10 @@ func (p *portal) alertPages() {
 	p.page(section, "POST "+at+"/{alert}/disable", p.disableFromAlert)
 }
 
-const alertPage = 50 // alerts on a page
+const (
+	alertPage    = 50 // alerts on a page
+	alertsOfNone = 5  // before them, of those that belong to no instance
+)
 
 // An alertsView is a page of alerts.
 type alertsView struct {
@@ -38,6 +41,9 @@ type alertRow struct {
 	Title string
 	Key   *admin.KeyRecord // nil: of no key, or of one that is gone
 }
+
+// Ours reports whether the alert is of the instance whose page it is on, and not of none.
+func (r *alertRow) Ours() bool { return r.InstanceID != "" }
 
 // Open reports whether it is not over.
 func (r *alertRow) Open() bool { return r.ResolvedAt.IsZero() }
@@ -65,21 +71,31 @@ func (p *portal) alerts(w http.ResponseWriter, v *visit) error {
 	if err != nil {
 		return apikey.ErrNotFound
 	}
-	list, err := p.svc.Alerts(v.Context(), v.Caller, v.Instance, admin.AlertQuery{Kind: admin.AlertKind(data.Kind), Open: !data.All, After: after, Limit: alertPage + 1})
+	query := admin.AlertQuery{Kind: admin.AlertKind(data.Kind), Open: !data.All, After: after, Limit: alertPage + 1}
+	list, err := p.svc.Alerts(v.Context(), v.Caller, v.Instance, query)
 	if err != nil {
 		return err
 	}
+	var ofNone []*admin.Alert
+	if after == (admin.AlertPlace{}) && v.Caller.InstanceID == "" {
+		// They have no page of their own, so whoever may see them does with every instance, first. One is open at
+		// most; of those that are over the last few will do.
+		query.Limit = alertsOfNone
+		if ofNone, err = p.svc.AlertsOfNone(v.Context(), v.Caller, query); err != nil {
+			return err
+		}
+	}
 	address := func(after string) string {
-		query := url.Values{}
+		values := url.Values{}
 		for name, value := range map[string]string{"kind": data.Kind, "after": after} {
 			if value != "" {
-				query.Set(name, value)
+				values.Set(name, value)
 			}
 		}
 		if data.All {
-			query.Set("show", "all")
+			values.Set("show", "all")
 		}
-		return v.Path("alerts") + "?" + query.Encode()
+		return v.Path("alerts") + "?" + values.Encode()
 	}
 	if len(list) > alertPage {
 		list = list[:alertPage]
@@ -89,7 +105,7 @@ func (p *portal) alerts(w http.ResponseWriter, v *visit) error {
 	if after != (admin.AlertPlace{}) {
 		data.First = address("")
 	}
-	for _, a := range list {
+	for _, a := range append(ofNone, list...) {
 		row := alertRow{AlertRecord: admin.AlertRecordOf(a), Title: alertTitles[a.Kind]}
 		if !a.KeyID.IsZero() {
 			k, err := p.svc.Key(v.Context(), v.Caller, v.Instance, a.KeyID)
@@ -124,7 +140,11 @@ func (p *portal) ackAlert(w http.ResponseWriter, v *visit) error {
 	if err != nil {
 		return apikey.ErrNotFound
 	}
-	a, err := p.svc.AckAlert(v.Context(), v.Caller, v.Instance, id)
+	of := v.Instance
+	if v.PostFormValue("of") == "none" {
+		of = ""
+	}
+	a, err := p.svc.AckAlert(v.Context(), v.Caller, of, id)
 	if err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package portal
 import (
 	"fmt"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -60,7 +61,7 @@ func TestAlertsOfEachKind(t *testing.T) {
 		d.alert(4, admin.AlertExpiring, k, nil), d.alert(5, admin.AlertUnused, gone, nil),
 	}
 	d.alert(6, admin.AlertRefusals, k, func(a *admin.Alert) { a.ResolvedAt = time.Now().UTC() })
-	d.alert(7, admin.AlertUnknownKeys, nil, func(a *admin.Alert) { a.InstanceID = "" }) // of no instance: not this one's business
+	d.alert(7, admin.AlertUnknownKeys, nil, func(a *admin.Alert) { a.InstanceID = "" }) // of no instance, which these do not see
 
 	for _, role := range []admin.Role{admin.RoleOwner, admin.RoleOperator, admin.RoleAuditor} {
 		status, page := d.signIn(role).get(alertsPath)
@@ -171,6 +172,46 @@ func TestAlertIsKnownAndItsKeyDisabled(t *testing.T) {
 	}
 	if got := d.kept(theirs); !got.AckedAt.IsZero() {
 		t.Errorf("an alert of another instance is known: %+v", got)
+	}
+}
+
+// Alerts of no instance are on the page of whichever instance, for who may see all of them, and nobody else knows
+// that there are any.
+func TestAlertsOfNoInstance(t *testing.T) {
+	d := newDesk(t)
+	a := d.alert(7, admin.AlertUnknownKeys, nil, func(a *admin.Alert) { a.InstanceID = "" })
+	over := d.alert(3, admin.AlertUnknownKeys, nil, func(a *admin.Alert) { a.InstanceID, a.ResolvedAt = "", time.Now().UTC() })
+	d.alert(9, admin.AlertUnused, nil, nil)
+	knows := url.Values{"of": {"none"}}
+	ofOne := d.signIn(admin.RoleOwner)
+	if _, page := ofOne.get(alertsPath); strings.Contains(page, a.ID.String()) || !strings.Contains(page, "message 9") {
+		t.Errorf("an owner of one instance sees:\n%s", page)
+	}
+	if resp := ofOne.post(alertPath(a, "ack"), knows); resp.StatusCode != http.StatusNotFound || !d.kept(a).AckedAt.IsZero() {
+		t.Errorf("an owner of one instance acks it: %d", resp.StatusCode)
+	}
+	for _, role := range []admin.Role{admin.RoleAuditor, admin.RoleOperator} {
+		made, err := d.svc.CreateToken(t.Context(), d.owner, admin.TokenInput{Name: "of all", Role: role})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.tokens[role] = made
+		b, may := d.signIn(role), role == admin.RoleOperator
+		_, page := b.get(alertsPath)
+		if strings.Count(page, `<article class="alert"`) != 2 || strings.Index(page, "message 7") > strings.Index(page, "message 9") ||
+			!strings.Contains(page, "Unknown keys of no instance") || strings.Contains(page, alertPath(a, "ack")) != may || strings.Contains(page, `name="of" value="none"`) != may {
+			t.Errorf("%s of all:\n%s", role, page)
+		}
+		if _, page = b.get(alertsPath + "?show=all&kind=unknownKeys"); !strings.Contains(page, a.ID.String()) || !strings.Contains(page, over.ID.String()) || strings.Contains(page, "message 9") {
+			t.Errorf("%s of all, all of a kind:\n%s", role, page)
+		}
+		if resp := b.post(alertPath(a, "ack"), nil); may && resp.StatusCode != http.StatusNotFound {
+			t.Errorf("%s of all: without its form's word it is one of the instance: %d", role, resp.StatusCode)
+		}
+		status, page := b.follow(b.post(alertPath(a, "ack"), knows))
+		if got := d.kept(a); got.AckedAt.IsZero() == may || strings.Contains(page, "It stays open until") != may {
+			t.Errorf("%s of all acks it: %d, %+v", role, status, got)
+		}
 	}
 }
 

@@ -53,7 +53,7 @@ func failureOf(err error) *failure {
 		return &failure{Status: http.StatusConflict, Title: "No more keys", Text: upper(full.Error()) + ".", code: "QuotaExceeded"}
 	}
 	if state, ok := errors.AsType[*admin.StateError](err); ok {
-		return &failure{Status: http.StatusConflict, Title: "Not as the key is now", Text: upper(state.Error()) + ".", code: "KeyState"}
+		return &failure{Status: http.StatusConflict, Title: "Not as things are now", Text: upper(state.Error()) + ".", code: "KeyState"}
 	}
 	if often, ok := errors.AsType[*admin.RateError](err); ok {
 		return &failure{Status: http.StatusTooManyRequests, Title: "Too many for now", Text: upper(often.Error()) + ".", code: "TooManyRequests", retry: often.RetryAfter}
@@ -89,7 +89,7 @@ func failureOf(err error) *failure {
 			Next: "Open the page again, and decide anew.", code: "PreconditionFailed",
 		}
 	case errors.Is(err, admin.ErrReplayBody):
-		return &failure{Status: http.StatusConflict, Title: "Sent already", Text: "This form was sent before, with other values; nothing was done this time.", Next: "Open an empty form, and begin anew.", code: "IdempotencyKeyReused"}
+		return &failure{Status: http.StatusConflict, Title: "Sent already", Text: "This form was sent before, with other values or in another session; nothing was done this time.", Next: "Open an empty form, and begin anew.", code: "IdempotencyKeyReused"}
 	case errors.Is(err, admin.ErrReplayGone):
 		return &failure{Status: http.StatusConflict, Title: "Sent already", Text: "This form was sent before, and what it made does not work any more.", Next: "Open an empty form, and begin anew.", code: "IdempotencyResultGone"}
 	case errors.Is(err, admin.ErrUnauthenticated):
@@ -163,12 +163,17 @@ func (p *portal) fail(w http.ResponseWriter, r *http.Request, v *visit, err erro
 			p.logCause(r, err)
 		}
 	}
-	if f.retry > 0 {
-		w.Header().Set("Retry-After", retryAfter(f.retry))
-	}
+	f.sayWhen(w)
 	if err := p.showAs(w, v, f.Status, "error", f.Title, f); err != nil {
 		p.logCause(r, err)
 		http.Error(w, f.Title+". "+f.Text, f.Status)
+	}
+}
+
+// sayWhen tells when to try again, where there is such a time.
+func (f *failure) sayWhen(w http.ResponseWriter) {
+	if f.retry > 0 {
+		w.Header().Set("Retry-After", retryAfter(f.retry))
 	}
 }
 

@@ -133,6 +133,7 @@ func (p *portal) again(w http.ResponseWriter, v *visit, f keyForm, err error) er
 		return err
 	}
 	p.refused(v.Context(), v, "", f2.code)
+	f2.sayWhen(w)
 	return p.againWith(w, v, f, fieldFaults{"": strings.TrimSpace(f2.Text + " " + f2.Next)}, f2)
 }
 

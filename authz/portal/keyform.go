@@ -312,17 +312,13 @@ func addTo(bad fieldFaults, err error) error {
 	return nil
 }
 
-// once makes a form that is sent twice do its work once. Errors: errForm.
+// once makes a form that is sent twice do its work once. Everything that was sent counts, also what tells the form of
+// one session from that of another: what was made is shown again in the session that made it, and in no other of the
+// same person. Errors: errForm.
 func once(v *visit) (*admin.Once, error) {
 	key := v.PostForm.Get("once")
 	if _, err := uuid.Parse(key); err != nil {
 		return nil, errForm
 	}
-	fields := url.Values{}
-	for name, values := range v.PostForm {
-		if name != "form" { // of another session after signing in again
-			fields[name] = values
-		}
-	}
-	return &admin.Once{Key: key, Method: http.MethodPost, Route: v.URL.Path, Body: sha256.Sum256([]byte(fields.Encode()))}, nil
+	return &admin.Once{Key: key, Method: http.MethodPost, Route: v.URL.Path, Body: sha256.Sum256([]byte(v.PostForm.Encode()))}, nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"html"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -181,6 +182,13 @@ func TestSecretIsShownOnce(t *testing.T) {
 		changed.Set("name", "another name")
 		if resp := b.do(http.MethodPost, keysPath+"/new", changed); resp.StatusCode != http.StatusConflict {
 			t.Errorf("%s: another form with the same id: %d", role, resp.StatusCode)
+		}
+		// The same person, elsewhere: whoever has its token and what was sent does not have the secret.
+		elsewhere := d.signIn(role)
+		maps.Copy(changed, form)
+		changed.Set("form", elsewhere.formToken())
+		if resp := elsewhere.do(http.MethodPost, keysPath+"/new", changed); resp.StatusCode != http.StatusConflict || strings.Contains(text(t, resp), secret) {
+			t.Errorf("%s: the form in another session: %d", role, resp.StatusCode)
 		}
 		keys, err := d.svc.Keys(t.Context(), d.owner, instance, admin.KeyQuery{KeyFilter: admin.KeyFilter{NamePrefix: "once " + string(role)}, Limit: 10})
 		if err != nil || len(keys) != 1 {

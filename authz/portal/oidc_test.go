@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"html"
 	"io"
 	"log/slog"
@@ -38,6 +39,7 @@ type issuer struct {
 	publicKey bool // the client has no secret
 	away      bool
 	stranger  bool // the client is none that it knows
+	asked     int  // to exchange a code
 }
 
 // issuerKey is made once: it takes a while.
@@ -86,6 +88,7 @@ func (i *issuer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.URL.Path == "/keys":
 		_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: i.key.Public(), KeyID: "1", Algorithm: "RS256", Use: "sig"}}})
 	case r.URL.Path == "/token":
+		i.asked++
 		if err := r.ParseForm(); err != nil {
 			i.t.Error(err)
 		}
@@ -250,6 +253,85 @@ func TestOIDCSessionEndsWithItsToken(t *testing.T) {
 		signedIn(t, b)
 		time.Sleep(2 * time.Millisecond)
 		signedOut(t, b)
+	})
+}
+
+// TestOIDCSessionIsEnded by an owner, at once, and nobody else's with it.
+func TestOIDCSessionIsEnded(t *testing.T) {
+	i := newIssuer(t)
+	d := withIssuer(t, i)
+	signIn := func(subject string) *browser {
+		i.mu.Lock()
+		i.claims = func(c map[string]any) { c["sub"] = subject }
+		i.mu.Unlock()
+		b := d.browser()
+		b.do(http.MethodGet, b.leave(i, "/"), nil)
+		signedIn(t, b)
+		return b
+	}
+	first, second, other, byToken := signIn("ann"), signIn("ann"), signIn("bob"), d.signIn(admin.RoleOwner)
+	for _, step := range []struct {
+		whose admin.WhoseSessions
+		out   []*browser
+		in    []*browser
+	}{
+		{admin.WhoseSessions{Actor: "oidc:" + i.URL + "#ann"}, []*browser{first, second}, []*browser{other, byToken}},
+		{admin.WhoseSessions{All: true}, []*browser{other, byToken}, nil},
+	} {
+		if n, err := d.svc.EndSessions(t.Context(), d.owner, step.whose); n != 2 || err != nil {
+			t.Errorf("%+v: %d ended, %v", step.whose, n, err)
+		}
+		for _, b := range step.out {
+			signedOut(t, b)
+		}
+		for _, b := range step.in {
+			signedIn(t, b)
+		}
+	}
+	signIn("ann") // anew, as long as the issuer gives a role
+}
+
+// TestWrongAnswersAreThrottledBySource: what comes back costs the issuer a call, so an address cannot have many made.
+func TestWrongAnswersAreThrottledBySource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // in which no time passes by itself
+		i := &issuer{Server: &httptest.Server{URL: "https://login.example"}, t: t, key: issuerKey(), codes: map[string]url.Values{}, claims: func(map[string]any) {}, namesIss: true}
+		d := withIssuerBy(t, i, &http.Client{Transport: inBubble{i}})
+		b := d.browser()
+		b.from = "192.0.2.1"
+		guess := func() int {
+			t.Helper()
+			kept := strings.Repeat("s", 43)
+			b.cookies[loginCookie] = kept + "." + kept + "." + kept + "."
+			return b.do(http.MethodGet, admin.LoginPath+"?state="+kept+"&code=guessed&iss="+url.QueryEscape(i.URL), nil).StatusCode
+		}
+		for n := range 200 {
+			want := http.StatusUnauthorized
+			if n >= int(wrongTokens.Burst) {
+				want = http.StatusTooManyRequests
+			}
+			b.header = http.Header{"X-Forwarded-For": {fmt.Sprint("192.0.2.", n)}, "X-Real-Ip": {fmt.Sprint("192.0.2.", n)}} // as anybody can say
+			if got := guess(); got != want {
+				t.Fatalf("guess %d: %d, want %d", n, got, want)
+			}
+		}
+		if i.asked != int(wrongTokens.Burst) {
+			t.Errorf("the issuer was asked %d times", i.asked)
+		}
+		// Tokens that are none come out of the same budget.
+		if got := b.do(http.MethodPost, "/sign-in", url.Values{"token": {"kwm_wrong"}}).StatusCode; got != http.StatusTooManyRequests {
+			t.Errorf("a token: %d", got)
+		}
+		other := d.browser()
+		other.from = "192.0.2.2"
+		for range 100 { // right ones cost nothing
+			if got := other.do(http.MethodGet, other.leave(i, "/"), nil).StatusCode; got != http.StatusSeeOther {
+				t.Fatalf("somebody else cannot sign in: %d", got)
+			}
+		}
+		time.Sleep(wrongTokens.Interval)
+		if first, second := guess(), guess(); first != http.StatusUnauthorized || second != http.StatusTooManyRequests {
+			t.Errorf("after a while: %d, %d", first, second)
+		}
 	})
 }
 

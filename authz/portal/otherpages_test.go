@@ -2,6 +2,7 @@ package portal
 
 import (
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"reflect"
@@ -242,6 +243,12 @@ func TestTokenIsShownOnceAndRevoked(t *testing.T) {
 	// The same form once more, by a second click say: the same token, and its one secret.
 	if again := text(t, b.do(http.MethodPost, "/instances/acme/new-token", form)); !strings.Contains(again, secret) {
 		t.Error("the form sent twice does not answer what it made")
+	}
+	elsewhere := d.signIn(admin.RoleOwner)
+	copied := maps.Clone(form)
+	copied.Set("form", elsewhere.formToken())
+	if resp := elsewhere.do(http.MethodPost, "/instances/acme/new-token", copied); resp.StatusCode != http.StatusConflict || strings.Contains(text(t, resp), secret) {
+		t.Errorf("the form in another session: %d, want 409 and no secret", resp.StatusCode)
 	}
 	if all, err := d.svc.Tokens(t.Context(), d.owner); err != nil || len(all) != len(d.tokens)+1 {
 		t.Errorf("%d tokens, want one more than %d; %v", len(all), len(d.tokens), err)

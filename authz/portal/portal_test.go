@@ -26,6 +26,7 @@ type desk struct {
 	cfg    Config
 	pepper *apikey.Pepper
 	before func() // once, before the next transaction
+	fails  error  // of every transaction, unless nil
 }
 
 const (
@@ -71,6 +72,9 @@ func (g gate) Update(ctx context.Context, fn func(admin.Tx) error) (apikey.Revis
 		g.d.before = nil
 		before()
 	}
+	if g.d.fails != nil {
+		return 0, g.d.fails
+	}
 	return g.Store.Update(ctx, fn)
 }
 
@@ -79,6 +83,7 @@ type browser struct {
 	d       *desk
 	cookies map[string]string
 	header  http.Header // of every request besides
+	from    string      // its address; "": that of httptest
 }
 
 func (d *desk) browser() *browser {
@@ -98,6 +103,9 @@ func (b *browser) do(method, target string, form url.Values) *http.Response {
 	if method != http.MethodGet {
 		r.Header.Set("Origin", "http://localhost")
 		r.Header.Set("Sec-Fetch-Site", "same-origin")
+	}
+	if b.from != "" {
+		r.RemoteAddr = b.from + ":4321"
 	}
 	for name, values := range b.header {
 		r.Header.Del(name)

@@ -78,7 +78,7 @@ type quotaUse struct {
 }
 
 // quotaUses asks for the use of all quotas by the keys that were used last, at most so many. Nothing where nobody
-// can tell, as while the server cannot decide.
+// can tell, as while the server cannot decide, or in a process that decides no requests.
 func (p *portal) quotaUses(v *visit, keys int) (uses []quotaUse, replica string, err error) {
 	list, err := p.svc.Keys(v.Context(), v.Caller, v.Instance, admin.KeyQuery{
 		KeyFilter: admin.KeyFilter{Status: "active"}, Order: admin.OrderLastUsedDesc, Limit: keys,
@@ -88,10 +88,11 @@ func (p *portal) quotaUses(v *visit, keys int) (uses []quotaUse, replica string,
 	}
 	for _, k := range list {
 		now, err := p.svc.LimitsOfKey(v.Context(), v.Caller, v.Instance, k.ID)
+		_, none := errors.AsType[*admin.StateError](err)
 		switch {
 		case errors.Is(err, apikey.ErrNotFound): // gone meanwhile
 			continue
-		case errors.Is(err, apikey.ErrUndecided):
+		case none || errors.Is(err, apikey.ErrUndecided):
 			return nil, "", nil
 		case err != nil:
 			return nil, "", err
@@ -112,7 +113,7 @@ type quotaView struct {
 	Revision apikey.Revision
 	Fields   fieldList
 	Faults   []fault
-	Conflict bool     // somebody else changed the quotas meanwhile
+	Conflict bool // somebody else changed the quotas meanwhile
 	MayPut   bool
 	Record   *admin.QuotaRecord // as it is now; nil: there is none
 	Every    string

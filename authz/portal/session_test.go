@@ -181,6 +181,26 @@ func TestChangeDependsOnTheToken(t *testing.T) {
 	signedOut(t, b)
 }
 
+// TestChangeDependsOnTheSession: one that is ended changes nothing any more, also by what is on its way.
+func TestChangeDependsOnTheSession(t *testing.T) {
+	d := newDesk(t)
+	b := d.signIn(admin.RoleOwner)
+	d.before = func() {
+		if n, err := d.svc.EndSessions(t.Context(), d.owner, admin.WhoseSessions{All: true}); n != 1 || err != nil {
+			t.Errorf("%d ended, %v", n, err)
+		}
+	}
+	form := aNewKey("late")
+	form.Set("once", "3d5f2f4c-5f0c-4b55-93c5-0a4c2b0e9f10")
+	if resp := b.post(keysPath+"/new", form); resp.StatusCode != http.StatusSeeOther || d.before != nil {
+		t.Errorf("a session that is over made a key: %d", resp.StatusCode)
+	}
+	if keys, err := d.svc.Keys(t.Context(), d.owner, instance, admin.KeyQuery{Limit: 10}); len(keys) != 0 || err != nil {
+		t.Errorf("%d keys, %v", len(keys), err)
+	}
+	signedOut(t, b)
+}
+
 func TestSigningInAndOutIsAudited(t *testing.T) {
 	d := newDesk(t)
 	b := d.signIn(admin.RoleOperator)
@@ -367,6 +387,10 @@ func TestRequestsThatAreNone(t *testing.T) {
 		{http.MethodGet, "/instances/" + instance + "/keys?after=x", nil, http.StatusBadRequest},
 		{http.MethodGet, "/instances/" + instance + "/keys?status=x&type=y&show=z", nil, http.StatusBadRequest},
 		{http.MethodPut, "/instances/" + instance + "/keys", nil, http.StatusMethodNotAllowed},
+		{http.MethodGet, "/sign-out", nil, http.StatusMethodNotAllowed}, // a picture's address, say
+		{http.MethodHead, "/sign-out", nil, http.StatusMethodNotAllowed},
+		{http.MethodOptions, "/sign-out", nil, http.StatusMethodNotAllowed},
+		{http.MethodPost, "/sign-out", url.Values{}, http.StatusForbidden},
 		{http.MethodPost, "/instances/" + instance + "/keys/new", url.Values{"form": {b.formToken()}, "name": {strings.Repeat("x", maxBody)}}, http.StatusRequestEntityTooLarge},
 		{http.MethodPost, "/instances/" + instance + "/keys/new", url.Values{"form": {b.formToken()}, "name": {"x"}}, http.StatusBadRequest}, // without its id
 	} {
@@ -374,4 +398,5 @@ func TestRequestsThatAreNone(t *testing.T) {
 			t.Errorf("%s %.60s: got %d, want %d", test.method, test.target, resp.StatusCode, test.want)
 		}
 	}
+	signedIn(t, b)
 }

@@ -172,7 +172,7 @@ func (a *app) root() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		a.serveCommand(), a.devCommand(),
-		a.instancesCommand(), a.keysCommand(), a.policyCommand(), a.quotasCommand(), a.tokensCommand(), a.usageCommand(), a.auditCommand(), a.alertsCommand(), a.inFlightCommand(), a.explainCommand(), a.pepperCommand(),
+		a.instancesCommand(), a.keysCommand(), a.policyCommand(), a.quotasCommand(), a.tokensCommand(), a.sessionsCommand(), a.usageCommand(), a.auditCommand(), a.alertsCommand(), a.inFlightCommand(), a.explainCommand(), a.pepperCommand(),
 		a.selfCommand(), a.revokeLeakedCommand(), a.contextCommand(),
 		a.backupCommand(), a.restoreCommand(), a.migrateCommand(),
 		a.envoyCommand(), a.benchCommand(), a.configCommand(), a.versionCommand(),

@@ -200,6 +200,7 @@ func askedAbout(keys []apikey.ID, token apikey.ID) (examples, known map[string]a
 		"getAnyAlert": example{Path: ids{"alertId": keys[0]}}, "ackAnyAlert": example{Path: ids{"alertId": keys[0]}}, "testAlerts": example{},
 		"listPeppers": example{}, "retirePepper": example{Path: ids{"version": 1}},
 		"listTokens": example{}, "createToken": example{Body: ids{"name": "n", "role": "auditor"}}, "revokeToken": example{Path: ids{"tokenId": token}},
+		"endSessions": example{Query: ids{"actor": "oidc:https://issuer.example#ann"}},
 	}, ids{"instanceId": []string{"demo", "other"}, "keyId": keys[4:]}
 }
 

@@ -21,7 +21,7 @@ func (s *Store) PutSession(ctx context.Context, session *admin.Session) error {
 	})
 }
 
-// Session implements admin.Store.
+// Session implements admin.Reader.
 func (r *reader) Session(ctx context.Context, id admin.SessionID) (*admin.Session, error) {
 	s := &admin.Session{ID: id}
 	found, err := r.one(ctx, "read a session", `SELECT created_at, seen_at, ends_at, idle_at, token, subject FROM sessions WHERE id = ?`, []any{id[:]},
@@ -50,6 +50,12 @@ func (s *Store) EndSession(ctx context.Context, id admin.SessionID) error {
 		_, err := t.exec(ctx, "end a session", `DELETE FROM sessions WHERE id = ?`, id[:])
 		return err
 	})
+}
+
+// EndSessions implements admin.Tx.
+func (t *tx) EndSessions(ctx context.Context, name string) (int, error) {
+	n, err := t.exec(ctx, "end sessions", `DELETE FROM sessions WHERE ?1 = '' OR subject ->> '$.name' = ?1`, name)
+	return int(n), err
 }
 
 // ForgetSessions implements admin.Store.

@@ -129,9 +129,9 @@ func (s *Memory) PutSession(ctx context.Context, session *admin.Session) error {
 	})
 }
 
-// Session implements admin.Store.
-func (s *Memory) Session(ctx context.Context, id admin.SessionID) (*admin.Session, error) {
-	v, done, err := s.look(ctx)
+// Session implements admin.Reader.
+func (r *memoryReader) Session(ctx context.Context, id admin.SessionID) (*admin.Session, error) {
+	v, done, err := r.look(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -167,6 +167,21 @@ func (s *Memory) EndSession(ctx context.Context, id admin.SessionID) error {
 		t.sessions.drop(id)
 		return nil
 	})
+}
+
+// EndSessions implements admin.Tx.
+func (t *memoryTx) EndSessions(ctx context.Context, name string) (int, error) {
+	if err := t.alive(ctx); err != nil {
+		return 0, err
+	}
+	ended := 0
+	for id, session := range t.sessions.all() {
+		if name == "" || session.Subject.Name == name {
+			t.sessions.drop(id)
+			ended++
+		}
+	}
+	return ended, nil
 }
 
 // ForgetSessions implements admin.Store.

@@ -93,6 +93,39 @@ func testSessions(t *testing.T, s admin.Store) {
 	if after := head(t, s); after != before {
 		t.Errorf("sessions made a revision: %d, before %d", after, before)
 	}
+
+	// They end by who signed in, whoever that is, and with the transaction.
+	const ann, eve = "oidc:https://issuer.example#ann", "oidc:https://issuer.example#ann' OR '1"
+	for i, name := range []string{"", ann, ann, eve} {
+		session := &admin.Session{ID: admin.SessionID{5, byte(i)}, CreatedAt: at, SeenAt: at, EndsAt: at.Add(time.Hour), IdleAt: at.Add(time.Hour)}
+		if session.Subject.Name = name; name == "" {
+			session.Token = apikey.Digest{1}
+		}
+		if err := s.PutSession(ctx, session); err != nil {
+			t.Fatal(err)
+		}
+	}
+	undone := errors.New("undone")
+	if _, err := s.Update(ctx, func(tx admin.Tx) error {
+		if n, err := tx.EndSessions(ctx, ""); n != 4 || err != nil {
+			t.Errorf("all: %d, %v", n, err)
+		}
+		return undone
+	}); !errors.Is(err, undone) {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		name string
+		want int
+	}{{"oidc:https://issuer.example#an", 0}, {"oidc:https://issuer.example#Ann", 0}, {ann, 2}, {ann, 0}, {eve, 1}, {"", 1}, {"", 0}} {
+		update(t, s, func(tx admin.Tx) error {
+			n, err := tx.EndSessions(ctx, step.name)
+			if n != step.want {
+				t.Errorf("%q: %d ended, want %d", step.name, n, step.want)
+			}
+			return err
+		})
+	}
 }
 
 func testKeysUsage(t *testing.T, s admin.Store) {
