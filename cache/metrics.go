@@ -51,6 +51,9 @@ func newMetrics() *metrics {
 	m.stale = counter("stale_fills_total", "Answers of the store that were dropped because something changed while they were read.")
 	m.flushes = counter("flushes_total", "How often everything had to be forgotten.")
 	m.storeErrors = vec("store_errors_total", "call", "Calls of the store that failed.")
+	for _, call := range []string{"find_key", "changes", "confirm", "register", "unregister", "digests", "instances", "recent_keys"} {
+		m.storeErrors.WithLabelValues(call) // what is there from the first scrape on is seen to grow
+	}
 	m.knownSeconds = gauge("known_load_seconds", "How long the set of known digests took to read, the last time.")
 	m.warmSeconds = gauge("warm_up_seconds", "How long the keys that were used last took to load at the start; 0 until they are.")
 	m.warmRecords = gauge("warm_up_records", "Keys that were loaded at the start and read back.")

@@ -80,8 +80,8 @@ func (l *limitedListener) dropStrangers() {
 	if oldest == nil {
 		return
 	}
+	l.dropped.Inc() // before anybody can see that it is closed
 	oldest.reset()
-	l.dropped.Inc()
 	if say {
 		l.log.Error("too many connections that agree on no TLS: the oldest of them are closed", "listener", l.name, "most", maxStrangers)
 	}
@@ -118,8 +118,8 @@ func (c *limitedConn) admit() error {
 		l.saidRefused = time.Now()
 	}
 	l.mu.Unlock()
-	c.reset()
 	l.refused.Inc()
+	c.reset()
 	if say {
 		l.log.Error("too many connections: new ones are closed. Raise maxConnections if they are all wanted",
 			"listener", l.name, "maxConnections", l.most)

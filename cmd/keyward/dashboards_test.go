@@ -19,7 +19,7 @@ import (
 const (
 	dashboard = "../../docs/grafana/keyward.json"
 	rulesFile = "../../docs/prometheus/alerts.yml"
-	rulesTest = "../../docs/prometheus/alerts_test.yml"
+	ruleTests = "../../docs/prometheus/*_test.yml"
 )
 
 // An expression is PromQL that a file of ours holds.
@@ -114,6 +114,10 @@ func TestDashboardsShowWhatThereIs(t *testing.T) {
 		l.Address = "127.0.0.1:0"
 	}
 	cfg.Listen.Metrics.TLS = TLS{CertFile: filepath.Join(dir, "pair.pem"), KeyFile: filepath.Join(dir, "pair.key")}
+	cfg.Alerts.Webhook = Webhook{URL: "https://alerts.example.com/keyward", SecretFile: filepath.Join(dir, "webhook.secret")}
+	if err := os.WriteFile(cfg.Alerts.Webhook.SecretFile, []byte(strings.Repeat("5ecret", 6)), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	s, err := openService(t.Context(), &cfg, serviceOptions{log: t.Output()})
 	if err != nil {
 		t.Fatal(err)
@@ -186,7 +190,56 @@ func TestDashboardsShowWhatThereIs(t *testing.T) {
 	}
 }
 
-// TestPromtool has Prometheus's own tool read the rules, test what they say, and read the dashboard's questions.
+// TestEveryRuleIsTested: of each rule promtool's tests say when it fires and when it does not. promtool itself takes
+// the name of a rule that there is not for one that is silent.
+func TestEveryRuleIsTested(t *testing.T) {
+	t.Parallel()
+	type said struct{ fires, silent bool }
+	tested := map[string]said{}
+	for _, r := range rulesOf(t) {
+		tested[r.where] = said{}
+	}
+	files, err := filepath.Glob(ruleTests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range files {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var file struct {
+			Tests []struct {
+				Rules []struct {
+					Alert    string      `yaml:"alertname"`
+					Expected []yaml.Node `yaml:"exp_alerts"`
+				} `yaml:"alert_rule_test"`
+			}
+		}
+		if err := yaml.Unmarshal(text, &file); err != nil {
+			t.Fatal(err)
+		}
+		for _, test := range file.Tests {
+			for _, rule := range test.Rules {
+				so, there := tested[rule.Alert]
+				if !there {
+					t.Errorf("%s tests %s, which is no rule", name, rule.Alert)
+					continue
+				}
+				so.fires, so.silent = so.fires || len(rule.Expected) > 0, so.silent || len(rule.Expected) == 0
+				tested[rule.Alert] = so
+			}
+		}
+	}
+	for rule, so := range tested {
+		if !so.fires || !so.silent {
+			t.Errorf("%s: a test says when it fires: %v, one when it does not: %v", rule, so.fires, so.silent)
+		}
+	}
+}
+
+// TestPromtool has Prometheus's own tool read the rules and test what they say. It puts the dashboard's questions
+// to what a keyward behind an Envoy has counted in envoy/e2e.
 func TestPromtool(t *testing.T) {
 	t.Parallel()
 	promtool, err := filepath.Abs(filepath.Join("..", "..", ".tools", "promtool"))
@@ -201,28 +254,11 @@ func TestPromtool(t *testing.T) {
 			t.Skip("there is no promtool: run make promtool, which takes it out of Debian's package prometheus")
 		}
 	}
-	type rule struct {
-		Record string `yaml:"record"`
-		Expr   string `yaml:"expr"`
+	tests, err := filepath.Glob(ruleTests)
+	if err != nil || len(tests) == 0 {
+		t.Fatalf("%s: %v", ruleTests, err)
 	}
-	type group struct {
-		Name  string `yaml:"name"`
-		Rules []rule `yaml:"rules"`
-	}
-	var rules []rule
-	for _, e := range panelsOf(t) {
-		// Two panels may ask the same: names of their own keep promtool from calling it a mistake.
-		rules = append(rules, rule{"panel:" + strings.Repeat("x", len(rules)+1), e.text})
-	}
-	text, err := yaml.Marshal(map[string][]group{"groups": {{"dashboard", rules}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	panels := filepath.Join(t.TempDir(), "panels.yml")
-	if err := os.WriteFile(panels, text, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for _, args := range [][]string{{"check", "rules", rulesFile, panels}, {"test", "rules", rulesTest}} {
+	for _, args := range [][]string{{"check", "rules", rulesFile}, append([]string{"test", "rules"}, tests...)} {
 		if out, err := exec.Command(promtool, args...).CombinedOutput(); err != nil {
 			t.Errorf("promtool %v: %v\n%s", args, err, out)
 		}
