@@ -278,12 +278,23 @@ func TestChangesAndDecisionsAreLinearizable(t *testing.T) {
 			if c.want == porcupine.Illegal { // which the first history shows, nearly always
 				most = 60_000
 			}
-			for begun := 0; begun < most && got == porcupine.Ok; begun += decisions {
+			undecided := 0
+			for begun := 0; begun < most && got == porcupine.Ok; {
 				var r *run
 				t.Run("history", func(t *testing.T) { r = makeHistory(t, decisions, c.see) }) // its replicas end with it
 				begin := time.Now()
-				got = porcupine.CheckOperationsTimeout(registers, r.history, time.Minute)
+				verdict := porcupine.CheckOperationsTimeout(registers, r.history, 20*time.Second)
 				longest = max(longest, time.Since(begin))
+				// Now and then so much overlaps that it would be thought about for hours, above all on a busy machine
+				// and with a mistake in it: such a history says nothing, and another one is made.
+				if verdict == porcupine.Unknown {
+					if undecided++; undecided == 10 {
+						t.Fatal("no history can be judged")
+					}
+					continue
+				}
+				got = verdict
+				begun += decisions
 				operations += len(r.history) - len(r.changes)*replicas
 				changes += len(r.changes)
 				overlapping += r.overlapping()
@@ -291,8 +302,8 @@ func TestChangesAndDecisionsAreLinearizable(t *testing.T) {
 					warmed += count(t, replica.reg, "warm_up_records")
 				}
 			}
-			t.Logf("%v, after %v at most: %d decisions, %d of them during a change of their key, %d changes, %v keys from warm-ups",
-				got, longest, operations, overlapping, changes, warmed)
+			t.Logf("%v, after %v at most: %d decisions, %d of them during a change of their key, %d changes, %v keys from warm-ups; %d histories undecided",
+				got, longest, operations, overlapping, changes, warmed, undecided)
 			if got != c.want {
 				t.Errorf("got %v, want %v", got, c.want)
 			}
@@ -300,7 +311,7 @@ func TestChangesAndDecisionsAreLinearizable(t *testing.T) {
 			if least := sized(5000); c.want == porcupine.Ok && overlapping < least {
 				t.Errorf("%d decisions overlapped with a change of their key, want %d at least", overlapping, least)
 			}
-			if warmed == 0 {
+			if c.want == porcupine.Ok && warmed == 0 {
 				t.Error("no warm-up ever kept a key")
 			}
 		})

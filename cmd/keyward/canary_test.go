@@ -274,6 +274,8 @@ routes:
 		l.call(manageAt, "DELETE", keys+"/"+revokedID+"?reason="+q, "", as(token)...)
 		l.call(manageAt, "DELETE", "/instances/demo/inFlight/"+q, "", as(token)...)
 		l.call(manageAt, "DELETE", "/peppers/"+q, "", as(token)...)
+		l.call(manageAt, "DELETE", "/sessions?actor="+q, "", as(token)...)
+		l.call(manageAt, "DELETE", "/sessions?actor=oidc:"+q, "", as(token)...)
 		l.call(manageAt, "POST", keys, `{"name":"n"}`, append(as(token), "Content-Type", s)...)
 		l.call(manageAt, "POST", keys, `{"name":"n","expiresIn":"x"}`, append(as(token), "Idempotency-Key", s+s+s+s+s+s)...)
 		l.call(manageAt, "GET", "/instances", "", "Authorization", s)
@@ -305,8 +307,10 @@ routes:
 		}
 	}
 	// What holds secrets, printed by mistake.
+	// The service is one that nobody runs: fmt reads all it is made of, without its locks.
+	idle := admin.New(l.store, admin.Config{Peppers: apikey.Peppers{Current: l.pepper}}, nil, l.service.log)
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
-		l.keep("printed", fmt.Appendf(nil, verb, []any{apikey.NewSecret(good), l.pepper, l.cfg, l.admin}))
+		l.keep("printed", fmt.Appendf(nil, verb, []any{apikey.NewSecret(good), l.pepper, l.cfg, idle}))
 	}
 	l.service.log.Warn("by mistake", slog.Any("secret", apikey.NewSecret(good)), slog.Any("pepper", l.pepper))
 

@@ -31,7 +31,7 @@ import (
 func TestLeaseEndings(t *testing.T) {
 	t.Parallel()
 	eachFeedback(t, func(t *testing.T, feedback string) {
-		s := serveLeases(t, "feedback: %s, renewEvery: 1s", feedback)
+		s := serveLeases(t, "feedback: %s, renewEvery: 3s", feedback)
 		versions := envoytest.Versions()
 		if feedback != "als" {
 			versions = []string{envoytest.DefaultVersion}
@@ -56,7 +56,7 @@ func testEndings(t *testing.T, x *stage) {
 		end   func(t *testing.T, x *stage, k key)
 	}{
 		{name: "Normal", end: func(t *testing.T, x *stage, k key) {
-			b := x.hold(t, k, "/?hold=3s")
+			b := x.hold(t, k, "/?hold=10s")
 			x.wantFull(t, k)
 			if a, err := b.wait(); err != nil || a.status != http.StatusOK || a.body != "done" {
 				t.Fatalf("got %d %q, %v", a.status, a.body, err)
@@ -109,7 +109,7 @@ func testEndings(t *testing.T, x *stage) {
 		{name: "WebsocketClosed", end: func(t *testing.T, x *stage, k key) {
 			b := x.hold(t, k, "/websocket", upgradeLines...)
 			b.say(t, "hello")
-			x.wantStays(t, k, 1, 5*time.Second) // longer than a lease lives that nobody renews
+			x.wantStays(t, k, 1, 11*time.Second) // longer than a lease lives that nobody renews
 			x.wantFull(t, k)
 			b.say(t, "still there")
 			b.abort()
@@ -215,7 +215,7 @@ func testEndings(t *testing.T, x *stage) {
 // nobody renews.
 func TestLeasesOnAUnixSocket(t *testing.T) {
 	t.Parallel()
-	s := serveLeases(t, "feedback: als, renewEvery: 1s")
+	s := serveLeases(t, "feedback: als, renewEvery: 3s")
 	dir, err := os.MkdirTemp("", "keyward-") // a socket's path is short
 	if err != nil {
 		t.Fatal(err)
@@ -226,7 +226,7 @@ func TestLeasesOnAUnixSocket(t *testing.T) {
 		listener["address"] = map[string]any{"pipe": map[string]any{"path": filepath.Join(dir, "envoy.sock")}}
 	}})
 	k := x.leaseKey(t, 2)
-	b1, b2 := x.hold(t, k, "/?hold=3s"), x.hold(t, k, "/?hold=10m")
+	b1, b2 := x.hold(t, k, "/?hold=10s"), x.hold(t, k, "/?hold=10m")
 	x.wantFull(t, k)
 	b2.abort()
 	if a, err := b1.wait(); err != nil || a.status != http.StatusOK {
@@ -244,7 +244,7 @@ func TestLeasesOnAUnixSocket(t *testing.T) {
 		time.Sleep(time.Duration(i) * 25 * time.Microsecond)
 		b.abort()
 	}
-	x.wantBack(t, many, 3500*time.Millisecond+soon)
+	x.wantBack(t, many, 10*time.Second+soon)
 	t.Logf("of %v leases %v ran out", s.metric(t, "keyward_limits_leases_granted_total"), s.leasesEnded(t, "expiry"))
 }
 
@@ -306,7 +306,7 @@ func rapidReset(t *testing.T, x *stage, k key) {
 			t.Logf("%d leases in connections of rapid resets", granted)
 			return
 		}
-		if pause > 30*time.Millisecond {
+		if pause > 300*time.Millisecond {
 			t.Fatal("no Check was as fast: nothing was tried")
 		}
 	}

@@ -24,7 +24,7 @@ import (
 
 // soon is how long after its request's end a place may stay taken. Envoy says it within a millisecond;
 // the rest is for a busy machine. That no lease just ran out is told by the metrics, see wantNoneLost.
-const soon = 5 * time.Second
+const soon = patience / 2
 
 // eachFeedback runs a test over each protocol by which Envoy tells that requests ended.
 func eachFeedback(t *testing.T, test func(t *testing.T, feedback string)) {
