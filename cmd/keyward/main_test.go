@@ -5,16 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime/pprof"
-	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -26,6 +22,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+
+	"keyward/envoy/envoytest/loopback"
 )
 
 // TestMain makes this test binary the program too: "keyward" on the PATH of tests and scripts is a copy
@@ -100,23 +98,8 @@ func (p ports) env() []string {
 	}
 }
 
-func newPorts() ports { return ports{freeAddress(), freeAddress(), freeAddress(), freeAddress()} }
-
-var given sync.Map // ports that freeAddress returned
-
-// freeAddress returns a loopback address that nobody listens on. A server can be restarted on it: the
-// system gives none of these ports to outgoing connections.
-func freeAddress() string {
-	for {
-		address := "127.0.0.1:" + strconv.Itoa(10_100+rand.IntN(20_000))
-		if _, taken := given.LoadOrStore(address, true); taken {
-			continue
-		}
-		if l, err := net.Listen("tcp", address); err == nil {
-			_ = l.Close()
-			return address
-		}
-	}
+func newPorts() ports {
+	return ports{loopback.FreeAddress(), loopback.FreeAddress(), loopback.FreeAddress(), loopback.FreeAddress()}
 }
 
 // A process is the program, running.

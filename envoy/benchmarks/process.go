@@ -6,13 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -23,6 +20,7 @@ import (
 	"keyward/authz/admin"
 	"keyward/authz/apikey"
 	"keyward/authz/manage"
+	"keyward/envoy/envoytest/loopback"
 	"keyward/envoy/traffic"
 )
 
@@ -165,7 +163,7 @@ func startKeyward(ctx context.Context, dir, name string, c keywardConfig) (*keyw
 			return nil, fmt.Errorf("%w: %s", err, out)
 		}
 	}
-	checks, manages, metrics := freeAddress(), freeAddress(), freeAddress()
+	checks, manages, metrics := loopback.FreeAddress(), loopback.FreeAddress(), loopback.FreeAddress()
 	if c.unix {
 		checks = "unix://" + filepath.Join(dir, "check.sock")
 	}
@@ -199,16 +197,6 @@ func startKeyward(ctx context.Context, dir, name string, c keywardConfig) (*keyw
 		return nil, err
 	}
 	return k, nil
-}
-
-func freeAddress() string {
-	for {
-		address := "127.0.0.1:" + strconv.Itoa(12_000+rand.IntN(18_000))
-		if l, err := net.Listen("tcp", address); err == nil {
-			_ = l.Close()
-			return address
-		}
-	}
 }
 
 // unlimited are limits that never refuse; running is max-concurrent.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -20,6 +19,7 @@ import (
 	"keyward/authz/apikey"
 	"keyward/authz/apikey/canarytest"
 	"keyward/authz/manage"
+	"keyward/envoy/envoytest/loopback"
 )
 
 // A server is one keyward: its folder, which outlives restarts, and the process that runs now.
@@ -57,18 +57,9 @@ func serve(t testing.TB, c config) *server {
 			t.Logf("keyward:\n%s", log[max(0, len(log)-8<<10):])
 		}
 	})
-	// Another program may take a port between our look and keyward's: then others are tried.
-	for try := 0; ; try++ {
-		s.choosePorts(t)
-		s.configure(t, c.yaml)
-		err := s.start()
-		if err == nil {
-			break
-		}
-		if !strings.Contains(s.log(), "address already in use") || try == 5 {
-			t.Fatalf("%v\n%s", err, s.log())
-		}
-	}
+	s.choosePorts()
+	s.configure(t, c.yaml)
+	s.restart(t)
 	token, err := os.ReadFile(s.path("admin.token"))
 	if err != nil {
 		t.Fatal(err)
@@ -90,27 +81,11 @@ func (s *server) log() string {
 	return string(b)
 }
 
-func (s *server) choosePorts(t testing.TB) {
-	t.Helper()
-	s.check, s.manage, s.metrics, s.portal = freeAddress(t), freeAddress(t), freeAddress(t), freeAddress(t)
+func (s *server) choosePorts() {
+	s.check, s.manage, s.metrics, s.portal = loopback.FreeAddress(), loopback.FreeAddress(), loopback.FreeAddress(), loopback.FreeAddress()
 	if s.config.unix {
 		s.check = "unix://" + s.path("check.sock")
 	}
-}
-
-// freeAddress returns an address that nobody listens on. It is below the range that the system takes
-// ports of outgoing connections from, so that it is still free after a restart.
-func freeAddress(t testing.TB) string {
-	t.Helper()
-	for range 100 {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 12_000+rand.IntN(20_000)))
-		if err == nil {
-			_ = l.Close()
-			return l.Addr().String()
-		}
-	}
-	t.Fatal("no free port")
-	return ""
 }
 
 // configure writes keyward.yaml; more is all of it that tests differ in.
@@ -184,7 +159,7 @@ func (s *server) start() error {
 	return errors.New("keyward is not ready")
 }
 
-// restart starts a keyward that has ended, on the same files and ports.
+// restart starts a keyward for the first time, or one that has ended on the same files and ports.
 func (s *server) restart(t testing.TB) {
 	t.Helper()
 	if err := s.start(); err != nil {
